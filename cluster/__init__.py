@@ -1,0 +1,1 @@
+"""What a cluster needs: DeepSpeed settings, manifests and job submission."""

@@ -1,0 +1,1 @@
+"""CURLoRA on PEFT."""
