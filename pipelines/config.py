@@ -1,0 +1,477 @@
+"""The YAML configuration of a run as pydantic models, with every rule about it.
+
+`load_config` turns a file and `--set` overrides into a `PipelineConfig` or raises one `ConfigError` that lists *all*
+problems, each with the field, the value found and the remedy. Nothing here touches data, models or a cluster.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SELECTION_RULES = ("inverse", "uniform", "importance", "leverage", "deim", "activation")
+STRATEGIES = ("sequential", "joint")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with the input: where, and what to do."""
+
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}" if self.field else self.message
+
+
+class ConfigError(ValueError):
+    """Bad input. Carries every problem found; the command line prints one line each and exits with 2."""
+
+    def __init__(self, problems: Iterable[Problem]):
+        self.problems = list(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the nearest of `valid`, or the list of them."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else f"expected one of: {', '.join(valid)}"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class BaseModelConfig(Section):
+    """The frozen base model."""
+
+    path: str = Field(description="local folder or hub id of a causal language model")
+    revision: str | None = Field(None, description="hub revision")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen weights")
+    quantization: None = Field(None, description="null: quantised bases are not supported by this version")
+    trust_remote_code: bool = Field(False, description="run model code that comes with the weights")
+    architecture: dict[str, Any] | None = Field(
+        None, description="the base's config.json, inline: lets --dry-run work where the hub is out of reach"
+    )
+
+
+class AdapterConfig(Section):
+    """What trains. `curlora` has fields of its own; `options` goes to any other PEFT type unchanged."""
+
+    type: str = Field("curlora", description="curlora | none (heads only) | lora | any PEFT type installed")
+    r: int = Field(16, gt=0, description="rank")
+    alpha: float = Field(1.0, gt=0, description="scale of the update (lora: lora_alpha)")
+    target_modules: str | list[str] = Field("all-linear", description="module name suffixes, or all-linear")
+    selection: str = Field("inverse", description="rule that samples rows and columns")
+    whiten: bool = Field(True, description="train U between orthonormal factors")
+    scale: Literal["adam", "rsqrt", "none"] = Field("adam", description="scale of whitened factors")
+    carry: Literal["continue", "fresh"] = Field(
+        "continue", description="continue: the same adapter through all tasks; fresh: a new one for every task"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="further fields of the PEFT config")
+
+    @field_validator("selection")
+    @classmethod
+    def _known_selection(cls, value: str) -> str:
+        if value not in SELECTION_RULES:
+            raise ValueError(f"unknown selection rule '{value}', {did_you_mean(value, SELECTION_RULES)}")
+        return value
+
+
+class StrategyConfig(Section):
+    """How training protects earlier tasks. Options other than the name belong to the strategy."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "sequential"
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in STRATEGIES:
+            raise ValueError(f"unknown strategy '{value}', {did_you_mean(value, STRATEGIES)}")
+        return value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class TrainingConfig(Section):
+    learning_rate: float = Field(3.0e-3, gt=0)
+    head_learning_rate: float = Field(1.0e-2, gt=0)
+    epochs: float = Field(3, gt=0)
+    max_steps: int | None = Field(None, gt=0, description="optimizer steps a task; overrides epochs")
+    batch_size: int = Field(16, gt=0, description="examples an optimizer step, over all workers")
+    gradient_accumulation: int = Field(1, gt=0, description="micro-batches an optimizer step")
+    max_length: int = Field(128, ge=8, description="tokens a sequence")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 turns it off")
+    seed: int = Field(0, ge=0)
+    gradient_checkpointing: bool = False
+    max_train_examples: int | None = Field(None, gt=0, description="seeded subset of each task's training split")
+
+    @model_validator(mode="after")
+    def _micro_batches(self):
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of gradient_accumulation "
+                f"{self.gradient_accumulation}; choose a multiple"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    max_examples: int | None = Field(None, gt=0, description="seeded subset of each test split")
+    batch_tokens: int = Field(8192, gt=0, description="padded tokens a forward pass")
+
+
+class ResourcesConfig(Section):
+    workers: int = Field(2, gt=0)
+    gpus_per_worker: float | Literal["auto"] = Field("auto", description="auto: 1 where the cluster has GPUs")
+    cpus_per_worker: float = Field(1, gt=0)
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _not_negative(cls, value):
+        if value != "auto" and value < 0:
+            raise ValueError(f"{value} is negative; use auto, 0 or a positive number")
+        return value
+
+
+class Source(Section):
+    """Where rows come from: a folder with `{train,validation,test}.jsonl`, a file, a hub id or a URI."""
+
+    name: str
+    data: str
+    subset: str | None = Field(None, description="configuration name of a hub dataset")
+    revision: str | None = Field(None, description="revision of a hub dataset")
+
+    @field_validator("name")
+    @classmethod
+    def _safe(cls, value: str) -> str:
+        return check_name(value)
+
+
+class TaskSource(Source):
+    splits: dict[Literal["train", "validation", "test"], str] = Field(
+        default_factory=dict, description="split expression for each part, e.g. {test: 'validation[:500]'}"
+    )
+
+
+class ClassificationTask(TaskSource):
+    kind: Literal["classification"]
+    head: Literal["classifier", "verbalizer"] = "classifier"
+    text: str | list[str] = Field("text", description="field(s) that hold the text; several are joined by newlines")
+    label: str = "label"
+    labels: list[str] | dict[int, str] | None = Field(
+        None, description="class names by position, or by label value; default: labels.json beside the data"
+    )
+    prompt: str | None = Field(None, description="verbalizer: template with {field} names; the label text follows")
+    verbalizer: list[str] | None = Field(None, description="text of each label, in order; default: the class names")
+    metric: Literal["accuracy", "macro_f1"] = "accuracy"
+
+    @model_validator(mode="after")
+    def _prompt_belongs_to_verbalizer(self):
+        if self.head == "verbalizer" and not self.prompt:
+            raise ValueError("head 'verbalizer' needs a prompt, e.g. prompt: \"Review: {sentence}\\nSentiment:\"")
+        if self.head == "classifier" and (self.prompt or self.verbalizer):
+            raise ValueError("prompt and verbalizer belong to head 'verbalizer'; remove them or set head: verbalizer")
+        return self
+
+    @property
+    def text_fields(self) -> list[str]:
+        return [self.text] if isinstance(self.text, str) else list(self.text)
+
+
+class LanguageModelingTask(TaskSource):
+    kind: Literal["language-modeling"]
+    text: str = "text"
+
+    @property
+    def metric(self) -> str:
+        return "nll"
+
+    @property
+    def text_fields(self) -> list[str]:
+        return [self.text]
+
+
+Task = Annotated[ClassificationTask | LanguageModelingTask, Field(discriminator="kind")]
+
+
+class RetentionCorpus(Source):
+    """Text that no task trains on: its perplexity says what happened to the model's general language."""
+
+    text: str = "text"
+    split: str = "test"
+    window: int | None = Field(None, ge=8, description="tokens of context; default: the model's own, at most 1024")
+    stride: int | None = Field(None, ge=1, description="new tokens a window; default: half a window")
+
+    @model_validator(mode="after")
+    def _stride_fits(self):
+        if self.stride and self.window and self.stride > self.window:
+            raise ValueError(f"stride {self.stride} is larger than window {self.window}; tokens would be skipped")
+        return self
+
+
+class TrackingConfig(Section):
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str | None = Field(None, description="default: the run's name")
+    register_as: None = Field(None, description="null: the model registry is not used by this version")
+
+
+class GateConfig(Section):
+    """Limits that a finished chain is held against; the verdict stands in results.json."""
+
+    max_forgetting: float | None = Field(0.02, ge=0)
+    max_nll_increase: float | None = Field(0.05, ge=0)
+    max_perplexity_ratio: float | None = Field(1.05, gt=0)
+    min_learning_accuracy: float | None = Field(None, ge=0, le=1)
+
+
+class PipelineConfig(Section):
+    name: str
+    base_model: BaseModelConfig
+    storage: str = "./runs"
+    start_from: None = Field(None, description="null: a chain starts from the base in this version")
+    adapter: AdapterConfig = AdapterConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    deepspeed: str | dict[str, Any] = Field("zero2", description="zero1 | zero2 | zero3 | zero3-offload | path | map")
+    tasks: list[Task] = Field(min_length=1)
+    retention: list[RetentionCorpus] = Field(default_factory=list)
+    search: None = Field(None, description="null: search is not part of this version")
+    tracking: TrackingConfig | None = Field(TrackingConfig(), description="null: no MLflow")
+    gate: GateConfig | None = None
+    domains: None = Field(None, description="null: scheduled domains are not part of this version")
+
+    @field_validator("name")
+    @classmethod
+    def _safe(cls, value: str) -> str:
+        return check_name(value)
+
+    @model_validator(mode="after")
+    def _names_are_unique(self):
+        names = [source.name for source in [*self.tasks, *self.retention]]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"tasks and retention share the name(s) {', '.join(twice)}; give each its own name")
+        if "base" in names:
+            raise ValueError("the name 'base' is taken by row 0 of the score matrix; rename the task")
+        return self
+
+    @model_validator(mode="after")
+    def _batch_feeds_every_worker(self):
+        micro = self.training.batch_size // self.training.gradient_accumulation
+        if micro < self.resources.workers:
+            raise ValueError(
+                f"training.batch_size {self.training.batch_size} / gradient_accumulation "
+                f"{self.training.gradient_accumulation} = {micro} examples for resources.workers "
+                f"{self.resources.workers}; raise batch_size or lower workers"
+            )
+        return self
+
+    @property
+    def run_uri(self) -> str:
+        return f"{self.storage.rstrip('/')}/{self.name}"
+
+    @property
+    def is_joint(self) -> bool:
+        return self.strategy.name == "joint"
+
+    def task(self, name: str):
+        return next(task for task in self.tasks if task.name == name)
+
+
+def check_name(value: str) -> str:
+    """Names become folder names and tags: a safe alphabet only."""
+    if not SAFE_NAME.fullmatch(value) or ".." in value:
+        raise ValueError(f"'{value}' is not a safe name; use letters, digits, '.', '_' and '-' (at most 64)")
+    return value
+
+
+def is_uri(value: str) -> bool:
+    return "://" in value
+
+
+def looks_local(value: str) -> bool:
+    """Whether `value` means a path on this machine rather than a hub id: it has a path's form, or exists."""
+    return not is_uri(value) and (value.startswith((".", "/", "~")) or Path(value).exists())
+
+
+def _absolute(value: str) -> str:
+    return os.path.abspath(os.path.expanduser(value)) if looks_local(value) else value
+
+
+def resolve(config: PipelineConfig) -> PipelineConfig:
+    """Relative paths made absolute against the current directory, once, so that workers agree on them."""
+    raw = config.model_dump()
+    raw["base_model"]["path"] = _absolute(raw["base_model"]["path"])
+    if not is_uri(raw["storage"]):
+        raw["storage"] = os.path.abspath(os.path.expanduser(raw["storage"]))
+    for source in [*raw["tasks"], *raw["retention"]]:
+        source["data"] = _absolute(source["data"])
+    if isinstance(raw["deepspeed"], str) and raw["deepspeed"].endswith(".json"):
+        raw["deepspeed"] = os.path.abspath(os.path.expanduser(raw["deepspeed"]))
+    if raw["tracking"]:
+        raw["tracking"]["uri"] = _absolute_sqlite(raw["tracking"]["uri"])
+        raw["tracking"]["experiment"] = raw["tracking"]["experiment"] or raw["name"]
+    return PipelineConfig.model_validate(raw)
+
+
+def _absolute_sqlite(uri: str) -> str:
+    prefix = "sqlite:///"
+    if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
+        return prefix + os.path.abspath(uri[len(prefix) :])
+    return uri
+
+
+def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> PipelineConfig:
+    """Read, override, validate and resolve a configuration file.
+
+    Args:
+        path: YAML file.
+        overrides: `section.field=value` strings, values in YAML syntax; `tasks.0.data=…` reaches into lists.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    raw = read_yaml(path)
+    problems = [problem for item in overrides if (problem := _override(raw, item))]
+    if problems:
+        raise ConfigError(problems)
+    return parse_config(raw)
+
+
+def parse_config(raw: dict) -> PipelineConfig:
+    """Validate a plain mapping; raise `ConfigError` with every problem."""
+    try:
+        return resolve(PipelineConfig.model_validate(raw))
+    except ValidationError as error:
+        raise ConfigError([_explain(item) for item in error.errors()]) from error
+
+
+def read_yaml(path: str | os.PathLike) -> dict:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        remedy = "check the path; shipped configurations lie in pipelines/configs"
+        raise ConfigError([Problem(str(path), f"cannot be read ({error.strerror}); {remedy}")]) from error
+    try:
+        raw = yaml.load(text, _YamlLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError([Problem(str(path), f"not valid YAML: {' '.join(str(error).split())}")]) from error
+    if not isinstance(raw, dict):
+        raise ConfigError([Problem(str(path), f"expected a mapping at the top level, found {type(raw).__name__}")])
+    return raw
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.1 reads 3e-3 as a string; everybody who writes it means a number."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _override(raw: dict, item: str) -> Problem | None:
+    key, separator, text = item.partition("=")
+    if not separator or not key:
+        return Problem("--set", f"'{item}' is not of the form field=value, e.g. training.learning_rate=5e-3")
+    *parents, last = key.split(".")
+    node: Any = raw
+    for part in parents:
+        node = _descend(node, part)
+        if node is None:
+            return Problem("--set", f"'{key}': '{part}' is not a section")
+    value = yaml.load(text, _YamlLoader)
+    if isinstance(node, list):
+        if not last.isdigit() or int(last) >= len(node):
+            return Problem("--set", f"'{key}': the list has {len(node)} entries, counted from 0")
+        node[int(last)] = value
+    else:
+        node[last] = value
+    return None
+
+
+def _descend(node: Any, part: str) -> Any:
+    if isinstance(node, list):
+        return node[int(part)] if part.isdigit() and int(part) < len(node) else None
+    if not isinstance(node, dict):
+        return None
+    if not isinstance(node.get(part), dict | list):
+        node[part] = {}
+    return node[part]
+
+
+def _explain(error: dict) -> Problem:
+    """A pydantic error as one line: field, value found, remedy."""
+    loc = [part for part in error["loc"] if not _is_union_tag(part)]
+    field = ".".join(map(str, loc))
+    kind, value = error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        section = _section_at(error["loc"][:-1])
+        parent = ".".join(map(str, loc[:-1]))
+        return Problem(parent, f"unknown key '{loc[-1]}', {did_you_mean(str(loc[-1]), section.model_fields)}")
+    if kind == "missing":
+        return Problem(field, "is missing; it has no default")
+    if kind == "value_error":
+        return Problem(field, str(error["ctx"]["error"]))
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        found = value.get("kind") if isinstance(value, dict) else value
+        kinds = ("classification", "language-modeling")
+        return Problem(f"{field}.kind", f"unknown kind {found!r}, {did_you_mean(str(found), kinds)}")
+    if kind == "none_required":
+        reason = _section_at(error["loc"][:-1]).model_fields[error["loc"][-1]].description
+        return Problem(field, f"found {_short(value)}, but only null is possible ({reason})")
+    if kind == "literal_error":
+        valid = re.findall(r"'([^']+)'", error["ctx"]["expected"])
+        return Problem(field, f"found {_short(value)}, {did_you_mean(str(value), valid)}")
+    return Problem(field, f"found {_short(value)}: {error['msg'][0].lower() + error['msg'][1:]}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_union_tag(part: Any) -> bool:
+    return isinstance(part, str) and (
+        part in ("classification", "language-modeling", "list[str]", "str", "float", "TrackingConfig", "GateConfig")
+        or part.startswith(("dict[", "literal[", "list["))
+    )
+
+
+def _section_at(loc: tuple) -> type[Section]:
+    """The model class that a pydantic error location points into."""
+    section: type[Section] = PipelineConfig
+    for part in loc:
+        if isinstance(part, str) and part in section.model_fields:
+            nested = list(_sections(section.model_fields[part].annotation))
+            section = nested[0] if nested else section
+        elif part == "language-modeling":
+            section = LanguageModelingTask
+    return section
+
+
+def _sections(annotation: Any) -> Iterable[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _sections(argument)

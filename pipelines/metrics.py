@@ -1,0 +1,146 @@
+"""Pure functions of the score matrix. `scores[t][i]` is the score on task i after step t; row 0 is the untouched base.
+
+Cells that nobody measured are None. Metrics in [0, 1] (accuracy, macro-F1) and negative log-likelihoods have
+aggregates of their own; an aggregate without meaning is None (one task has no transfer). Definitions: Lopez-Paz &
+Ranzato 2017 (transfer), Chaudhry et al. 2018 (forgetting).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+Matrix = Sequence[Sequence[float | None]]
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean; None if there is nothing to average or a value is missing."""
+    values = list(values)
+    if not values or any(value is None for value in values):
+        return None
+    return math.fsum(values) / len(values)
+
+
+def average_score(scores: Matrix, columns: Sequence[int]) -> float | None:
+    """mean_i R[T][i]."""
+    return mean(scores[-1][i] for i in columns)
+
+
+def learning_score(scores: Matrix, columns: Sequence[int]) -> float | None:
+    """mean_i R[i][i]: how well each task was learned at the time."""
+    if not _is_chain(scores):
+        return None
+    return mean(scores[i + 1][i] for i in columns)
+
+
+def backward_transfer(scores: Matrix, columns: Sequence[int]) -> float | None:
+    """mean_{i<T} (R[T][i] − R[i][i]); negative = forgetting (for scores where higher is better)."""
+    if not _is_chain(scores):
+        return None
+    last = len(scores) - 1
+    return mean(_minus(scores[last][i], scores[i + 1][i]) for i in columns if i + 1 < last)
+
+
+def forgetting(scores: Matrix, columns: Sequence[int]) -> float | None:
+    """mean_{i<T} (max_{i≤t<T} R[t][i] − R[T][i])."""
+    if not _is_chain(scores):
+        return None
+    last = len(scores) - 1
+    drops = []
+    for i in columns:
+        if i + 1 < last:
+            history = [scores[t][i] for t in range(i + 1, last)]
+            drops.append(None if None in history else _minus(max(history), scores[last][i]))
+    return mean(drops)
+
+
+def forward_transfer(scores: Matrix, columns: Sequence[int]) -> float | None:
+    """mean_{i≥2} (R[i−1][i] − R[0][i]) over the tasks that have a score before training."""
+    if not _is_chain(scores):
+        return None
+    gains = [_minus(scores[i][i], scores[0][i]) for i in columns if i >= 1]
+    return mean(gain for gain in gains if gain is not None)
+
+
+def nll_learning(scores: Matrix, columns: Sequence[int]) -> float | None:
+    """mean_i (R[0][i] − R[i][i]): nats a token that each text task gained right after its own training."""
+    if not _is_chain(scores):
+        return None
+    return mean(_minus(scores[0][i], scores[i + 1][i]) for i in columns)
+
+
+def nll_backward_transfer(scores: Matrix, columns: Sequence[int]) -> float | None:
+    """mean_{i<T} (R[i][i] − R[T][i]): negative = forgetting, as for the other metrics."""
+    if not _is_chain(scores):
+        return None
+    last = len(scores) - 1
+    return mean(_minus(scores[i + 1][i], scores[last][i]) for i in columns if i + 1 < last)
+
+
+def perplexity(nll: float | None) -> float | None:
+    """exp(NLL), capped where a float ends."""
+    return None if nll is None else math.exp(min(nll, 700.0))
+
+
+def perplexity_ratio(nll_by_corpus: dict[str, Sequence[float | None]]) -> float | None:
+    """Geometric mean over the retention corpora of perplexity after / before."""
+    rises = [_minus(series[-1], series[0]) for series in nll_by_corpus.values()]
+    rise = mean(rises)
+    return perplexity(rise)
+
+
+def aggregates(scores: Matrix, metrics: Sequence[str], nll_by_corpus: dict[str, Sequence[float | None]]) -> dict:
+    """Every aggregate of a run.
+
+    Args:
+        scores: (T + 1) rows of T cells; under `joint` two rows.
+        metrics: the metric of each column; `nll` columns are apart from those in [0, 1].
+        nll_by_corpus: retention NLL of every row.
+    """
+    bounded = [i for i, metric in enumerate(metrics) if metric != "nll"]
+    text = [i for i, metric in enumerate(metrics) if metric == "nll"]
+    return {
+        "average_accuracy": average_score(scores, bounded),
+        "learning_accuracy": learning_score(scores, bounded),
+        "backward_transfer": backward_transfer(scores, bounded),
+        "forward_transfer": forward_transfer(scores, bounded),
+        "forgetting": forgetting(scores, bounded),
+        "perplexity_ratio": perplexity_ratio(nll_by_corpus),
+        "nll_average": average_score(scores, text),
+        "nll_learning": nll_learning(scores, text),
+        "nll_backward_transfer": nll_backward_transfer(scores, text),
+    }
+
+
+def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:
+    return sum(p == y for p, y in zip(predictions, labels, strict=True)) / len(labels)
+
+
+def macro_f1(predictions: Sequence[int], labels: Sequence[int]) -> float:
+    """Unweighted mean of the F1 of every class that occurs among labels or predictions."""
+    scores = []
+    for c in set(labels) | set(predictions):
+        hits = sum(p == y == c for p, y in zip(predictions, labels, strict=True))
+        total = sum(p == c for p in predictions) + sum(y == c for y in labels)
+        scores.append(2 * hits / total)
+    return math.fsum(scores) / len(scores)
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Exact two-sided McNemar test: p-value that two paired lists of outcomes are equally often right."""
+    wins = sum(a and not b for a, b in zip(first, second, strict=True))
+    losses = sum(b and not a for a, b in zip(first, second, strict=True))
+    n, k = wins + losses, min(wins, losses)
+    if n == 0:
+        return 1.0
+    tail = sum(math.comb(n, i) for i in range(k + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def _is_chain(scores: Matrix) -> bool:
+    """Rows 0 … T for T columns; `joint` has two rows and no order."""
+    return len(scores) == len(scores[0]) + 1
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b

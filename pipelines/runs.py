@@ -1,0 +1,286 @@
+"""The run directory: the only truth about a run. MLflow, report and progress are projections of it.
+
+Works on any fsspec URI without append or rename (object stores have neither). A step is done if and only if its
+`metrics.json` exists; it is written last. Layout, below `<storage>/<name>/`:
+
+    config.yaml                      resolved configuration
+    steps/<k>-<task>-<fp8>/          adapter/, heads.safetensors, strategy/, predictions/<name>.jsonl, metrics.json
+    steps/0-base-<fp8>/              the untouched base: predictions/ and metrics.json only (row 0)
+    events/<time>-<id>.json          immutable, one a file
+    results.json, report.html, figures/*.png, lease.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import yaml
+
+from pipelines.config import PipelineConfig, is_uri
+
+FORMAT = 1
+LEASE_SECONDS = 15.0
+
+
+class LeaseHeld(RuntimeError):
+    """Another driver works on this run."""
+
+
+class RunDirectoryError(RuntimeError):
+    """The run directory cannot be used as it is: not writable, or of another format."""
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, 32 hex digits (MLflow digests hold 36)."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step of the chain: what it trains on, what it grows from, where it lies.
+
+    `position` counts from 1 (0 is the base); `tasks` has one name, or all of them under `joint`.
+    """
+
+    position: int
+    tasks: tuple[str, ...]
+    fingerprint: str
+    parent: str | None
+
+    @property
+    def label(self) -> str:
+        return self.tasks[0] if len(self.tasks) == 1 else "joint"
+
+    @property
+    def directory(self) -> str:
+        return f"steps/{self.position}-{self.label}-{self.fingerprint[:8]}"
+
+    def to_json(self) -> dict:
+        return {
+            "position": self.position,
+            "tasks": list(self.tasks),
+            "fingerprint": self.fingerprint,
+            "parent": self.parent,
+        }
+
+    @classmethod
+    def from_json(cls, raw: dict) -> StepPlan:
+        return cls(raw["position"], tuple(raw["tasks"]), raw["fingerprint"], raw["parent"])
+
+
+class RunDirectory:
+    """Read and write one run. Paths are relative to the run, with `/`."""
+
+    def __init__(self, uri: str):
+        self.uri = uri.rstrip("/")
+        self.fs, root = fsspec.core.url_to_fs(self.uri)
+        self.root = root.rstrip("/")
+        self.is_local = not is_uri(uri) or uri.startswith("file://")
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.root)
+
+    def path(self, relative: str) -> str:
+        return posixpath.join(self.root, relative)
+
+    # -- plain files
+
+    def exists(self, relative: str = "") -> bool:
+        return self.fs.exists(self.path(relative))
+
+    def read_bytes(self, relative: str) -> bytes:
+        return self.fs.cat_file(self.path(relative))
+
+    def write_bytes(self, relative: str, data: bytes) -> None:
+        """One whole object. On a local disk through a temporary name, so that no reader sees half of it."""
+        path = self.path(relative)
+        self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        if not self.is_local:
+            self.fs.pipe_file(path, data)
+            return
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            Path(temporary).write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    def read_json(self, relative: str) -> Any | None:
+        """The parsed file, or None where there is none."""
+        try:
+            return json.loads(self.read_bytes(relative))
+        except FileNotFoundError:
+            return None
+
+    def write_json(self, relative: str, value: Any) -> None:
+        self.write_bytes(relative, json.dumps(value, indent=1, allow_nan=False).encode())
+
+    def read_jsonl(self, relative: str) -> list[dict]:
+        return [json.loads(line) for line in self.read_bytes(relative).splitlines() if line]
+
+    def list(self, relative: str) -> list[str]:
+        """Names of the entries of a folder, sorted; empty where there is none."""
+        try:
+            entries = self.fs.ls(self.path(relative), detail=False, refresh=True)
+        except FileNotFoundError:
+            return []
+        return sorted(posixpath.basename(entry.rstrip("/")) for entry in entries if not entry.endswith(".tmp"))
+
+    def upload(self, local: Path, relative: str) -> None:
+        """Copy a local folder's files below `relative`."""
+        for file in sorted(path for path in Path(local).rglob("*") if path.is_file()):
+            self.write_bytes(posixpath.join(relative, file.relative_to(local).as_posix()), file.read_bytes())
+
+    def download(self, relative: str, local: Path) -> Path:
+        """A local copy of a folder (the folder itself where the run is local)."""
+        if self.is_local:
+            return Path(self.path(relative))
+        for file in self.fs.find(self.path(relative)):
+            target = Path(local) / posixpath.relpath(file, self.path(relative))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(self.fs.cat_file(file))
+        return Path(local)
+
+    # -- configuration and results
+
+    def open_for_writing(self, config: PipelineConfig) -> None:
+        """Create the run, or join an existing one of the same format.
+
+        Raises:
+            RunDirectoryError: storage not writable, or the run was written in another format.
+        """
+        try:
+            marker = self.read_json("format.json")
+            if marker is None and self.exists("steps"):
+                marker = {"format": 0}
+            if marker is not None and marker["format"] != FORMAT:
+                raise RunDirectoryError(
+                    f"{self.uri} has format {marker['format']}, this version writes {FORMAT}; use another name"
+                )
+            self.write_json("format.json", {"format": FORMAT})
+            self.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
+        except OSError as error:
+            raise RunDirectoryError(f"storage: {self.uri} is not writable ({error}); choose another storage") from error
+
+    def config(self) -> PipelineConfig:
+        return PipelineConfig.model_validate(yaml.safe_load(self.read_bytes("config.yaml")))
+
+    def results(self) -> dict | None:
+        return self.read_json("results.json")
+
+    # -- steps
+
+    def metrics(self, directory: str) -> dict | None:
+        """`metrics.json` of a step directory; None means: this step is not done."""
+        return self.read_json(f"{directory}/metrics.json")
+
+    def finished_steps(self) -> dict[str, str]:
+        """fingerprint → directory of every step that is done (row 0 included)."""
+        finished = {}
+        for entry in self.list("steps"):
+            metrics = self.metrics(f"steps/{entry}")
+            if metrics is not None:
+                finished[metrics["fingerprint"]] = f"steps/{entry}"
+        return finished
+
+    # -- events
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Write one immutable event; `kind`: started, step_started, training, evaluated, published, finished, …"""
+        now = time.time()
+        name = f"{int(now * 1e6):017d}-{uuid.uuid4().hex[:8]}"
+        self.write_json(f"events/{name}.json", {"kind": kind, "time": now, **fields})
+
+    def events(self, after: str = "") -> Iterator[tuple[str, dict]]:
+        """(name, event) in order of time, from the first whose name is greater than `after`."""
+        for name in self.list("events"):
+            if name > after and (event := self.read_json(f"events/{name}")) is not None:
+                yield name, event
+
+    # -- lease: one driver at a time
+
+    def acquire_lease(self) -> Lease:
+        """Raises `LeaseHeld` while another driver is alive (a heartbeat within 15 s; a dead process here is none)."""
+        return Lease(self)
+
+
+class Lease:
+    """A heartbeat file. Stolen at once from a dead process of this host, else after 15 s of silence."""
+
+    def __init__(self, run: RunDirectory):
+        self.run = run
+        self.token = uuid.uuid4().hex
+        holder = run.read_json("lease.json")
+        if holder and self._alive(holder):
+            raise LeaseHeld(
+                f"run '{run.name}' is being worked on by process {holder['pid']} on {holder['host']}; "
+                "wait for it, or stop it first"
+            )
+        self._beat()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True, name="lease")
+        self._thread.start()
+
+    @staticmethod
+    def _alive(holder: dict) -> bool:
+        if holder["host"] == socket.gethostname() and not _same_process(holder["pid"], holder["started"]):
+            return False
+        return abs(time.time() - holder["heartbeat"]) < LEASE_SECONDS
+
+    def _beat(self) -> None:
+        self.run.write_json(
+            "lease.json",
+            {
+                "token": self.token,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "started": _process_start(os.getpid()),
+                "heartbeat": time.time(),
+            },
+        )
+
+    def _loop(self) -> None:
+        while not self._stop.wait(LEASE_SECONDS / 5):
+            self._beat()
+
+    def release(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        holder = self.run.read_json("lease.json")
+        if holder and holder["token"] == self.token:
+            self.run.fs.rm(self.run.path("lease.json"))
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _process_start(pid: int) -> float | None:
+    """Start time of a process: a pid alone may have been given to another one since."""
+    import psutil  # comes with ray; only a driver needs it
+
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _same_process(pid: int, started: float | None) -> bool:
+    now = _process_start(pid)
+    return now is not None and (started is None or abs(now - started) < 1.0)
