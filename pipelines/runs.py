@@ -174,7 +174,9 @@ class RunDirectory:
             self.write_json("format.json", {"format": FORMAT})
             self.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
         except OSError as error:
-            raise RunDirectoryError(f"storage: {self.uri} is not writable ({error}); choose another storage") from error
+            raise RunDirectoryError(
+                f"storage: {self.uri} is not writable ({error}); choose another storage"
+            ) from error
 
     def config(self) -> PipelineConfig:
         return PipelineConfig.model_validate(yaml.safe_load(self.read_bytes("config.yaml")))
