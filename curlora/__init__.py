@@ -1,1 +1,31 @@
-"""CURLoRA on PEFT."""
+"""CURLoRA for Transformers models: a PEFT tuner that trains one r×r matrix a layer between columns and rows of W.
+
+Importing this package registers the adapter type with PEFT, so that ``get_peft_model``, ``Trainer``,
+``save_pretrained`` and ``PeftModel.from_pretrained`` know it. It imports neither DeepSpeed nor Ray nor MLflow.
+"""
+
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+
+from .config import PEFT_TYPE, CurloraConfig
+from .layer import BaseMismatchError, CurloraCore, CurloraLayer, Linear
+from .model import CurloraModel, seal
+
+# peft.utils.register_peft_method accepts only members of its own enum; these are the tables it would fill.
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = CurloraConfig
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = CurloraModel
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = CurloraModel.prefix
+
+__all__ = [
+    "PEFT_TYPE",
+    "BaseMismatchError",
+    "CurloraConfig",
+    "CurloraCore",
+    "CurloraLayer",
+    "CurloraModel",
+    "Linear",
+    "seal",
+]

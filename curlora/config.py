@@ -1,0 +1,162 @@
+"""The configuration of a CURLoRA adapter: what the user chooses, checked where it is written."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from .cur import RULES, SCALES
+
+PEFT_TYPE = "CURLORA"
+
+
+@dataclass
+class CurloraConfig(PeftConfig):
+    """Configuration of `CurloraModel`: ΔW = s · C U R with C, R from W, and only U (r, r) trained."""
+
+    r: int = field(
+        default=16,
+        metadata={"help": "Rank: the number of columns and rows that are selected; U holds r² numbers a layer."},
+    )
+    alpha: float = field(
+        default=1.0, metadata={"help": "Strength of the update: ΔW is proportional to alpha (the paper uses 1)."}
+    )
+    target_modules: list[str] | set[str] | str | None = field(
+        default="all-linear",
+        metadata={"help": "Names (or a regular expression) of the layers to adapt; 'all-linear' takes every one."},
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Names (or a regular expression) of layers that stay as they are."}
+    )
+    selection: str = field(
+        default="inverse",
+        metadata={"help": f"How columns and rows of W are chosen: one of {', '.join(RULES)}."},
+    )
+    whiten: bool = field(
+        default=True,
+        metadata={"help": "Orthonormalise C and R, so that ‖ΔW‖_F = s ‖U‖_F; False is the paper's raw form."},
+    )
+    scale: str = field(
+        default="adam",
+        metadata={"help": "s: 'adam' (steps as long as LoRA's, rates 1e-4…1e-2), 'rsqrt' (alpha/√r), 'none' (alpha)."},
+    )
+    seed: int = field(
+        default=0,
+        metadata={"help": "Seed of the selection; the draw depends only on it and on the name of the layer."},
+    )
+    dropout: float = field(
+        default=0.0, metadata={"help": "Probability of dropping an entry of z = R x during training."}
+    )
+    carry: str = field(
+        default="continue",
+        metadata={
+            "help": "From task to task: 'continue' trains the same U, 'stack' adds a block and freezes the old."
+        },
+    )
+    blocks: int = field(
+        default=1,
+        metadata={"help": "Number of stacked blocks; `add_block` raises it, only the last block is trained."},
+    )
+    max_update_norm: float | None = field(
+        default=None,
+        metadata={
+            "help": "Upper bound of ‖ΔW‖_F / ‖W‖_F in every adapted layer, kept during training; None: no bound."
+        },
+    )
+    fan_in_fan_out: bool = field(
+        default=False,
+        metadata={"help": "The weight is stored as (in, out); only read for layers that are not Linear or Conv1D."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the transformer layers to adapt; None: all of them."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts, as 'layers'."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Ranks that differ from `r`, by layer name or regular expression."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Alphas that differ from `alpha`, by name or regular expression."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Other modules to train in full and to save with the adapter, as a head."}
+    )
+    bias: str = field(default="none", metadata={"help": "Biases are never trained: only 'none'."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check_choices()
+        self._check_numbers()
+        self._check_patterns()
+
+    def _check_choices(self) -> None:
+        _one_of("selection", self.selection, tuple(RULES))
+        _one_of("scale", self.scale, SCALES)
+        _one_of("carry", self.carry, ("continue", "stack"))
+        _one_of("bias", self.bias, ("none",))
+
+    def _check_numbers(self) -> None:
+        _require("r", self.r, _positive_integer(self.r), "a positive integer, such as 16")
+        _require("alpha", self.alpha, _number(self.alpha) and self.alpha > 0, "a positive number, such as 1.0")
+        _require("seed", self.seed, isinstance(self.seed, int), "an integer, such as 0")
+        _require("dropout", self.dropout, _number(self.dropout) and 0 <= self.dropout < 1, "a number in [0, 1)")
+        _require("blocks", self.blocks, _positive_integer(self.blocks), "a positive integer; start with 1")
+        if self.blocks > 1:
+            _require("blocks", self.blocks, self.carry == "stack", "1, or set carry='stack'")
+        if self.max_update_norm is not None:
+            bounded = _number(self.max_update_norm) and self.max_update_norm > 0
+            _require("max_update_norm", self.max_update_norm, bounded, "a positive number, such as 0.05, or None")
+
+    def _check_patterns(self) -> None:
+        for name, rank in self.rank_pattern.items():
+            _require(f"rank_pattern[{name!r}]", rank, _positive_integer(rank), "a positive integer")
+        for name, alpha in self.alpha_pattern.items():
+            _require(f"alpha_pattern[{name!r}]", alpha, _number(alpha) and alpha > 0, "a positive number")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                value = getattr(self, name)
+                _require(name, value, value is None, "None when target_modules is a regular expression")
+        if self.layers_pattern:
+            needed = self.layers_to_transform is not None
+            _require("layers_pattern", self.layers_pattern, needed, "None, or set layers_to_transform too")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
+        """Read the configuration of a saved adapter; its layers then wait for the saved indices (see `load_only`)."""
+        config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config.load_only = True
+        return config
+
+    load_only = False
+    """The indices come from a file, so no selection is run: not a field, because it is never saved."""
+
+
+def _require(name: str, value: Any, satisfied: bool, remedy: str) -> None:
+    if not satisfied:
+        raise ValueError(f"CurloraConfig: {name}={value!r} is not possible; use {remedy}.")
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"CurloraConfig: {name}={value!r} is not known; use one of {', '.join(choices)}.{hint}")
+
+
+def _positive_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

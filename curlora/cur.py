@@ -1,0 +1,218 @@
+"""CUR mathematics on plain tensors: which columns and rows of a matrix to take, and how to condition them.
+
+Everything here is a pure function of its arguments: no modules, no global random state, no files. "Columns" are
+columns of the matrix that is passed; rows of W are selected by passing ``W.T``. Source: CURLoRA
+(arXiv 2408.14572, section 3) for the inverted probabilities; the other rules name theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+MAX_CONDITION = 1e4
+"""A factor worse conditioned than this is drawn again: its whitening would amplify rounding errors."""
+
+ATTEMPTS = 8
+"""How often a badly conditioned factor is drawn again before the error."""
+
+EXACT_SVD_LIMIT = 512
+"""Up to this smaller dimension singular vectors are exact; above it a randomised range finder is used."""
+
+SCALES = ("adam", "rsqrt", "none")
+
+
+class SelectionError(ValueError):
+    """No acceptable set of columns or rows exists for this matrix, rank and rule."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a selection rule may look at when it chooses among the k columns of a matrix."""
+
+    matrix: torch.Tensor
+    """(d, k), any float dtype and device."""
+    energy: torch.Tensor
+    """(k,) squared column norms, float64 on the CPU."""
+    allowed: torch.Tensor
+    """(k,) bool: neither zero nor excluded."""
+    activation: torch.Tensor | None = None
+    """(k,) mean squared activation on a calibration batch, float64 on the CPU; only for the rule ``activation``."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Chosen columns of a matrix, C = matrix[:, indices] = Q T with orthonormal Q."""
+
+    indices: torch.Tensor
+    """(k,) int64 on the CPU."""
+    triangle: torch.Tensor
+    """(k, k) upper triangular T with non-negative diagonal, float64 on the CPU."""
+
+    @property
+    def condition(self) -> float:
+        """Ratio of the largest to the smallest singular value of C."""
+        values = torch.linalg.svdvals(self.triangle)
+        return float(values[0] / values[-1]) if values[-1] > 0 else math.inf
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of C."""
+        return float(torch.linalg.matrix_norm(self.triangle))
+
+
+Rule = Callable[[Candidates, int, torch.Generator], torch.Tensor]
+RULES: dict[str, Rule] = {}
+"""Selection rules by name. A rule maps (candidates, rank, generator) to `rank` distinct allowed indices."""
+
+
+def rule(name: str) -> Callable[[Rule], Rule]:
+    """Register a selection rule under ``name``."""
+
+    def register(function: Rule) -> Rule:
+        RULES[name] = function
+        return function
+
+    return register
+
+
+# ---------------------------------------------------------------------------------------------- probabilities
+
+
+def squared_norms(matrix: torch.Tensor) -> torch.Tensor:
+    """Squared norms of the columns of a (d, k) matrix as (k,) float64 on the CPU; half precision is summed in fp32."""
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    return torch.linalg.vector_norm(matrix, dim=0, dtype=dtype).double().square().cpu()
+
+
+def probabilities(energy: torch.Tensor) -> torch.Tensor:
+    """p_j = ‖W[:, j]‖² / ‖W‖_F² from squared norms (k,)."""
+    return energy / energy.sum()
+
+
+def inverted(p: torch.Tensor) -> torch.Tensor:
+    """p̃_j = (1/p_j) / Σ(1/p_i) (CURLoRA, eq. 7); entries with p_j = 0 get probability 0, not infinity."""
+    weights = torch.where(p > 0, p.clamp_min(torch.finfo(p.dtype).tiny).reciprocal(), 0.0)
+    return weights / weights.sum()
+
+
+def sample(p: torch.Tensor, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw ``rank`` distinct indices with probabilities proportional to p (k,), one after another.
+
+    The largest values of log p + Gumbel noise are distributed exactly like sequential draws without replacement
+    (Gumbel top-k), and need one random number an index, whatever the order of evaluation.
+    """
+    noise = torch.rand(p.shape, generator=generator, dtype=torch.float64)
+    keys = p.double().log() - noise.clamp_min(1e-300).log().neg().log()
+    return keys.topk(rank).indices
+
+
+# --------------------------------------------------------------------------------------------- selection rules
+
+
+@rule("inverse")
+def _inverse(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """The paper's rule: columns of small norm are likelier, so that ΔW starts in rarely used directions."""
+    energy = torch.where(candidates.allowed, candidates.energy, 0.0)
+    return sample(inverted(probabilities(energy)), rank, generator)
+
+
+@rule("uniform")
+def _uniform(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """Every non-zero column alike: the control that shows whether a rule matters."""
+    return sample(candidates.allowed.double(), rank, generator)
+
+
+@rule("importance")
+def _importance(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """Columns of large norm are likelier: the classical CUR sampling."""
+    return sample(torch.where(candidates.allowed, candidates.energy, 0.0), rank, generator)
+
+
+# -------------------------------------------------------------------------------------------------- selection
+
+
+def generator_for(seed: int, *key: object) -> torch.Generator:
+    """A CPU generator that depends only on the seed and the key: not on rank, world size, order or global state."""
+    digest = hashlib.sha256("|".join(map(str, (seed, *key))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def triangle_of(columns: torch.Tensor) -> torch.Tensor:
+    """T of the thin QR decomposition C = Q T with non-negative diagonal, for C (d, k), as (k, k) float64 on the CPU.
+
+    The sign convention makes T unique, so the first blocks of a stack keep their Q when another block is appended.
+    On the CPU in fp64 so that every rank and device derives the same numbers.
+    """
+    triangle = torch.linalg.qr(columns.detach().cpu().double(), mode="r").R
+    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(triangle.dtype)
+    return signs[:, None] * triangle
+
+
+def select(
+    matrix: torch.Tensor,
+    rank: int,
+    selection: str = "inverse",
+    *,
+    seed: int = 0,
+    key: str = "",
+    previous: torch.Tensor | None = None,
+    activation: torch.Tensor | None = None,
+) -> Factor:
+    """Choose ``rank`` columns of a (d, k) matrix that are well conditioned together with the ``previous`` ones.
+
+    Deterministic in (seed, key). ``previous`` (int64) is never chosen again and comes first in the result, whose
+    triangle covers both. ``activation`` (k,) is what the rule of that name ranks by.
+    Raises SelectionError if too few non-zero columns are left or if no draw is conditioned better than 1e4.
+    """
+    candidates = _candidates(matrix, previous, activation)
+    available = int(candidates.allowed.sum())
+    if available < rank:
+        raise SelectionError(f"{available} non-zero, unused vectors are left of {matrix.shape[1]}, {rank} are needed")
+    head = torch.empty(0, dtype=torch.int64) if previous is None else previous.cpu()
+    condition = math.inf
+    for attempt in range(ATTEMPTS):
+        drawn = RULES[selection](candidates, rank, generator_for(seed, key, attempt, len(head)))
+        indices = torch.cat([head, drawn.to(torch.int64)])
+        factor = Factor(indices, triangle_of(matrix[:, indices.to(matrix.device)]))
+        condition = min(condition, factor.condition)
+        if factor.condition <= MAX_CONDITION:
+            return factor
+    raise SelectionError(
+        f"the best of {ATTEMPTS} draws has condition number {condition:.1e}, more than {MAX_CONDITION:.0e}"
+    )
+
+
+def _candidates(matrix: torch.Tensor, previous: torch.Tensor | None, activation: torch.Tensor | None) -> Candidates:
+    energy = squared_norms(matrix)
+    allowed = energy > 0
+    if previous is not None:
+        allowed[previous.cpu()] = False
+    return Candidates(matrix, energy, allowed, activation)
+
+
+# -------------------------------------------------------------------------------------- whitening, scale, norms
+
+
+def whitening(triangle: torch.Tensor) -> torch.Tensor:
+    """T⁻¹ (k, k) float64 for an upper triangular T: C T⁻¹ has orthonormal columns."""
+    identity = torch.eye(len(triangle), dtype=triangle.dtype)
+    return torch.linalg.solve_triangular(triangle, identity, upper=True)
+
+
+def scale_factor(scale: str, alpha: float, rows: int, rank: int, norms: float = 1.0) -> float:
+    """s of ΔW = s · C U R for W with ``rows`` outputs.
+
+    ``none``: α. ``rsqrt``: α/√r. ``adam``: one Adam step at rate η moves ‖ΔW‖_F as far as LoRA's does, which is about
+    0.58 √(m r) η against s · c̄ r̄ · r η here; ``norms`` = c̄ r̄ is the product of the root-mean-square norms of the
+    chosen columns and rows (1 when whitened).
+    """
+    if scale == "none":
+        return alpha
+    if scale == "rsqrt":
+        return alpha / math.sqrt(rank)
+    return alpha * 0.58 * math.sqrt(rows / rank) / norms

@@ -1,0 +1,124 @@
+"""The gather identity as autograd functions: R x = W[I, :] x = (W x)[I].
+
+``cur_linear`` fuses a frozen dense layer with its update; ``cur_residual`` adds the update to an output that any base
+layer (quantised, partitioned, hooked) has computed. Both keep z (tokens, k) for the backward pass and nothing of the
+size of the layer. They know nothing about whitening or adapters: ``middle`` M (k, k) already contains both.
+
+    z = y[..., I] − b[I]        y ← y + C M z
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """A region in which dtypes stay as they are: autocast would run the r×r products in half precision."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def cur_linear(
+    x: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    bias_rows: Tensor | None,
+    middle: Tensor,
+    columns: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """x W' + b plus the update, for a frozen dense layer.
+
+    x (..., n), kernel (n, m) = Wᵀ, bias (m,), rows (k,) int64, bias_rows (k,) = b[I], middle (k, k), columns (m, k) = C,
+    mask (..., k) multiplies z (dropout). Returns (..., m) in the dtype of x. x and kernel share one dtype.
+    """
+    return _CurLinear.apply(x, kernel, bias, rows, bias_rows, middle, columns, mask)
+
+
+def cur_residual(
+    y: Tensor,
+    rows: Tensor,
+    bias_rows: Tensor | None,
+    middle: Tensor,
+    columns: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """y plus the update, where y (..., m) is the base layer's output; other arguments as in ``cur_linear``."""
+    return _CurResidual.apply(y, rows, bias_rows, middle, columns, mask)
+
+
+def _gather(y: Tensor, rows: Tensor, bias_rows: Tensor | None, mask: Tensor | None) -> Tensor:
+    """z (tokens, k) from y (tokens, m)."""
+    z = y.index_select(1, rows)
+    if bias_rows is not None:
+        z -= bias_rows
+    if mask is not None:
+        z *= mask
+    return z
+
+
+def _through(z: Tensor, middle: Tensor) -> Tensor:
+    """M z for z (tokens, k), computed in the precision of M: whitening must not happen in half precision."""
+    return (z.to(middle.dtype) @ middle.t()).to(z.dtype)
+
+
+def _gradients(grad: Tensor, z: Tensor, middle: Tensor, columns: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """∂L/∂M = (Cᵀ G) Zᵀ and ∂L/∂z from G = ∂L/∂y (tokens, m)."""
+    inner = (grad @ columns).to(middle.dtype)
+    grad_middle = inner.t() @ z.to(middle.dtype)
+    grad_z = (inner @ middle).to(grad.dtype)
+    return grad_middle, grad_z if mask is None else grad_z * mask
+
+
+class _CurLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, kernel, bias, rows, bias_rows, middle, columns, mask):
+        flat = x.reshape(-1, x.shape[-1])
+        y = flat @ kernel if bias is None else torch.addmm(bias, flat, kernel)
+        mask = None if mask is None else mask.reshape(-1, mask.shape[-1])
+        z = _gather(y, rows, bias_rows, mask)
+        y.addmm_(_through(z, middle), columns.t())
+        ctx.save_for_backward(kernel, rows, middle, columns, z, mask)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        kernel, rows, middle, columns, z, mask = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_middle, grad_z = _gradients(flat, z, middle, columns, mask)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = flat @ kernel.t()
+            # The scatter into ∂L/∂y would copy all of it; R is k gathered rows of W, much less to read.
+            grad_x.addmm_(grad_z, kernel.index_select(1, rows).t())
+            grad_x = grad_x.view(*grad.shape[:-1], -1)
+        return grad_x, None, None, None, None, grad_middle, None, None
+
+
+class _CurResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, rows, bias_rows, middle, columns, mask):
+        flat = y.reshape(-1, y.shape[-1])
+        mask = None if mask is None else mask.reshape(-1, mask.shape[-1])
+        columns = columns.to(y.dtype)
+        z = _gather(flat, rows, bias_rows if bias_rows is None else bias_rows.to(y.dtype), mask)
+        ctx.save_for_backward(rows, middle, columns, z, mask)
+        return torch.addmm(flat, _through(z, middle), columns.t()).view(y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, middle, columns, z, mask = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_middle, grad_z = _gradients(flat, z, middle, columns, mask)
+        grad_y = None
+        if ctx.needs_input_grad[0]:
+            grad_y = flat.index_add(1, rows, grad_z).view(grad.shape)
+        return grad_y, None, None, grad_middle, None, None

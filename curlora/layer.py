@@ -1,0 +1,656 @@
+"""The adapted layer: a frozen base layer, and for each adapter a `CurloraCore` that owns U and the chosen factors.
+
+The core is a module, not a bare parameter, because DeepSpeed ZeRO-3 gathers the parameters of a module when that
+module is *called*: the layer's forward calls the core to get the middle matrix. C and the r×r whitening matrices are
+derived from the base and never saved; R is not stored at all (see `functional`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from . import cur
+from .config import CurloraConfig
+from .functional import cur_linear, cur_residual, without_autocast
+
+EXACT_TOLERANCE = 0.01
+"""Largest relative deviation of the base fingerprint that another float dtype explains."""
+
+QUANTISED_TOLERANCE = 0.20
+"""Largest relative deviation that an 8 or 4 bit base explains."""
+
+
+class BaseMismatchError(ValueError):
+    """The adapter was made for another base model."""
+
+
+@dataclass(frozen=True)
+class CoreSettings:
+    """What the configuration says about one layer."""
+
+    key: str
+    r: int
+    alpha: float
+    blocks: int
+    config: CurloraConfig
+
+
+@contextlib.contextmanager
+def gathered(*parameters: Tensor | None, modifier_rank: int | None = None) -> Iterator[None]:
+    """Whole parameters inside the block where ZeRO-3 has partitioned them (a collective); otherwise nothing.
+
+    ``modifier_rank=None`` means reading only: nothing is broadcast on exit.
+    """
+    partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed  # only where a parameter really is partitioned: the import takes a second
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank):
+        yield
+
+
+class CurloraCore(nn.Module):
+    """One adapter on one layer: the trainable U, the record of where it sits, and what is derived from the base.
+
+    State: ``U`` (r, r) float32, trained; ``frozen`` (blocks−1, r, r), only in a stack; ``record`` int32 with rows (k),
+    columns (k), fingerprint (blocks, 3) as float bits and a checksum, k = blocks·r. One integer tensor, because a
+    header entry costs more bytes than the numbers and because casting a model to bf16 leaves integers alone.
+
+    Derived, not saved: ``rows`` (k), ``columns`` C (m, k), ``bias_rows`` b[I] (k), and in fp32 whatever the dtype of
+    the model ``left``, ``right`` (M = left · U · right) and ``norm_left``, ``norm_right`` (‖ΔW‖_F = ‖norm_left · U ·
+    norm_right‖_F).
+    """
+
+    DERIVED = ("rows", "columns", "bias_rows", "left", "right", "norm_left", "norm_right")
+    EXACT = ("left", "right", "norm_left", "norm_right")
+
+    def __init__(self, settings: CoreSettings, device: torch.device) -> None:
+        super().__init__()
+        self.settings = settings
+        r, blocks = settings.r, settings.blocks
+        self.U = nn.Parameter(torch.zeros(r, r, device=device))
+        if blocks > 1:
+            self.register_buffer("frozen", torch.zeros(blocks - 1, r, r, device=device))
+        self.register_buffer("record", torch.zeros(2 * self.size + 3 * blocks + 1, dtype=torch.int32, device=device))
+        for name in self.DERIVED:
+            self.register_buffer(name, None, persistent=False)
+        self.weight_norm = math.nan
+        self.stale = False
+
+    @property
+    def size(self) -> int:
+        """k: the number of chosen rows and of chosen columns in all blocks."""
+        return self.settings.r * self.settings.blocks
+
+    @property
+    def ready(self) -> bool:
+        """Whether rows and columns are chosen and derived."""
+        return self.rows is not None
+
+    # ------------------------------------------------------------------------------------------- the record
+
+    def write_record(self, rows: Tensor, columns: Tensor, fingerprint: Tensor) -> None:
+        """Store indices (k) int64 and fingerprint (blocks, 3) float32; the checksum is added when saving."""
+        bits = fingerprint.float().contiguous().view(torch.int32).flatten()
+        packed = torch.cat([rows.int(), columns.int(), bits, torch.zeros(1, dtype=torch.int32)])
+        self.record.copy_(packed)
+
+    def read_record(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (k) int64, columns (k) int64 and fingerprint (blocks, 3) float32, on the CPU."""
+        record, k = self.record.cpu(), self.size
+        fingerprint = record[2 * k : -1].contiguous().view(torch.float32).view(-1, 3)
+        return record[:k].long(), record[k : 2 * k].long(), fingerprint
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.stale = self.stale or prefix + "record" in state_dict
+
+    # ---------------------------------------------------------------------------------------------- factors
+
+    def derive(self, rows: cur.Factor, columns: cur.Factor, weight: Tensor, bias: Tensor | None) -> None:
+        """Set everything that is derived from the base weight (m, n) and bias (m) for the chosen factors."""
+        device = weight.device
+        self.rows = rows.indices.to(device)
+        self.columns = weight[:, columns.indices.to(device)].detach().contiguous()
+        self.bias_rows = None if bias is None else bias[self.rows].detach().clone()
+        scales = torch.diag(self._scales(rows, columns, weight.shape[0]))
+        if self.settings.config.whiten:
+            self._set_exact("left", cur.whitening(columns.triangle) @ scales, device)
+            self._set_exact("right", cur.whitening(rows.triangle).t(), device)
+            self._set_exact("norm_left", scales, device)
+            self._set_exact("norm_right", torch.eye(self.size, dtype=scales.dtype), device)
+        else:
+            self._set_exact("left", scales, device)
+            self._set_exact("norm_left", columns.triangle @ scales, device)
+            self._set_exact("norm_right", rows.triangle.t(), device)
+        self.conditions = {"rows": rows.condition, "columns": columns.condition}
+        self.norms = {"rows": rows.norm, "columns": columns.norm}
+        if self.settings.config.max_update_norm is not None:
+            self.weight_norm = float(torch.linalg.vector_norm(weight, dtype=self.left.dtype))
+        self.stale = False
+
+    def derive_on_meta(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Shapes only, for a model on the meta device: nothing is read, the indices mean nothing."""
+        k = self.size
+        self.rows = torch.empty(k, dtype=torch.int64, device="meta")
+        self.columns = torch.empty(weight.shape[0], k, dtype=weight.dtype, device="meta")
+        self.bias_rows = None if bias is None else torch.empty(k, dtype=bias.dtype, device="meta")
+        for name in self.EXACT:
+            setattr(self, name, torch.empty(k, k, device="meta"))
+        self.stale = False
+
+    def _set_exact(self, name: str, matrix: Tensor, device: torch.device) -> None:
+        setattr(self, name, matrix.to(device=device, dtype=torch.float32).contiguous())
+
+    def _scales(self, rows: cur.Factor, columns: cur.Factor, out_features: int) -> Tensor:
+        """s for every chosen index (k) float64; raw factors are rescaled block by block, so that a new block never
+        changes the scale of an old one."""
+        settings, r = self.settings, self.settings.r
+        scales = []
+        for start in range(0, self.size, r):
+            norms = 1.0
+            if not settings.config.whiten:
+                block = slice(start, start + r)
+                norms = float(columns.triangle[:, block].norm() * rows.triangle[:, block].norm()) / r
+            scales.append(cur.scale_factor(settings.config.scale, settings.alpha, out_features, r, norms))
+        return torch.tensor(scales, dtype=torch.float64).repeat_interleave(r)
+
+    def _apply(self, fn, recurse: bool = True):
+        # bf16 factors are orthonormal only to 7e-3: what whitens follows the device, never the dtype, of the model.
+        exact = {name: getattr(self, name) for name in self.EXACT}
+        super()._apply(fn, recurse)
+        for name, tensor in exact.items():
+            if tensor is not None and tensor.device == getattr(self, name).device:
+                setattr(self, name, tensor)
+            elif tensor is not None:
+                setattr(self, name, tensor.to(getattr(self, name).device))
+        return self
+
+    # ---------------------------------------------------------------------------------------------- forward
+
+    def forward(self) -> Tensor:
+        """The middle matrix M (k, k), at least fp32: ΔW = C M R."""
+        if not self.ready:
+            raise RuntimeError(_not_ready(self.settings))
+        with without_autocast(self.record.device.type):
+            stacked = self._bounded(self._stacked())
+            middle = self.left.to(stacked.dtype) @ stacked
+            return middle if self.right is None else middle @ self.right.to(stacked.dtype)
+
+    def _stacked(self) -> Tensor:
+        """All blocks of U on the diagonal of a (k, k) matrix, at least fp32."""
+        current = self.U.to(torch.promote_types(self.U.dtype, torch.float32))
+        if self.settings.blocks == 1:
+            return current
+        return torch.block_diag(*self.frozen.to(current.dtype), current)
+
+    def _bounded(self, stacked: Tensor) -> Tensor:
+        """``stacked`` with its last block shrunk until ‖ΔW‖_F ≤ max_update_norm · ‖W‖_F."""
+        if self.settings.config.max_update_norm is None:
+            return stacked
+        start = self.size - self.settings.r
+        factor = torch.ones(self.size, 1, dtype=stacked.dtype, device=stacked.device)
+        factor[start:] = self.shrinkage(stacked)
+        return stacked * factor
+
+    @torch.no_grad()
+    def shrinkage(self, stacked: Tensor | None = None) -> Tensor:
+        """The largest c in [0, 1], as a 0-dim tensor, for which c · (last block) keeps the bound on ‖ΔW‖_F.
+
+        Root of ‖A + c B‖² = bound², where A is the update of the frozen blocks and B that of the last one.
+        """
+        stacked = self._stacked() if stacked is None else stacked
+        left, right = self.norm_left.to(stacked.dtype), self.norm_right.to(stacked.dtype)
+        start = self.size - self.settings.r
+        old = left[:, :start] @ stacked[:start] @ right
+        new = left[:, start:] @ stacked[start:] @ right
+        # A hair below the bound: rounding of the products must not lift the norm over it.
+        bound = self.settings.config.max_update_norm * self.weight_norm * (1 - 1e-6)
+        a, b, c = new.square().sum(), (old * new).sum(), old.square().sum() - bound**2
+        root = (-b + (b * b - a * c).clamp_min(0).sqrt()) / a.clamp_min(torch.finfo(a.dtype).tiny)
+        inside = a + 2 * b + c <= 0
+        return torch.where(inside, torch.ones_like(root), root.clamp(0, 1))
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Shrink U itself to the bound, so that the optimizer goes on from a point inside it."""
+        if self.settings.config.max_update_norm is not None:
+            self.U.mul_(self.shrinkage().to(self.U.dtype))
+
+    @torch.no_grad()
+    def update_norm(self) -> float:
+        """‖ΔW‖_F."""
+        stacked = self._bounded(self._stacked())
+        update = self.norm_left.to(stacked.dtype) @ stacked @ self.norm_right.to(stacked.dtype)
+        return float(torch.linalg.matrix_norm(update))
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """Dropout for z, (..., k) with entries 0 or 1/(1−p); None where nothing is dropped."""
+        p = self.settings.config.dropout
+        if not (self.training and p > 0):
+            return None
+        return nn.functional.dropout(x.new_ones(*x.shape[:-1], self.size), p)
+
+    def extra_repr(self) -> str:
+        return f"r={self.settings.r}, blocks={self.settings.blocks}, ready={self.ready}"
+
+
+class CurloraLayer(BaseTunerLayer):
+    """What all adapted layers share: the cores by adapter name, and access to the base weight as (m, n)."""
+
+    adapter_layer_names = ("curlora_core",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False, **kwargs) -> None:
+        self.base_layer = base_layer
+        self.curlora_core = nn.ModuleDict()
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(
+            base, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.in_features, self.out_features = _features(base)
+        self.fan_in_fan_out = _stored_transposed(base, fan_in_fan_out)
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._merged_factors: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    # ------------------------------------------------------------------------------------------- base weight
+
+    @contextlib.contextmanager
+    def base_tensors(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Weight as (m, n) and bias of the base layer for reading: gathered, dequantised, turned the right way."""
+        base = self.get_base_layer()
+        bias = getattr(base, "bias", None)
+        with gathered(base.weight, bias), torch.no_grad():
+            weight = self.get_base_weight()
+            yield (weight.t() if self.fan_in_fan_out else weight), bias
+
+    # ---------------------------------------------------------------------------------------------- adapters
+
+    def update_layer(self, adapter_name: str, settings: CoreSettings, inference_mode: bool = False) -> None:
+        """Add an adapter: check that it fits, choose rows and columns, derive the factors."""
+        self._check_fit(settings)
+        if self.merged:
+            raise RuntimeError(
+                f"{settings.key}: cannot add adapter {adapter_name!r} while {self.merged_adapters} is merged into the "
+                "weight, because rows and columns must come from the base itself; call unmerge_adapter() first."
+            )
+        core = CurloraCore(settings, self.get_base_layer().weight.device)
+        self.curlora_core[adapter_name] = core
+        self._initialise(core)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _check_fit(self, settings: CoreSettings) -> None:
+        limit = min(self.out_features, self.in_features)
+        shape = f"({self.out_features}, {self.in_features})"
+        if settings.r > limit:
+            raise ValueError(
+                f"{settings.key}: r={settings.r} is larger than the smaller side of its weight {shape}; use r <= {limit},"
+                " a smaller value for it in rank_pattern, or name it in exclude_modules."
+            )
+        if settings.r * settings.blocks > limit:
+            raise ValueError(
+                f"{settings.key}: {settings.blocks} blocks of r={settings.r} do not fit its weight {shape}, which holds "
+                f"{limit // settings.r}; use a smaller r (rank_pattern), or name it in exclude_modules."
+            )
+
+    def _initialise(self, core: CurloraCore) -> None:
+        base = self.get_base_layer()
+        if core.U.is_meta:
+            if base.weight.is_meta and not hasattr(base.weight, "ds_id"):
+                core.derive_on_meta(_meta_like(self), getattr(base, "bias", None))
+            return  # otherwise peft's low_cpu_mem_usage: the loaded file brings the indices
+        if core.settings.config.load_only:
+            return
+        self.choose(core)
+
+    def choose(self, core: CurloraCore, activations: tuple[Tensor, Tensor] | None = None) -> None:
+        """Select rows and columns of the last block by the configured rule and derive the factors.
+
+        ``activations``: mean squares of the layer's outputs (m) and inputs (n), for the rule that ranks by them.
+        """
+        settings, config = core.settings, core.settings.config
+        old_rows, old_columns = self._earlier_indices(core)
+        of_rows, of_columns = activations or (None, None)
+        with self.base_tensors() as (weight, bias):
+            weight = _floating(weight)
+            try:
+                rows = cur.select(
+                    weight.t(),
+                    settings.r,
+                    config.selection,
+                    seed=config.seed,
+                    key=f"{settings.key}|rows",
+                    previous=old_rows,
+                    activation=of_rows,
+                )
+                columns = cur.select(
+                    weight,
+                    settings.r,
+                    config.selection,
+                    seed=config.seed,
+                    key=f"{settings.key}|columns",
+                    previous=old_columns,
+                    activation=of_columns,
+                )
+            except cur.SelectionError as error:
+                raise cur.SelectionError(
+                    f"{settings.key}: selection={config.selection!r} with r={settings.r} failed: {error}. "
+                    "Use a smaller r, another selection, or name the layer in exclude_modules."
+                ) from error
+            core.write_record(rows.indices, columns.indices, fingerprint(weight, rows, columns, settings.r))
+            core.derive(rows, columns, weight, bias)
+
+    def _earlier_indices(self, core: CurloraCore) -> tuple[Tensor | None, Tensor | None]:
+        """Rows and columns of the frozen blocks, which the last block must avoid."""
+        earlier = core.size - core.settings.r
+        if earlier == 0:
+            return None, None
+        rows, columns, _ = core.read_record()
+        return rows[:earlier], columns[:earlier]
+
+    def rebuild(self, core: CurloraCore) -> None:
+        """Derive the factors from the indices in the record and check that the base is the adapter's own.
+
+        Raises ValueError for impossible indices and BaseMismatchError for another base.
+        """
+        settings = core.settings
+        if self.merged:
+            raise RuntimeError(f"{settings.key}: unmerge the adapters before loading one.")
+        row_indices, column_indices, expected = core.read_record()
+        _check_indices(settings.key, "row", row_indices, self.out_features)
+        _check_indices(settings.key, "column", column_indices, self.in_features)
+        with self.base_tensors() as (weight, bias):
+            weight = _floating(weight)
+            if weight.is_meta:
+                core.derive_on_meta(weight, bias)
+                return
+            device = weight.device
+            rows = cur.Factor(row_indices, cur.triangle_of(weight[row_indices.to(device)].t()))
+            columns = cur.Factor(column_indices, cur.triangle_of(weight[:, column_indices.to(device)]))
+            found = fingerprint(weight, rows, columns, settings.r)
+            block_norms = _block_norms(weight, rows, columns, settings.r)
+            self._check_fingerprint(settings.key, expected, found, block_norms)
+            core.derive(rows, columns, weight, bias)
+
+    def _check_fingerprint(self, key: str, expected: Tensor, found: Tensor, block_norms: Tensor) -> None:
+        deviation = _deviation(expected, found, block_norms)
+        quantised = self.quantization_backend is not None
+        if deviation <= EXACT_TOLERANCE:
+            return
+        if quantised and deviation <= QUANTISED_TOLERANCE:
+            warnings.warn(
+                f"{key}: the quantised base differs by {deviation:.1%} from the one the adapter was trained on.",
+                stacklevel=2,
+            )
+            return
+        limit = QUANTISED_TOLERANCE if quantised else EXACT_TOLERANCE
+        raise BaseMismatchError(
+            f"{key}: the adapter was made for another base model: its fingerprint (‖C‖, ‖R‖, ΣW[I, J]) is "
+            f"{expected.tolist()}, this base gives {found.tolist()} (deviation {deviation:.1%}, allowed {limit:.0%}). "
+            "Load the base that base_model_name_or_path in adapter_config.json names, in any dtype."
+        )
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # peft's own version also casts to the dtype of the base, which would round a trained U to bf16.
+        core = self.curlora_core[adapter_name] if adapter_name in self.curlora_core else None
+        target = device if device is not None else self.get_base_layer().weight.device
+        if core is not None and not core.U.is_meta and target != torch.device("meta"):
+            core.to(target)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+class Linear(nn.Module, CurloraLayer):
+    """A dense layer (Linear, transformers' Conv1D, quantised) with CURLoRA adapters."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, settings: CoreSettings, **kwargs) -> None:
+        super().__init__()
+        CurloraLayer.__init__(self, base_layer, settings.config.fan_in_fan_out, **kwargs)
+        self._active_adapter = adapter_name
+        self.register_load_state_dict_post_hook(_rebuild_loaded)
+        self.update_layer(adapter_name, settings, inference_mode=settings.config.inference_mode)
+
+    # ----------------------------------------------------------------------------------------------- forward
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        cores = [self.curlora_core[name] for name in self.active_adapters if name in self.curlora_core]
+        if self.merged or not cores:
+            return self.base_layer(x, *args, **kwargs)
+        # Called before the base layer, and through __call__, so that ZeRO-3's hooks gather each U.
+        middles = [core() for core in cores]
+        rows, bias_rows, middle, columns = _joined(cores, middles)
+        mask = _joined_mask(cores, x)
+        base = self.base_layer
+        if not args and not kwargs and _plain(base, x):
+            kernel = base.weight if self.fan_in_fan_out else base.weight.t()
+            return cur_linear(x, kernel, base.bias, rows, bias_rows, middle, columns, mask)
+        return cur_residual(base(x, *args, **kwargs), rows, bias_rows, middle, columns, mask)
+
+    # ------------------------------------------------------------------------------------------------- merge
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW in the shape in which the base stores its weight, at least fp32."""
+        delta = _product(self._factors(adapter))
+        return delta.t() if self.fan_in_fan_out else delta
+
+    @torch.no_grad()
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
+        """C (m, k), M (k, k), R (k, n), at least fp32, of an adapter whose base may have others merged into it."""
+        if adapter in self._merged_factors:
+            return self._merged_factors[adapter]
+        core = self.curlora_core[adapter]
+        with gathered(core.U):
+            middle = core()
+        with self.base_tensors() as (weight, _):
+            rows = _floating(weight)[core.rows].to(middle.dtype)
+        for columns, other, right in self._merged_factors.values():
+            rows = rows - columns[core.rows] @ other @ right
+        return core.columns.to(middle.dtype), middle, rows
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of the adapters (default: the active ones) to the base weight.
+
+        ``safe_merge`` checks that the result is finite before anything is changed (ValueError).
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.curlora_core:
+                continue
+            factors = self._factors(name)
+            self._add_to_base(factors, sign=1, check=name if safe_merge else None)
+            self._merged_factors[name] = factors
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract the merged updates again; exact up to the rounding of the base's dtype."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            self._add_to_base(self._merged_factors.pop(name), sign=-1)
+
+    @torch.no_grad()
+    def _add_to_base(self, factors: tuple[Tensor, Tensor, Tensor], sign: int, check: str | None = None) -> None:
+        base = self.get_base_layer()
+        with gathered(base.weight, modifier_rank=0):
+            weight = self.get_base_weight()
+            delta = _product(factors)
+            delta = delta.t() if self.fan_in_fan_out else delta
+            # Added in fp32 and rounded once: a bf16 sum of a bf16 update would round twice.
+            result = weight.to(delta.dtype).add(delta, alpha=sign).to(weight.dtype)
+            if check is not None and not torch.isfinite(result).all():
+                raise ValueError(f"Merging adapter {check!r} gives weights that are not finite; nothing was changed.")
+            if self.quantization_backend is None:
+                weight.copy_(result)
+            else:
+                self.set_base_weight(result)
+
+    def __repr__(self) -> str:
+        return "curlora." + super().__repr__()
+
+
+# ------------------------------------------------------------------------------------------------------- helpers
+
+
+def fingerprint(weight: Tensor, rows: cur.Factor, columns: cur.Factor, r: int) -> Tensor:
+    """‖C_i‖_F, ‖R_i‖_F and Σ W[I_i, J_i] of each block i, (blocks, 3) float32 on the CPU."""
+    result = []
+    for start in range(0, len(rows.indices), r):
+        block = slice(start, start + r)
+        crossing = _crossing(weight, rows.indices[block], columns.indices[block])
+        result.append(
+            [
+                float(columns.triangle[:, block].norm()),
+                float(rows.triangle[:, block].norm()),
+                float(crossing.sum()),
+            ]
+        )
+    return torch.tensor(result, dtype=torch.float32)
+
+
+def _crossing(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """W[I, J] (r, r) float64 on the CPU."""
+    return weight[rows.to(weight.device)][:, columns.to(weight.device)].detach().cpu().double()
+
+
+def _block_norms(weight: Tensor, rows: cur.Factor, columns: cur.Factor, r: int) -> Tensor:
+    """‖W[I_i, J_i]‖_F of each block, (blocks,)."""
+    starts = range(0, len(rows.indices), r)
+    blocks = [_crossing(weight, rows.indices[s : s + r], columns.indices[s : s + r]) for s in starts]
+    return torch.tensor([float(block.norm()) for block in blocks])
+
+
+def _deviation(expected: Tensor, found: Tensor, block_norms: Tensor) -> float:
+    """Largest relative deviation between two fingerprints (blocks, 3).
+
+    A sum of r² numbers of both signs may be near zero, so its deviation is measured against twice ‖W[I, J]‖_F: that is
+    what rounding moves little (bf16: 0.1 %, 4 bit: 5 %) and other weights move by about 70 %.
+    """
+    scale = torch.stack([found[:, 0], found[:, 1], torch.maximum(2 * block_norms, found[:, 2].abs())], dim=1)
+    deviation = (expected - found).abs() / scale.clamp_min(torch.finfo(torch.float32).tiny)
+    return float(deviation.nan_to_num(math.inf).max())
+
+
+def checksum(*tensors: Tensor | None) -> int:
+    """A non-zero signed 32 bit CRC of the values of the tensors, the same for a bf16 tensor and its fp32 copy."""
+    crc = 0
+    for tensor in tensors:
+        if tensor is not None:
+            crc = zlib.crc32(tensor.detach().cpu().float().contiguous().numpy().tobytes(), crc)
+    return (crc or 1) - (1 << 32) * (crc >= 1 << 31)
+
+
+def _check_indices(key: str, kind: str, indices: Tensor, limit: int) -> None:
+    inside = bool(((indices >= 0) & (indices < limit)).all())
+    if not inside or len(indices.unique()) != len(indices):
+        raise ValueError(
+            f"{key}: the {kind} indices of the adapter are not {len(indices)} different numbers below {limit}; the file "
+            "is damaged or was made for another base model."
+        )
+
+
+def _not_ready(settings: CoreSettings) -> str:
+    if settings.config.selection == "activation" and not settings.config.load_only:
+        return (
+            f"{settings.key}: selection='activation' needs a calibration batch before the first forward; call "
+            "model.calibrate([batch, ...])."
+        )
+    return (
+        f"{settings.key}: the configuration was read from a saved adapter, but no weights were loaded for this layer; "
+        "use PeftModel.from_pretrained(base, directory), or build a new CurloraConfig for a new adapter."
+    )
+
+
+def _rebuild_loaded(layer: Linear, incompatible_keys) -> None:
+    """After `load_state_dict`: derive the factors of every core whose indices came from the file."""
+    for core in layer.curlora_core.values():
+        if core.stale:
+            layer.rebuild(core)
+
+
+def _features(base: nn.Module) -> tuple[int, int]:
+    if isinstance(base, Conv1D):
+        return base.nx, base.nf
+    return base.in_features, base.out_features
+
+
+def _stored_transposed(base: nn.Module, fan_in_fan_out: bool) -> bool:
+    """Whether the weight is stored as (n, m): the type decides where it is known, also for square layers."""
+    if isinstance(base, Conv1D):
+        return True
+    if isinstance(base, nn.Linear):
+        if fan_in_fan_out:
+            warnings.warn("fan_in_fan_out=True is ignored for torch.nn.Linear, which stores (out, in).", stacklevel=2)
+        return False
+    return fan_in_fan_out
+
+
+def _floating(weight: Tensor) -> Tensor:
+    return weight if weight.dtype in _DIRECT else weight.float()
+
+
+_DIRECT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _meta_like(layer: CurloraLayer) -> Tensor:
+    dtype = layer.get_base_layer().weight.dtype
+    return torch.empty(layer.out_features, layer.in_features, dtype=dtype, device="meta")
+
+
+def _product(factors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    columns, middle, rows = factors
+    return columns @ (middle @ rows)
+
+
+def _joined(cores: list[CurloraCore], middles: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Rows, b[I], M and C of all active adapters side by side: one gather serves them all, before any update."""
+    if len(cores) == 1:
+        core = cores[0]
+        return core.rows, core.bias_rows, middles[0], core.columns
+    rows = torch.cat([core.rows for core in cores])
+    bias_rows = None if cores[0].bias_rows is None else torch.cat([core.bias_rows for core in cores])
+    return rows, bias_rows, torch.block_diag(*middles), torch.cat([core.columns for core in cores], dim=1)
+
+
+def _joined_mask(cores: list[CurloraCore], x: Tensor) -> Tensor | None:
+    masks = [core.mask(x) for core in cores]
+    if all(mask is None for mask in masks):
+        return None
+    ones = (x.new_ones(*x.shape[:-1], core.size) for core in cores)
+    return torch.cat([one if mask is None else mask for mask, one in zip(masks, ones, strict=True)], dim=-1)
+
+
+def _plain(base: nn.Module, x: Tensor) -> bool:
+    """Whether base and update may run as one function: a frozen, whole, unhooked dense layer in the dtype of x."""
+    weight = getattr(base, "weight", None)
+    return (
+        type(base) in (nn.Linear, Conv1D)
+        and type(weight) is nn.Parameter
+        and weight.dtype == x.dtype
+        and not weight.requires_grad
+        and not (base.bias is not None and base.bias.requires_grad)
+        and not hasattr(weight, "ds_id")
+        and not torch.is_autocast_enabled(x.device.type)
+        and not base._forward_hooks
+        and not base._forward_pre_hooks
+        and "forward" not in base.__dict__
+    )
