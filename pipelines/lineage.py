@@ -1,0 +1,589 @@
+"""Project a run directory into MLflow: one idempotent function, used live by the driver and by `curlora sync`.
+
+Experiment = sequence, parent run = chain, child run = step. Everything is found by tag, else made, and is sent with
+its original timestamps, so sending again doubles nothing. Only `MlflowClient` is used: fluent state is bound to a
+thread and a process. MLflow is a projection: when it is away a run loses nothing, `project` raises one `LineageError`.
+
+Conventions a dashboard can rely on, the same for every sequence:
+
+    tags (`curlora.` + …)   kind (chain | step), run, run_uri, base_model, adapter, strategy on every run;
+                            tasks, last_step on the parent;
+                            step_fingerprint, parent_fingerprint, task, position on a child
+    metrics of the parent   score/<task>, nll/<name>, perplexity/<name>; step = position in the sequence, 0 = untouched
+                            base; average_accuracy, forgetting, …; step = number of steps
+    metrics of a child      train/loss, train/learning_rate; step = optimizer step; its own row of scores and its cost
+    inputs                  <task>/train and <name>/test with the digest of the run directory
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import posixpath
+import re
+import socket
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipelines.runs import RunDirectory, fingerprint
+
+PREFIX = "curlora."
+METRICS_A_BATCH = 1000
+PARAMS_A_BATCH = 100
+PARAM_LENGTH = 500  # what every MLflow server accepts; the whole text is in config.yaml
+DIGEST_LENGTH = 36
+PROBE_SECONDS = 4.0
+AGGREGATES = (
+    "average_accuracy",
+    "learning_accuracy",
+    "backward_transfer",
+    "forward_transfer",
+    "forgetting",
+    "perplexity_ratio",
+    "nll_average",
+    "nll_learning",
+    "nll_backward_transfer",
+)
+# The client's own defaults retry for four minutes; a training run must not wait for its record.
+CLIENT_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+class LineageError(RuntimeError):
+    """MLflow could not be reached or refused what was sent. The run directory still holds everything."""
+
+
+# -- the store
+
+
+def initialize(uri: str) -> None:
+    """Create the store's tables where they are missing. Once, before anything else writes: it takes seconds.
+
+    Raises:
+        LineageError: the store cannot be reached or created.
+    """
+    with _errors(uri, "curlora sync RUN"), _quiet():
+        _client(uri).search_experiments(max_results=1)
+
+
+def ui_command(uri: str, port: int = 5000) -> list[str]:
+    """Command line of MLflow's own server, on loopback, over a database store.
+
+    Raises:
+        LineageError: `uri` is already a server; it has its own page.
+    """
+    if urlsplit(uri).scheme in ("http", "https", "databricks"):
+        raise LineageError(f"tracking.uri {_shown(uri)} is a server already; open that address in a browser")
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    if artifacts := _artifact_root(uri):
+        command += ["--default-artifact-root", artifacts]
+    # One worker: the default of four costs 1.5 GB and serves nobody else on loopback.
+    return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+
+
+def _client(uri: str):
+    """An `MlflowClient`, after a quick look whether anybody is there at all."""
+    for name, value in CLIENT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    _probe(uri)
+    # Imported here: mlflow takes 2-3 s, and most commands never need it.
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _probe(uri: str) -> None:
+    """Fail within seconds where MLflow would retry for minutes: dead host, unwritable folder.
+
+    Raises:
+        OSError: nobody answers, or the folder of a sqlite file cannot be written.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https"):
+        import requests  # comes with mlflow; any answer will do, so no status is checked
+
+        requests.get(uri, timeout=PROBE_SECONDS, allow_redirects=False)
+    elif database := _sqlite_file(uri):
+        database.parent.mkdir(parents=True, exist_ok=True)
+        target = database if database.exists() else database.parent
+        if not os.access(target, os.W_OK):
+            raise PermissionError(f"{target} is not writable")
+    elif parts.hostname and parts.port:
+        socket.create_connection((parts.hostname, parts.port), timeout=PROBE_SECONDS).close()
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    prefix = "sqlite:///"
+    return Path(uri[len(prefix) :]).absolute() if uri.startswith(prefix) else None
+
+
+def _artifact_root(uri: str) -> str | None:
+    """Artifacts of a sqlite store lie beside it; MLflow's own default is whatever directory one happens to be in."""
+    database = _sqlite_file(uri)
+    return (database.parent / "mlruns").as_uri() if database else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the forty lines that a first migration logs."""
+    loggers = [logging.getLogger(name) for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _errors(uri: str, remedy: str) -> Iterator[None]:
+    """Whatever the client, its database driver or the network raises, as one clear line."""
+    import requests
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, requests.RequestException, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise LineageError(
+            f"MLflow at {_shown(uri)} did not take the record ({reason}); the run directory has everything, "
+            f"send it later with: {remedy}"
+        ) from error
+
+
+def _shown(uri: str) -> str:
+    """The URI without its password."""
+    return re.sub(r"//[^/@]*@", "//***@", uri)
+
+
+# -- the projection
+
+
+def project(run: RunDirectory, uri: str, experiment: str, chain: Sequence[str] | None = None) -> dict[str, str]:
+    """Bring MLflow up to what the run directory says. Call it as often as you like, also while the run goes on.
+
+    Args:
+        run: the run directory.
+        uri: MLflow tracking URI.
+        experiment: name of the experiment, made if missing.
+        chain: step fingerprints of the current plan, in order; default: those of `results.json`, else the chain
+            that ends in the step finished last. Older steps of a changed configuration are not part of it.
+
+    Returns:
+        step fingerprint → MLflow run id, and `"parent"` → id of the parent run.
+
+    Raises:
+        LineageError: MLflow is away or refuses.
+    """
+    with _errors(uri, f"curlora sync {run.uri}"), _quiet():
+        client = _client(uri)
+        steps = current_steps(run, chain)
+        experiment_id = _experiment(client, uri, experiment)
+        parent = _parent(client, run, experiment_id, steps)
+        children = _children(client, experiment_id, parent.info.run_id)
+        ids = {"parent": parent.info.run_id}
+        for directory, metrics in steps:
+            if metrics["position"] == 0:
+                _send_base(client, run, parent, directory, metrics)
+                continue
+            child = children.get(metrics["fingerprint"]) or _new_child(client, run, experiment_id, parent, metrics)
+            _send_step(client, run, parent, child, directory, metrics)
+            ids[metrics["fingerprint"]] = child.info.run_id
+        _send_parent(client, run, parent, steps)
+        return ids
+
+
+def current_steps(run: RunDirectory, chain: Sequence[str] | None = None) -> list[tuple[str, dict]]:
+    """(directory, metrics.json) of the base and of every finished step of one chain, by position."""
+    found = {}
+    for directory in run.finished_steps().values():
+        metrics = run.metrics(directory)
+        found[metrics["fingerprint"]] = (directory, metrics)
+    results = run.results()
+    if chain is None and results is not None:
+        chain = [step["fingerprint"] for step in results["steps"]]
+    if chain:
+        members = [found[name] for name in chain if name in found]
+    else:
+        members = sorted(found.values(), key=lambda item: item[1]["finished"])[-1:]
+    if members:
+        members = _ancestors(found, members[0][1]) + members
+    return sorted(members, key=lambda item: item[1]["position"])
+
+
+def _ancestors(found: Mapping[str, tuple[str, dict]], metrics: dict) -> list[tuple[str, dict]]:
+    ancestors = []
+    while metrics["parent"] in found:
+        ancestors.append(found[metrics["parent"]])
+        metrics = ancestors[-1][1]
+    return ancestors
+
+
+def _experiment(client, uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        root = _artifact_root(uri)
+        folder = re.sub(r"[^A-Za-z0-9._-]", "_", name)
+        return client.create_experiment(name, artifact_location=f"{root}/{folder}" if root else None)
+    if experiment.lifecycle_stage == "deleted":
+        raise MlflowException(
+            f"experiment '{name}' is deleted; restore it with `mlflow experiments restore -x "
+            f"{experiment.experiment_id}` or set another tracking.experiment"
+        )
+    return experiment.experiment_id
+
+
+def _search(client, experiment_id: str, tags: Mapping[str, str]) -> list:
+    """Every run of an experiment with these tags, whatever the number of pages."""
+    escaped = {key: value.replace("\\", "\\\\").replace("'", "\\'") for key, value in tags.items()}
+    where = " and ".join(f"tags.`{key}` = '{value}'" for key, value in escaped.items())
+    runs, token = [], None
+    while True:
+        page = client.search_runs([experiment_id], where, max_results=1000, page_token=token)
+        runs.extend(page)
+        token = page.token
+        if not token:
+            return runs
+
+
+# -- parent run = chain
+
+
+def _parent(client, run: RunDirectory, experiment_id: str, steps: list[tuple[str, dict]]):
+    """The parent run of this chain.
+
+    A fingerprint contains that of its parent step, so the recorded last step belongs to this chain if and only if
+    everything before it does: a sequence that grew continues its parent run; one whose past was changed gets a new
+    run, and the old one stays as the record of what was.
+    """
+    tags = {PREFIX + "run": run.name, PREFIX + "run_uri": _identity(run)}
+    depth = {metrics["fingerprint"]: metrics["position"] for _, metrics in steps}
+    candidates = []
+    for found in _search(client, experiment_id, {**tags, PREFIX + "kind": "chain"}):
+        last = found.data.tags.get(PREFIX + "last_step")
+        if last is None or last in depth:
+            candidates.append((depth.get(last, -1), found.info.start_time, found))
+    if candidates:
+        return max(candidates, key=lambda item: item[:2])[2]
+    tags |= {PREFIX + "kind": "chain", "mlflow.source.name": "curlora", "mlflow.source.type": "JOB"}
+    return client.create_run(experiment_id, _milliseconds(_started(run, steps)), {**tags, **_common(run)}, run.name)
+
+
+def _identity(run: RunDirectory) -> str:
+    """One spelling of where a run lies, whatever directory the command was called in."""
+    return os.path.abspath(run.root) if run.is_local else run.uri
+
+
+def _common(run: RunDirectory) -> dict[str, str]:
+    """Tags that every run of the chain carries."""
+    config = run.config()
+    return {
+        PREFIX + "base_model": config.base_model.path,
+        PREFIX + "adapter": config.adapter.type,
+        PREFIX + "strategy": config.strategy.name,
+    }
+
+
+def _started(run: RunDirectory, steps: list[tuple[str, dict]]) -> float:
+    for _, event in run.events():
+        if event["kind"] == "started":
+            return event["time"]
+    return min((metrics["started"] for _, metrics in steps), default=0.0)
+
+
+def _ended(run: RunDirectory, steps: list[tuple[str, dict]]) -> float:
+    """When the chain came to its end: the last such event, which is among the last files."""
+    for name in reversed(run.list("events")):
+        event = run.read_json(f"events/{name}")
+        if event and event["kind"] in ("finished", "failed"):
+            return event["time"]
+    return _latest(steps)
+
+
+def _latest(steps: list[tuple[str, dict]]) -> float:
+    """The newest moment of any measurement."""
+    moments = [metrics["finished"] for _, metrics in steps]
+    moments += [cell["time"] for _, metrics in steps for cell in metrics["cells"]]
+    return max(moments, default=0.0)
+
+
+def _send_parent(client, run: RunDirectory, parent, steps: list[tuple[str, dict]]) -> None:
+    """Parameters, aggregates, pages and status of the chain."""
+    run_id, results = parent.info.run_id, run.results()
+    config = run.config()
+    wanted = flatten(config.model_dump(exclude={"name", "storage", "tracking"}))
+    _send_params(client, parent, wanted)
+    if results and results["status"] == "finished" and steps:
+        moment = _latest(steps)
+        aggregates = [(name, results.get(name), moment, steps[-1][1]["position"]) for name in AGGREGATES]
+        _send_metrics(client, run_id, aggregates)
+    files = ["config.yaml", "results.json", "report.html", *(f"figures/{name}" for name in run.list("figures"))]
+    for name in files:
+        if run.exists(name):
+            _upload(client, run, run_id, name, name, known={})
+    tags = {PREFIX + "tasks": ",".join(task.name for task in config.tasks)[:5000]}
+    if steps:
+        tags[PREFIX + "last_step"] = steps[-1][1]["fingerprint"]
+    if results and results.get("gate"):
+        tags[PREFIX + "gate"] = json.dumps(results["gate"])[:5000]
+    _set_tags(client, parent, tags)
+    status = {"finished": "FINISHED", "failed": "FAILED"}.get(results["status"] if results else "", "RUNNING")
+    if status != "RUNNING":
+        client.set_terminated(run_id, status, _milliseconds(_ended(run, steps)))
+    elif parent.info.status != "RUNNING":
+        client.update_run(run_id, status)
+
+
+# -- child run = step
+
+
+def _children(client, experiment_id: str, parent_id: str) -> dict[str, Any]:
+    found = _search(client, experiment_id, {"mlflow.parentRunId": parent_id})
+    return {child.data.tags[PREFIX + "step_fingerprint"]: child for child in found}
+
+
+def _new_child(client, run: RunDirectory, experiment_id: str, parent, metrics: dict):
+    label = _label(metrics)
+    tags = {
+        "mlflow.parentRunId": parent.info.run_id,
+        "mlflow.source.name": "curlora",
+        "mlflow.source.type": "JOB",
+        PREFIX + "kind": "step",
+        PREFIX + "run": run.name,
+        PREFIX + "run_uri": _identity(run),
+        PREFIX + "step_fingerprint": metrics["fingerprint"],
+        PREFIX + "parent_fingerprint": metrics["parent"] or "",
+        PREFIX + "task": label,
+        PREFIX + "position": str(metrics["position"]),
+        **_common(run),
+    }
+    if commit := metrics["environment"].get("git_commit"):
+        tags["mlflow.source.git.commit"] = commit
+    return client.create_run(experiment_id, _milliseconds(metrics["started"]), tags, f"{metrics['position']}-{label}")
+
+
+def _label(metrics: dict) -> str:
+    return metrics["tasks"][0] if len(metrics["tasks"]) == 1 else "joint"
+
+
+def _send_base(client, run: RunDirectory, parent, directory: str, metrics: dict) -> None:
+    """Row 0 trained nothing, so it is no child: its scores start the parent's curves."""
+    run_id, sent = parent.info.run_id, fingerprint(metrics)
+    if parent.data.tags.get(PREFIX + "sent_base") == sent:
+        return
+    _send_metrics(client, run_id, _row(metrics))
+    _send_inputs(client, run, run_id, metrics)
+    _upload_folder(client, run, run_id, directory, "base")
+    client.set_tag(run_id, PREFIX + "sent_base", sent)
+
+
+def _send_step(client, run: RunDirectory, parent, child, directory: str, metrics: dict) -> None:
+    """Everything of one step. The tag `sent` comes last, so that a long chain is not sent again at every step."""
+    run_id, sent = child.info.run_id, fingerprint(metrics)
+    if child.data.tags.get(PREFIX + "sent") == sent:
+        return
+    settings = {
+        **metrics.get("setting", {}),
+        "data": metrics["data"],
+        "environment": metrics["environment"],
+        "tasks": metrics["tasks"],
+        "position": metrics["position"],
+    }
+    _send_params(client, child, flatten(settings))
+    _send_inputs(client, run, run_id, metrics)
+    _send_inputs(client, run, parent.info.run_id, metrics)
+    row = _row(metrics)
+    _send_metrics(client, run_id, [*row, *_cost(metrics), *_curve(metrics)])
+    _send_metrics(client, parent.info.run_id, row)
+    _upload_folder(client, run, run_id, directory, "")
+    client.set_terminated(run_id, "FINISHED", _milliseconds(metrics["finished"]))
+    client.set_tag(run_id, PREFIX + "sent", sent)
+
+
+# -- metrics: (key, value, unix seconds, step)
+
+Point = tuple[str, float | None, float, int]
+
+
+def _row(metrics: dict) -> list[Point]:
+    """One row of the score matrix; its step is the position in the sequence."""
+    points: list[Point] = []
+    for cell in metrics["cells"]:
+        name, moment, position = cell["name"], cell["time"], metrics["position"]
+        if cell["role"] == "task":
+            points.append((f"score/{name}", cell["value"], moment, position))
+        points.append((f"nll/{name}", cell["nll"], moment, position))
+        points.append((f"perplexity/{name}", cell["perplexity"], moment, position))
+    return points
+
+
+def _cost(metrics: dict) -> list[Point]:
+    values = {
+        "trainable_parameters": metrics.get("trainable_parameters"),
+        "head_parameters": metrics.get("head_parameters"),
+        "adapter_bytes": metrics.get("adapter_bytes"),
+        "peak_memory_bytes": metrics.get("peak_memory_bytes"),
+        "tokens_per_second": metrics.get("training", {}).get("tokens_per_second"),
+        "train/final_loss": metrics.get("training", {}).get("final_loss"),
+        **{f"seconds/{name}": value for name, value in metrics["seconds"].items()},
+    }
+    return [(name, value, metrics["finished"], metrics["position"]) for name, value in values.items()]
+
+
+def _curve(metrics: dict) -> list[Point]:
+    points: list[Point] = []
+    for step, loss, learning_rate, moment in metrics.get("training", {}).get("curve", []):
+        points.append(("train/loss", loss, moment, step))
+        points.append(("train/learning_rate", learning_rate, moment, step))
+    return points
+
+
+def finite(value: float | None) -> float | None:
+    """What MLflow can store: infinity becomes the largest float, as its server would make it; NaN and None nothing."""
+    if value is None or math.isnan(value):
+        return None
+    return max(-sys.float_info.max, min(sys.float_info.max, float(value)))
+
+
+def _send_metrics(client, run_id: str, points: Iterable[Point]) -> None:
+    from mlflow.entities import Metric
+
+    metrics = [
+        Metric(key, number, _milliseconds(moment), step)
+        for key, value, moment, step in points
+        if (number := finite(value)) is not None
+    ]
+    for batch in _batches(metrics, METRICS_A_BATCH):
+        client.log_batch(run_id, metrics=batch)
+
+
+# -- parameters, tags, datasets, artifacts
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Nested mappings and lists as `a.b.0` → text; what is null or empty is left out."""
+    if isinstance(value, Mapping):
+        items: Iterable = value.items()
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value):
+        items = enumerate(value)
+    elif value is None or value == [] or value == ():
+        return {}
+    else:
+        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        key = re.sub(r"[^A-Za-z0-9_./: -]", "_", prefix)[:250]
+        return {key: text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"}
+    flat = {}
+    for key, item in items:
+        flat.update(flatten(item, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def _send_params(client, run, wanted: Mapping[str, str]) -> None:
+    """New parameters are logged. MLflow never changes one, so a later value goes to a tag `changed.<name>`."""
+    from mlflow.entities import Param
+
+    stored = run.data.params
+    missing = [Param(key, value) for key, value in wanted.items() if key not in stored]
+    for batch in _batches(missing, PARAMS_A_BATCH):
+        client.log_batch(run.info.run_id, params=batch)
+    changed = {key: value for key, value in wanted.items() if stored.get(key, value) != value}
+    _set_tags(client, run, {f"{PREFIX}changed.{key}"[:250]: value for key, value in changed.items()})
+
+
+def _set_tags(client, run, wanted: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    tags = [RunTag(key, value) for key, value in wanted.items() if run.data.tags.get(key) != value]
+    for batch in _batches(tags, PARAMS_A_BATCH):
+        client.log_batch(run.info.run_id, tags=batch)
+
+
+def _send_inputs(client, run: RunDirectory, run_id: str, metrics: dict) -> None:
+    """Datasets by our own digest: MLflow's hashes the first 10,000 rows only."""
+    config = run.config()
+    sources = {source.name: source.data for source in [*config.tasks, *config.retention]}
+    inputs = []
+    for name, splits in metrics["data"].items():
+        for split, data in splits.items():
+            context = "training" if split == "train" else split
+            inputs.append(_dataset(f"{name}/{split}", data["digest"], data["rows"], sources.get(name), context))
+    for cell in metrics["cells"]:
+        context = "evaluation" if cell["role"] == "task" else "retention"
+        inputs.append(
+            _dataset(f"{cell['name']}/test", cell["digest"], cell["count"], sources.get(cell["name"]), context)
+        )
+    for batch in _batches(inputs, PARAMS_A_BATCH):
+        client.log_inputs(run_id, datasets=batch)
+
+
+def _dataset(name: str, digest: str, rows: int, source: str | None, context: str):
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        name=name,
+        digest=digest[:DIGEST_LENGTH],
+        source_type="local" if source and source.startswith("/") else "external",
+        source=json.dumps({"uri": source or name}),
+        profile=json.dumps({"num_rows": rows}),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def _upload_folder(client, run: RunDirectory, run_id: str, directory: str, target: str) -> None:
+    """Files of a step that MLflow lacks or has in another size; what is there already is not sent again."""
+    known = _known_artifacts(client, run_id, target)
+    for entry in sorted(run.fs.find(run.path(directory))):
+        relative = posixpath.relpath(entry, run.path(directory))
+        if relative.endswith(".tmp") or relative.startswith("strategy/"):
+            continue
+        # metrics.json may get later cells, in a text of the same length
+        seen = {} if relative == "metrics.json" else known
+        _upload(client, run, run_id, f"{directory}/{relative}", posixpath.join(target, relative), seen)
+
+
+def _known_artifacts(client, run_id: str, path: str) -> dict[str, int]:
+    known, folders = {}, [path]
+    while folders:
+        for info in client.list_artifacts(run_id, folders.pop() or None):
+            if info.is_dir:
+                folders.append(info.path)
+            else:
+                known[info.path] = info.file_size
+    return known
+
+
+def _upload(client, run: RunDirectory, run_id: str, source: str, target: str, known: Mapping[str, int]) -> None:
+    if target in known and known[target] == run.fs.size(run.path(source)):
+        return
+    folder = posixpath.dirname(target) or None
+    if run.is_local:
+        client.log_artifact(run_id, run.path(source), folder)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(scratch) / posixpath.basename(target)
+        local.write_bytes(run.read_bytes(source))
+        client.log_artifact(run_id, str(local), folder)
+
+
+def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)

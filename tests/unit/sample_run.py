@@ -1,0 +1,239 @@
+"""A realistic run directory, written through `RunDirectory` exactly as a driver and its workers write one.
+
+The numbers come from a small deterministic model of learning and forgetting, not from training, so that a test needs
+milliseconds. Tasks are chosen by name: those in `TEXT` are language modelling, all others classification.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from pipelines.config import PipelineConfig, parse_config
+from pipelines.metrics import aggregates
+from pipelines.runs import RunDirectory, fingerprint
+
+TEXT = ("biomed", "code", "finance")
+START = 1_760_000_000.0
+STEP_SECONDS = 100.0
+
+
+def make_config(
+    folder: Path, name: str = "sample", tasks=("mrpc", "sst2", "biomed"), retention=("wikitext2",), **changes
+) -> PipelineConfig:
+    """A valid configuration; `changes` replace whole sections."""
+    raw = {
+        "name": name,
+        "base_model": {"path": str(folder / "tiny-llama")},
+        "storage": str(folder / "runs"),
+        "adapter": {"type": "curlora", "r": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]},
+        "training": {"learning_rate": 3e-3, "epochs": 2},
+        "tasks": [_task(folder, task) for task in tasks],
+        "retention": [{"name": corpus, "data": str(folder / corpus)} for corpus in retention],
+        "gate": {"max_forgetting": 0.02},
+        **changes,
+    }
+    return parse_config(raw)
+
+
+def _task(folder: Path, name: str) -> dict:
+    if name in TEXT:
+        return {"name": name, "kind": "language-modeling", "data": str(folder / name)}
+    return {
+        "name": name,
+        "kind": "classification",
+        "head": "verbalizer",
+        "prompt": "Review: {text}\nSentiment:",
+        "data": str(folder / name),
+    }
+
+
+def make_run(folder: Path, finished: int | None = None, status: str = "finished", **options) -> RunDirectory:
+    """Write a run.
+
+    Args:
+        finished: number of trained steps that are done; default: all of them.
+        status: what `results.json` says; None leaves the file out, as before the first result.
+        options: see `make_config`.
+    """
+    config = make_config(folder, **options)
+    run = RunDirectory(config.run_uri)
+    run.open_for_writing(config)
+    _event(run, START, "started", name=config.name)
+    groups = [[task.name for task in config.tasks]] if config.is_joint else [[task.name] for task in config.tasks]
+    steps = [write_step(run, config, 0, [], None)]
+    for position, names in enumerate(groups[:finished], start=1):
+        steps.append(write_step(run, config, position, names, steps[-1]["fingerprint"]))
+    if status is not None:
+        write_results(run, config, steps, status)
+        _event(run, steps[-1]["finished"] + 1, status)
+    return run
+
+
+def _event(run: RunDirectory, moment: float, kind: str, **fields) -> None:
+    name = f"{int(moment * 1e6):017d}-{fingerprint([moment, kind])[:8]}"
+    run.write_json(f"events/{name}.json", {"kind": kind, "time": moment, **fields})
+
+
+def score(config: PipelineConfig, task: str, position: int) -> float | None:
+    """The pretended score: learned when trained, then a little worse after every later task."""
+    index = [item.name for item in config.tasks].index(task)
+    trained_at = 1 if config.is_joint else index + 1
+    if task in TEXT:
+        return 4.9 - 0.013 * index - (0.8 - 0.11 * (position - trained_at) if position >= trained_at else 0.0)
+    if position < trained_at:
+        return 0.5 + 0.011 * index
+    return 0.83 - 0.03 * index - 0.045 * (position - trained_at)
+
+
+def retention_nll(index: int, position: int) -> float:
+    return 4.42 + 0.2 * index + 0.012 * position
+
+
+def write_step(run: RunDirectory, config: PipelineConfig, position: int, names: list[str], parent: str | None) -> dict:
+    """One step's folder, `metrics.json` last."""
+    training = config.training.model_dump()
+    identity = [config.base_model.path, parent, names, config.adapter.model_dump(), training]
+    step_fingerprint = fingerprint(identity)
+    label = "base" if position == 0 else names[0] if len(names) == 1 else "joint"
+    directory = f"steps/{position}-{label}-{step_fingerprint[:8]}"
+    started = START + 10 + STEP_SECONDS * position
+    metrics = {
+        "fingerprint": step_fingerprint,
+        "position": position,
+        "tasks": names,
+        "parent": parent,
+        "data": {name: {"train": {"digest": fingerprint(["train", name]), "rows": 3668}} for name in names},
+        "cells": _cells(config, step_fingerprint, position, started + 80),
+        "started": started,
+        "finished": started + 95,
+        "peak_memory_bytes": 1_400_000_000,
+        "environment": {
+            "torch": "2.13.0",
+            "ray": "2.60.0",
+            "world_size": 2,
+            "deepspeed_stage": 2,
+            "device": "cpu",
+        },
+        "seconds": {"train": 70.0 if position else 0.0, "evaluate": 15.0, "overhead": 10.0, "total": 95.0},
+    }
+    if position:
+        metrics.update(_trained(config, position, started))
+        run.write_bytes(f"{directory}/adapter/adapter_config.json", b'{"peft_type": "CURLORA", "r": 8}')
+        run.write_bytes(f"{directory}/adapter/adapter_model.safetensors", bytes(range(256)) * 24)
+        run.write_bytes(f"{directory}/heads.safetensors", bytes(1024))
+    for cell in metrics["cells"]:
+        rows = [json.dumps({"index": i, "prediction": i % 2, "label": 0}) for i in range(4)]
+        run.write_bytes(f"{directory}/predictions/{cell['name']}.jsonl", "\n".join(rows).encode())
+    run.write_json(f"{directory}/metrics.json", metrics)
+    return metrics
+
+
+def _trained(config: PipelineConfig, position: int, started: float) -> dict:
+    """The part of `metrics.json` that only a trained step has."""
+    points = [
+        [s, 0.4 + 2.2 * math.exp(-s / 25) + 0.06 * math.sin(s * 1.7), 3e-3 * (1 - s / 121), started + 5 + 0.5 * s]
+        for s in range(1, 121)
+    ]
+    return {
+        "setting": {
+            "adapter": config.adapter.model_dump(),
+            "strategy": config.strategy.model_dump(),
+            "training": config.training.model_dump(),
+        },
+        "trainable_parameters": 2304,
+        "head_parameters": 0,
+        "adapter_bytes": 9216 + 128 * position,
+        "training": {
+            "steps": 120,
+            "tokens": 245_760,
+            "tokens_per_second": 3510.9,
+            "final_loss": points[-1][1],
+            "curve": points,
+        },
+    }
+
+
+def _cells(config: PipelineConfig, step_fingerprint: str, position: int, moment: float) -> list[dict]:
+    cells = []
+    for index, task in enumerate(config.tasks):
+        if not _needed(config, index, position):
+            continue
+        value = score(config, task.name, position)
+        text = task.name in TEXT
+        majority = None if text else 0.51
+        cells.append(_cell(step_fingerprint, task.name, "task", task.metric, value, moment + index, majority))
+    for index, corpus in enumerate(config.retention):
+        value = retention_nll(index, position)
+        cells.append(_cell(step_fingerprint, corpus.name, "retention", "nll", value, moment + 10 + index, None))
+    return cells
+
+
+def _needed(config: PipelineConfig, index: int, position: int) -> bool:
+    """Of the scores before training only the base's and the one right before a task's turn are measured."""
+    return position == 0 or config.is_joint or position >= index
+
+
+def _cell(adapter: str, name: str, role: str, metric: str, value: float, moment: float, majority) -> dict:
+    nll = value if metric == "nll" else None
+    digest = fingerprint(["test", name])
+    return {
+        "name": name,
+        "role": role,
+        "metric": metric,
+        "value": value,
+        "nll": nll,
+        "perplexity": None if nll is None else math.exp(nll),
+        "count": 872,
+        "tokens": 41_000 if nll else None,
+        "majority": majority,
+        "digest": digest,
+        "key": fingerprint([adapter, digest, metric]),
+        "seconds": 3.2,
+        "time": moment,
+    }
+
+
+def write_results(run: RunDirectory, config: PipelineConfig, steps: list[dict], status: str) -> None:
+    """`results.json` as the driver writes it, aggregates from the matrix."""
+    tasks = [task.name for task in config.tasks]
+    corpora = [corpus.name for corpus in config.retention]
+    cells = [{cell["name"]: cell for cell in step["cells"]} for step in steps]
+    scores = [[row[name]["value"] if name in row else None for name in tasks] for row in cells]
+    nll = {name: [row[name]["nll"] for row in cells] for name in corpora}
+    metric = {task.name: task.metric for task in config.tasks}
+    last = steps[-1]
+    results = {
+        "run": config.name,
+        "status": status,
+        "base_model": config.base_model.path,
+        "adapter": {"type": config.adapter.type, "r": config.adapter.r},
+        "strategy": config.strategy.name,
+        "tasks": tasks,
+        "metric": metric,
+        "trainable_parameters": last.get("trainable_parameters"),
+        "head_parameters": last.get("head_parameters"),
+        "adapter_bytes": last.get("adapter_bytes"),
+        "scores": scores,
+        "retention_names": corpora,
+        "perplexity": {name: [math.exp(value) for value in series] for name, series in nll.items()},
+        "nll": nll,
+        "majority": {name: None if name in TEXT else 0.51 for name in tasks},
+        **aggregates(scores, list(metric.values()), nll),
+        "gate": None,
+        "seconds": {"total": 101.0 * len(steps), "train": 70.0 * (len(steps) - 1), "evaluate": 15.0, "overhead": 16.0},
+        "steps": [_result_step(step) for step in steps[1:]],
+    }
+    run.write_json("results.json", results)
+
+
+def _result_step(step: dict) -> dict:
+    return {
+        "task": step["tasks"][0] if len(step["tasks"]) == 1 else "joint",
+        "fingerprint": step["fingerprint"],
+        "mlflow_run_id": None,
+        "seconds": step["seconds"],
+        "tokens_per_second": step["training"]["tokens_per_second"],
+        "peak_memory_bytes": step["peak_memory_bytes"],
+    }
