@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """A region in which dtypes stay as they are: autocast would run the r×r products in half precision."""
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
@@ -35,8 +35,8 @@ def cur_linear(
 ) -> Tensor:
     """x W' + b plus the update, for a frozen dense layer.
 
-    x (..., n), kernel (n, m) = Wᵀ, bias (m,), rows (k,) int64, bias_rows (k,) = b[I], middle (k, k), columns (m, k) = C,
-    mask (..., k) multiplies z (dropout). Returns (..., m) in the dtype of x. x and kernel share one dtype.
+    x (..., n), kernel (n, m) = Wᵀ, bias (m,), rows (k,) int64, bias_rows (k,) = b[I], middle (k, k),
+    columns (m, k) = C, mask (..., k) multiplies z (dropout). Returns (..., m) in the dtype of x. x and kernel share one dtype.
     """
     return _CurLinear.apply(x, kernel, bias, rows, bias_rows, middle, columns, mask)
 

@@ -298,13 +298,13 @@ class CurloraLayer(BaseTunerLayer):
         shape = f"({self.out_features}, {self.in_features})"
         if settings.r > limit:
             raise ValueError(
-                f"{settings.key}: r={settings.r} is larger than the smaller side of its weight {shape}; use r <= {limit},"
-                " a smaller value for it in rank_pattern, or name it in exclude_modules."
+                f"{settings.key}: r={settings.r} is larger than the smaller side of its weight {shape}; use "
+                f"r <= {limit}, a smaller value for it in rank_pattern, or name it in exclude_modules."
             )
         if settings.r * settings.blocks > limit:
             raise ValueError(
-                f"{settings.key}: {settings.blocks} blocks of r={settings.r} do not fit its weight {shape}, which holds "
-                f"{limit // settings.r}; use a smaller r (rank_pattern), or name it in exclude_modules."
+                f"{settings.key}: {settings.blocks} blocks of r={settings.r} do not fit its weight {shape}, "
+                f"which holds {limit // settings.r}; use a smaller r (rank_pattern), or name it in exclude_modules."
             )
 
     def _initialise(self, core: CurloraCore) -> None:
@@ -406,9 +406,11 @@ class CurloraLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # peft's own version also casts to the dtype of the base, which would round a trained U to bf16.
-        core = self.curlora_core[adapter_name] if adapter_name in self.curlora_core else None
+        if adapter_name not in self.curlora_core:
+            return
+        core = self.curlora_core[adapter_name]
         target = device if device is not None else self.get_base_layer().weight.device
-        if core is not None and not core.U.is_meta and target != torch.device("meta"):
+        if not core.U.is_meta and target != torch.device("meta"):
             core.to(target)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -563,8 +565,8 @@ def _check_indices(key: str, kind: str, indices: Tensor, limit: int) -> None:
     inside = bool(((indices >= 0) & (indices < limit)).all())
     if not inside or len(indices.unique()) != len(indices):
         raise ValueError(
-            f"{key}: the {kind} indices of the adapter are not {len(indices)} different numbers below {limit}; the file "
-            "is damaged or was made for another base model."
+            f"{key}: the {kind} indices of the adapter are not {len(indices)} different numbers below {limit}; the "
+            "file is damaged or was made for another base model."
         )
 
 
@@ -649,7 +651,7 @@ def _plain(base: nn.Module, x: Tensor) -> bool:
         and not weight.requires_grad
         and not (base.bias is not None and base.bias.requires_grad)
         and not hasattr(weight, "ds_id")
-        and not torch.is_autocast_enabled(x.device.type)
+        and not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
         and not base._forward_hooks
         and not base._forward_pre_hooks
         and "forward" not in base.__dict__

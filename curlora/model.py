@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,7 +20,7 @@ class CurloraModel(BaseTuner):
 
     prefix = "curlora_"
     tuner_layer_cls = CurloraLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     # ---------------------------------------------------------------------------------------------- injection
 
@@ -67,13 +67,7 @@ class CurloraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _create_new_module(self, target: nn.Module, adapter_name: str, settings: CoreSettings) -> Linear:
-        kwargs = {}
-        try:  # torchao needs this to quantise again after a merge
-            kwargs["get_apply_tensor_subclass"] = operator.attrgetter(
-                "hf_quantizer.quantization_config.get_apply_tensor_subclass"
-            )(self.model)
-        except AttributeError:
-            pass
+        kwargs = get_quantization_kwargs(self.model)  # torchao needs them to quantise again after a merge
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
         if not isinstance(base, (nn.Linear, Conv1D)) and not hasattr(base, "in_features"):
             raise ValueError(
@@ -174,6 +168,6 @@ def _adapter_entries(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 def _refuse(adapter_name: str, problem: str, keys: list[str]) -> None:
     if keys:
         raise ValueError(
-            f"The file of adapter {adapter_name!r} {problem} {len(keys)} entries, such as {keys[0]!r}: it is truncated "
-            "or was saved with other target_modules; load the file that belongs to this adapter_config.json."
+            f"The file of adapter {adapter_name!r} {problem} {len(keys)} entries, such as {keys[0]!r}: it is "
+            "truncated or was saved with other target_modules; load the file that belongs to this adapter_config.json."
         )
