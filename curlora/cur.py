@@ -133,6 +133,68 @@ def _importance(candidates: Candidates, rank: int, generator: torch.Generator) -
     return sample(torch.where(candidates.allowed, candidates.energy, 0.0), rank, generator)
 
 
+@rule("leverage")
+def _leverage(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """Columns that matter for the best rank-r approximation are likelier (Mahoney & Drineas, 2009)."""
+    vectors = right_singular_vectors(_remaining(candidates), rank, generator)
+    scores = vectors.square().sum(dim=1).clamp_min(1e-12)
+    return sample(torch.where(candidates.allowed, scores, 0.0), rank, generator)
+
+
+@rule("deim")
+def _deim(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """Greedy interpolation points of the leading singular vectors (Sorensen & Embree, 2016, algorithm 1).
+
+    Each index is where the next vector is worst interpolated at the indices chosen before it.
+    """
+    vectors = right_singular_vectors(_remaining(candidates), rank, generator)
+    chosen: list[int] = []
+    for j in range(rank):
+        residual = vectors[:, j]
+        if chosen:
+            basis = vectors[:, :j]
+            residual = residual - basis @ torch.linalg.lstsq(basis[chosen], residual[chosen, None]).solution[:, 0]
+        size = torch.where(candidates.allowed, residual.abs(), -1.0)
+        size[chosen] = -1.0
+        chosen.append(int(size.argmax()))
+    return torch.tensor(chosen)
+
+
+@rule("activation")
+def _activation(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """The quietest indices on a calibration batch: what z = (W x)[I] is small on, the update hardly changes."""
+    if candidates.activation is None:
+        raise SelectionError("it needs a calibration batch, call model.calibrate([batch, ...])")
+    energy = torch.where(candidates.allowed, candidates.activation.double().cpu(), math.inf)
+    return energy.argsort(stable=True)[:rank]
+
+
+def _remaining(candidates: Candidates) -> torch.Tensor:
+    """The matrix without its excluded columns (as zeros)."""
+    if bool(candidates.allowed.all()):
+        return candidates.matrix
+    return candidates.matrix * candidates.allowed.to(candidates.matrix)
+
+
+def right_singular_vectors(matrix: torch.Tensor, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """Leading ``rank`` right singular vectors of a (d, k) matrix as (k, rank) float64 on the CPU.
+
+    Exact for small matrices; above EXACT_SVD_LIMIT by a randomised range finder with 8 extra vectors and two power
+    iterations (Halko, Martinsson & Tropp, 2011, algorithm 4.4), which reads the matrix six times.
+    """
+    rank_limit = min(matrix.shape)
+    if rank_limit <= EXACT_SVD_LIMIT:
+        return torch.linalg.svd(matrix.detach().cpu().double(), full_matrices=False).Vh[:rank].t()
+    work = matrix.detach() if matrix.dtype == torch.float64 else matrix.detach().float()
+    width = min(rank + 8, rank_limit)
+    start = torch.randn(matrix.shape[0], width, generator=generator, dtype=torch.float64).to(work)
+    basis = torch.linalg.qr(work.t() @ start).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(work.t() @ torch.linalg.qr(work @ basis).Q).Q
+    small = torch.linalg.svd((work @ basis).cpu().double(), full_matrices=False).Vh
+    return basis.cpu().double() @ small[:rank].t()
+
+
 # -------------------------------------------------------------------------------------------------- selection
 
 

@@ -12,7 +12,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -169,8 +169,9 @@ class CurloraCore(nn.Module):
         return torch.tensor(scales, dtype=torch.float64).repeat_interleave(r)
 
     def _apply(self, fn, recurse: bool = True):
-        # bf16 factors are orthonormal only to 7e-3: what whitens follows the device, never the dtype, of the model.
-        exact = {name: getattr(self, name) for name in self.EXACT}
+        # bf16 factors are orthonormal only to 7e-3, and a frozen block is a finished task: they follow the device of
+        # the model, never its dtype.
+        exact = {name: getattr(self, name, None) for name in (*self.EXACT, "frozen")}
         super()._apply(fn, recurse)
         for name, tensor in exact.items():
             if tensor is not None and tensor.device == getattr(self, name).device:
@@ -232,7 +233,7 @@ class CurloraCore(nn.Module):
 
     @torch.no_grad()
     def update_norm(self) -> float:
-        """‖ΔW‖_F."""
+        """‖ΔW‖_F, from r×r matrices only."""
         stacked = self._bounded(self._stacked())
         update = self.norm_left.to(stacked.dtype) @ stacked @ self.norm_right.to(stacked.dtype)
         return float(torch.linalg.matrix_norm(update))
@@ -266,6 +267,9 @@ class CurloraLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self._merged_factors: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self.shares_weight = False
+        """Set by the model where another module uses the same weight: a merge must then untie it."""
+        self._tied_weight: nn.Parameter | None = None
 
     # ------------------------------------------------------------------------------------------- base weight
 
@@ -282,7 +286,7 @@ class CurloraLayer(BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, settings: CoreSettings, inference_mode: bool = False) -> None:
         """Add an adapter: check that it fits, choose rows and columns, derive the factors."""
-        self._check_fit(settings)
+        self.check_fit(settings)
         if self.merged:
             raise RuntimeError(
                 f"{settings.key}: cannot add adapter {adapter_name!r} while {self.merged_adapters} is merged into the "
@@ -293,7 +297,8 @@ class CurloraLayer(BaseTunerLayer):
         self._initialise(core)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _check_fit(self, settings: CoreSettings) -> None:
+    def check_fit(self, settings: CoreSettings) -> None:
+        """Raise ValueError where the weight is too small for the rank or for the number of blocks."""
         limit = min(self.out_features, self.in_features)
         shape = f"({self.out_features}, {self.in_features})"
         if settings.r > limit:
@@ -313,54 +318,77 @@ class CurloraLayer(BaseTunerLayer):
             if base.weight.is_meta and not hasattr(base.weight, "ds_id"):
                 core.derive_on_meta(_meta_like(self), getattr(base, "bias", None))
             return  # otherwise peft's low_cpu_mem_usage: the loaded file brings the indices
-        if core.settings.config.load_only:
-            return
+        if core.settings.config.load_only or core.settings.config.selection == "activation":
+            return  # the file, or `calibrate`, brings what is needed to choose
         self.choose(core)
 
-    def choose(self, core: CurloraCore, activations: tuple[Tensor, Tensor] | None = None) -> None:
+    def choose(
+        self,
+        core: CurloraCore,
+        previous: tuple[Tensor | None, Tensor | None] = (None, None),
+        activations: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> None:
         """Select rows and columns of the last block by the configured rule and derive the factors.
 
-        ``activations``: mean squares of the layer's outputs (m) and inputs (n), for the rule that ranks by them.
+        ``previous``: rows and columns of the earlier blocks of a stack, which are avoided. ``activations``: mean
+        squares of the layer's outputs (m) and inputs (n), for the rule that ranks by them.
         """
-        settings, config = core.settings, core.settings.config
-        old_rows, old_columns = self._earlier_indices(core)
-        of_rows, of_columns = activations or (None, None)
+        settings = core.settings
         with self.base_tensors() as (weight, bias):
             weight = _floating(weight)
-            try:
-                rows = cur.select(
-                    weight.t(),
-                    settings.r,
-                    config.selection,
-                    seed=config.seed,
-                    key=f"{settings.key}|rows",
-                    previous=old_rows,
-                    activation=of_rows,
-                )
-                columns = cur.select(
-                    weight,
-                    settings.r,
-                    config.selection,
-                    seed=config.seed,
-                    key=f"{settings.key}|columns",
-                    previous=old_columns,
-                    activation=of_columns,
-                )
-            except cur.SelectionError as error:
-                raise cur.SelectionError(
-                    f"{settings.key}: selection={config.selection!r} with r={settings.r} failed: {error}. "
-                    "Use a smaller r, another selection, or name the layer in exclude_modules."
-                ) from error
+            rows = self._select(settings, weight.t(), "rows", previous[0], activations[0])
+            columns = self._select(settings, weight, "columns", previous[1], activations[1])
             core.write_record(rows.indices, columns.indices, fingerprint(weight, rows, columns, settings.r))
             core.derive(rows, columns, weight, bias)
 
-    def _earlier_indices(self, core: CurloraCore) -> tuple[Tensor | None, Tensor | None]:
-        """Rows and columns of the frozen blocks, which the last block must avoid."""
-        earlier = core.size - core.settings.r
-        if earlier == 0:
-            return None, None
-        rows, columns, _ = core.read_record()
-        return rows[:earlier], columns[:earlier]
+    def _select(
+        self, settings: CoreSettings, matrix: Tensor, what: str, previous: Tensor | None, activation: Tensor | None
+    ) -> cur.Factor:
+        selection, seed, key = settings.config.selection, settings.config.seed, f"{settings.key}|{what}"
+        try:
+            return cur.select(
+                matrix, settings.r, selection, seed=seed, key=key, previous=previous, activation=activation
+            )
+        except cur.SelectionError as error:
+            raise cur.SelectionError(
+                f"{settings.key}: selection={selection!r} of {settings.r} {what} failed: {error}. "
+                "Use a smaller r, another selection, or name the layer in exclude_modules."
+            ) from error
+
+    # ------------------------------------------------------------------------------------------------ blocks
+
+    def add_block(self, adapter_name: str, activations: tuple[Tensor | None, Tensor | None] = (None, None)) -> None:
+        """Freeze the trained block and put a new one, starting at zero, on rows and columns not used before."""
+        old = self.curlora_core[adapter_name]
+        new = self._resized(old, old.settings.blocks + 1)
+        with gathered(old.U), torch.no_grad():
+            old.project_()
+            finished = old.U.detach().float()[None]
+            new.frozen.copy_(finished if old.settings.blocks == 1 else torch.cat([old.frozen, finished]))
+        rows, columns, _ = old.read_record()
+        self.choose(new, (rows, columns), activations)
+        self.curlora_core[adapter_name] = new
+
+    def remove_block(self, adapter_name: str) -> None:
+        """Drop the last block; the one before it is trainable again and the layer computes what it did before."""
+        old = self.curlora_core[adapter_name]
+        new = self._resized(old, old.settings.blocks - 1)
+        rows, columns, fingerprints = old.read_record()
+        new.write_record(rows[: new.size], columns[: new.size], fingerprints[: new.settings.blocks])
+        with torch.no_grad():
+            new.U.copy_(old.frozen[-1])
+            if new.settings.blocks > 1:
+                new.frozen.copy_(old.frozen[:-1])
+        self.rebuild(new)
+        self.curlora_core[adapter_name] = new
+
+    def _resized(self, core: CurloraCore, blocks: int) -> CurloraCore:
+        if self.merged:
+            raise RuntimeError(f"{core.settings.key}: unmerge the adapters before blocks are added or removed.")
+        new = CurloraCore(replace(core.settings, blocks=blocks), core.record.device)
+        new.train(core.training)
+        new.U.requires_grad_(core.U.requires_grad)
+        return new
 
     def rebuild(self, core: CurloraCore) -> None:
         """Derive the factors from the indices in the record and check that the base is the adapter's own.
@@ -451,11 +479,11 @@ class Linear(nn.Module, CurloraLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW in the shape in which the base stores its weight, at least fp32."""
-        delta = _product(self._factors(adapter))
+        delta = _product(self.factors(adapter))
         return delta.t() if self.fan_in_fan_out else delta
 
     @torch.no_grad()
-    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
         """C (m, k), M (k, k), R (k, n), at least fp32, of an adapter whose base may have others merged into it."""
         if adapter in self._merged_factors:
             return self._merged_factors[adapter]
@@ -476,7 +504,8 @@ class Linear(nn.Module, CurloraLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.curlora_core:
                 continue
-            factors = self._factors(name)
+            factors = self.factors(name)
+            self._untie()
             self._add_to_base(factors, sign=1, check=name if safe_merge else None)
             self._merged_factors[name] = factors
             self.merged_adapters.append(name)
@@ -489,6 +518,15 @@ class Linear(nn.Module, CurloraLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             self._add_to_base(self._merged_factors.pop(name), sign=-1)
+        if self._tied_weight is not None:
+            self.get_base_layer().weight, self._tied_weight = self._tied_weight, None
+
+    def _untie(self) -> None:
+        """Give the layer a weight of its own, so that merging into lm_head does not change the embedding."""
+        base = self.get_base_layer()
+        if self.shares_weight and self._tied_weight is None:
+            self._tied_weight = base.weight
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
 
     @torch.no_grad()
     def _add_to_base(self, factors: tuple[Tensor, Tensor, Tensor], sign: int, check: str | None = None) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import CurloraConfig
-from .layer import CoreSettings, CurloraCore, CurloraLayer, Linear, checksum
+from .layer import CoreSettings, CurloraCore, CurloraLayer, Linear, checksum, gathered
 
 
 class CurloraModel(BaseTuner):
@@ -88,6 +91,126 @@ class CurloraModel(BaseTuner):
             if adapter_name in layer.curlora_core
         ]
 
+    # ------------------------------------------------------------------------------------------ what users call
+
+    def describe(self, adapter_name: str | None = None) -> list[dict[str, Any]]:
+        """One record a layer: rank, blocks, norms and condition numbers of C and R, ‖ΔW‖_F."""
+        return [
+            {
+                "module": name,
+                "r": core.settings.r,
+                "blocks": core.settings.blocks,
+                "norm_columns": core.norms["columns"],
+                "norm_rows": core.norms["rows"],
+                "condition_columns": core.conditions["columns"],
+                "condition_rows": core.conditions["rows"],
+                "update_norm": core.update_norm(),
+            }
+            for name, _, core in self._ready_cores(adapter_name)
+        ]
+
+    def project(self, adapter_name: str | None = None) -> None:
+        """Bring every U back inside ``max_update_norm``; call it after an optimizer step.
+
+        The forward pass keeps the bound in any case; this keeps the optimizer from running away beyond it. Under
+        DeepSpeed the fp32 master copy is moved too, and all ranks have to call it.
+        """
+        for _, _, core in self._ready_cores(adapter_name):
+            if core.settings.config.max_update_norm is not None:
+                with gathered(core.U, modifier_rank=0):
+                    core.project_()
+                    projected = core.U.detach().clone()
+                _set_master_copy(core.U, projected)
+
+    def calibrate(self, batches: Iterable[Any], adapter_name: str | None = None) -> None:
+        """Choose rows and columns for ``selection="activation"`` from what the base computes on some batches.
+
+        ``batches``: mappings of model inputs or single tensors; padding is ignored where an attention_mask says so.
+        In a distributed run the statistics of all ranks are summed.
+        """
+        adapter_name = adapter_name or self.active_adapters[0]
+        for name, _, core in self.cores(adapter_name):
+            if core.ready:
+                raise RuntimeError(f"{name}: adapter {adapter_name!r} has already chosen its rows and columns.")
+        statistics = self._measure(batches, adapter_name)
+        for name, layer, core in self.cores(adapter_name):
+            layer.choose(core, activations=statistics[name].means(name))
+
+    def add_block(self, adapter_name: str | None = None, batches: Iterable[Any] | None = None) -> None:
+        """Freeze what is trained and append a block for the next task (``carry="stack"``); make a new optimizer after.
+
+        ``batches`` are only needed for ``selection="activation"``. Raises ValueError where a layer is full.
+        """
+        adapter_name = adapter_name or self.active_adapters[0]
+        config = self.peft_config[adapter_name]
+        if config.carry != "stack":
+            raise ValueError(f"add_block needs carry='stack', but adapter {adapter_name!r} has {config.carry!r}.")
+        cores = self._ready_cores(adapter_name)
+        for _, layer, core in cores:
+            layer.check_fit(replace(core.settings, blocks=core.settings.blocks + 1))
+        statistics = None if batches is None else self._measure(batches, adapter_name)
+        for name, layer, _ in cores:
+            layer.add_block(adapter_name, (None, None) if statistics is None else statistics[name].means(name))
+        config.blocks += 1
+
+    def remove_block(self, adapter_name: str | None = None) -> None:
+        """Drop the last block of a stack: the model computes exactly what it did before `add_block`."""
+        adapter_name = adapter_name or self.active_adapters[0]
+        config = self.peft_config[adapter_name]
+        if config.blocks == 1:
+            raise ValueError(f"Adapter {adapter_name!r} has one block; use delete_adapter to remove all of it.")
+        for _, layer, _ in self._ready_cores(adapter_name):
+            layer.remove_block(adapter_name)
+        config.blocks -= 1
+
+    def _ready_cores(self, adapter_name: str | None) -> list[tuple[str, Linear, CurloraCore]]:
+        cores = self.cores(adapter_name or self.active_adapters[0])
+        pending = next((name for name, _, core in cores if not core.ready), None)
+        if pending is not None:
+            raise RuntimeError(f"{pending}: rows and columns are not chosen yet; load the adapter or calibrate it.")
+        return cores
+
+    def _measure(self, batches: Iterable[Any], adapter_name: str) -> dict[str, Activations]:
+        """Run the base alone over the batches and sum up what enters and leaves each layer."""
+        layers = {name: layer for name, layer, _ in self.cores(adapter_name)}
+        statistics = {name: Activations(layer) for name, layer in layers.items()}
+        was_training, was_disabled = self.model.training, {n: x._disable_adapters for n, x in layers.items()}
+        try:
+            self.model.eval()
+            for name, layer in layers.items():
+                layer._disable_adapters = True
+                statistics[name].attach()
+            with torch.no_grad():
+                for batch in batches:
+                    self._run(batch, statistics.values())
+        finally:
+            self.model.train(was_training)
+            for name, layer in layers.items():
+                layer._disable_adapters = was_disabled[name]
+                statistics[name].detach()
+        return statistics
+
+    def _run(self, batch: Any, statistics: Iterable[Activations]) -> None:
+        device = next(self.model.parameters()).device
+        inputs = {"input": batch} if torch.is_tensor(batch) else dict(batch)
+        inputs = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
+        for statistic in statistics:
+            statistic.mask = inputs.get("attention_mask")
+        if torch.is_tensor(batch):
+            self.model(inputs["input"])
+        else:
+            self.model(**inputs)
+
+    # ------------------------------------------------------------------------------------------------- merge
+
+    def _check_merge_allowed(self) -> None:
+        # peft's own check only warns about tied weights; here the layers learn of the tie and undo it when merging.
+        users = Counter(
+            id(parameter) for module in self.model.modules() for parameter in module.parameters(recurse=False)
+        )
+        for _, layer in self.layers():
+            layer.shares_weight = users[id(layer.get_base_layer().weight)] > 1
+
     # ------------------------------------------------------------------------------------------ save and load
 
     @classmethod
@@ -102,6 +225,55 @@ class CurloraModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state(model, adapter_name, remapped)
         return remapped
+
+
+class Activations:
+    """Sums of squares of what enters (n) and leaves (m, without bias) one base layer, over all unmasked tokens."""
+
+    def __init__(self, layer: Linear) -> None:
+        self.base = layer.get_base_layer()
+        device = self.base.weight.device
+        self.sums = [
+            torch.zeros(size, dtype=torch.float64, device=device) for size in (layer.out_features, layer.in_features)
+        ]
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.mask: Tensor | None = None
+        self.handle = None
+
+    def attach(self) -> None:
+        self.handle = self.base.register_forward_hook(self._observe)
+
+    def detach(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+
+    def _observe(self, base: nn.Module, args: tuple, output: Tensor) -> None:
+        bias = getattr(base, "bias", None)
+        for total, values in zip(self.sums, (output if bias is None else output - bias, args[0]), strict=True):
+            total += self._unmasked(values).double().square().sum(dim=0)
+        self.count += self._unmasked(args[0]).shape[0]
+
+    def _unmasked(self, values: Tensor) -> Tensor:
+        if self.mask is not None and self.mask.shape == values.shape[:-1]:
+            return values[self.mask.bool()]
+        return values.reshape(-1, values.shape[-1])
+
+    def means(self, name: str) -> tuple[Tensor, Tensor]:
+        """Mean squares of outputs (m) and inputs (n) over all ranks, float64 on the CPU."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for tensor in (*self.sums, self.count):
+                torch.distributed.all_reduce(tensor)
+        if self.count == 0:
+            raise ValueError(f"{name}: no token of the calibration batches reached this layer; pass more batches.")
+        return tuple((total / self.count).cpu() for total in self.sums)
+
+
+def _set_master_copy(parameter: nn.Parameter, value: Tensor) -> None:
+    """Tell DeepSpeed's optimizer, if one holds an fp32 copy of the parameter, its new value."""
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer"):
+        from deepspeed.utils import safe_set_full_fp32_param  # only under DeepSpeed: the import takes a second
+
+        safe_set_full_fp32_param(parameter, value.float())
 
 
 # -------------------------------------------------------------------------------------------- adapter state dicts

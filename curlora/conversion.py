@@ -1,0 +1,131 @@
+"""Leaving CURLoRA: the same update as a PEFT LoRA adapter that any server loads, or merged into the full model.
+
+Both are exact: ΔW = C M R is a LoRA with A = R and B = C M (methods: CURLoRA, "As LoRA").
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import CurloraConfig
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def to_lora(
+    adapter: PeftModel | str | os.PathLike,
+    directory: str | os.PathLike,
+    *,
+    base_model: nn.Module | None = None,
+    adapter_name: str = "default",
+) -> LoraConfig:
+    """Write a CURLoRA adapter as a PEFT LoRA adapter directory and return its configuration.
+
+    ``adapter``: a loaded model or an adapter directory; then the base comes from ``base_model`` or from its
+    configuration. The rank is r times the number of blocks; lora_alpha = α · rank, so that PEFT's lora_alpha / rank is
+    α again. Trained modules_to_save are written along.
+    """
+    model = _loaded(adapter, base_model, adapter_name)
+    config = model.peft_config[adapter_name]
+    cores = model.base_model.cores(adapter_name)
+    if config.bias != "none" or not cores:
+        raise ValueError(f"Adapter {adapter_name!r} adapts no layer, there is nothing to convert.")
+    state = _other_modules(model, adapter_name)
+    for name, layer, core in cores:
+        state.update(lora_weights(f"base_model.model.{name}", layer, core.settings.alpha, adapter_name))
+    converted = _lora_config(model, config, cores)
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    save_file(state, Path(directory) / "adapter_model.safetensors", metadata={"format": "pt"})
+    converted.save_pretrained(str(directory))
+    return converted
+
+
+def to_merged(
+    adapter: PeftModel | str | os.PathLike,
+    directory: str | os.PathLike,
+    *,
+    base_model: nn.Module | None = None,
+    adapter_name: str = "default",
+) -> nn.Module:
+    """Merge a CURLoRA adapter into its base, save the full model and return it; a passed model is merged in place."""
+    model = _loaded(adapter, base_model, adapter_name)
+    merged = model.merge_and_unload(safe_merge=True, adapter_names=[adapter_name])
+    merged.save_pretrained(str(directory))
+    return merged
+
+
+def lora_weights(stem: str, layer: nn.Module, alpha: float, adapter_name: str) -> dict[str, Tensor]:
+    """lora_A (k, n) = R and lora_B (m, k) = C M / α of one layer, fp32 on the CPU, under PEFT's names."""
+    columns, middle, rows = layer.factors(adapter_name)
+    weights = {"lora_A": rows, "lora_B": columns @ middle / alpha}
+    return {f"{stem}.{key}.weight": w.detach().float().cpu().contiguous() for key, w in weights.items()}
+
+
+def _other_modules(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """What the adapter saves besides its own factors: modules_to_save."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return {key: value.contiguous() for key, value in state.items() if ".curlora_core." not in key}
+
+
+def _lora_config(model: PeftModel, config: CurloraConfig, cores: list) -> LoraConfig:
+    ranks = {name: core.size for name, _, core in cores}
+    alphas = {name: core.settings.alpha * core.size for name, _, core in cores}
+    rank, alpha = config.r * config.blocks, config.alpha * config.r * config.blocks
+    return LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        target_modules=_target_names(model, list(ranks)),
+        rank_pattern={name: value for name, value in ranks.items() if value != rank},
+        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        fan_in_fan_out=all(isinstance(layer.get_base_layer(), Conv1D) for _, layer, _ in cores),
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    )
+
+
+def _target_names(model: PeftModel, adapted: list[str]) -> list[str]:
+    """Last name components, as servers expect, if they select exactly the adapted layers; otherwise full names."""
+    short = {name.rpartition(".")[2] for name in adapted}
+    layers = {name for name, _ in model.base_model.model.named_modules() if name.rpartition(".")[2] in short}
+    return sorted(short) if layers == set(adapted) else sorted(adapted)
+
+
+def _loaded(adapter: PeftModel | str | os.PathLike, base_model: nn.Module | None, adapter_name: str) -> PeftModel:
+    if isinstance(adapter, PeftModel):
+        if not isinstance(adapter.peft_config.get(adapter_name), CurloraConfig):
+            raise ValueError(f"The model has no CURLoRA adapter {adapter_name!r}, only {list(adapter.peft_config)}.")
+        return adapter
+    config = CurloraConfig.from_pretrained(str(adapter))
+    base = _load_base(config) if base_model is None else base_model
+    return PeftModel.from_pretrained(base, str(adapter), adapter_name=adapter_name, config=config)
+
+
+def _load_base(config: CurloraConfig) -> nn.Module:
+    """The base model that the configuration names, in the class that it was trained in."""
+    mapping = config.auto_mapping or {}
+    module = mapping.get("parent_library") or "transformers"
+    name = mapping.get("base_model_class") or AUTO_CLASSES.get(config.task_type)
+    if module.split(".")[0] != "transformers" or name is None or not config.base_model_name_or_path:
+        raise ValueError(
+            f"The adapter names the base {config.base_model_name_or_path!r} of class {module}.{name}, which cannot be "
+            "loaded automatically; pass base_model=."
+        )
+    model_class = getattr(importlib.import_module(module), name)
+    return model_class.from_pretrained(config.base_model_name_or_path, revision=config.revision)
