@@ -82,7 +82,7 @@ def size(count: float | None) -> str:
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return NONE
-    if seconds < 90:
+    if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -208,7 +208,11 @@ def goodness(column: Sequence[float | None], metric: str) -> list[float | None]:
 
 @dataclass(frozen=True)
 class TaskHistory:
-    """What happened to one task: before, right after its training, at its best and at the end."""
+    """What happened to one task: before, right after its training, at its best and at the end.
+
+    `change` is final against learned, negative = forgetting for either direction of the metric; None for what was
+    trained last, which had no time to be forgotten.
+    """
 
     name: str
     metric: str
@@ -218,12 +222,7 @@ class TaskHistory:
     best: float | None
     final: float | None
 
-    @property
-    def change(self) -> float | None:
-        """Since its own training; negative = forgetting, for either direction of the metric."""
-        if self.learned is None or self.final is None:
-            return None
-        return self.learned - self.final if self.metric == "nll" else self.final - self.learned
+    change: float | None
 
 
 def histories(results: dict) -> list[TaskHistory]:
@@ -232,15 +231,20 @@ def histories(results: dict) -> list[TaskHistory]:
     for column, name in enumerate(results["tasks"]):
         metric, own = results["metric"][name], trained_row(results, column)
         after = [row[column] for row in scores[own:] if row[column] is not None]
+        learned = scores[own][column] if own < len(scores) else None
+        change = None
+        if own < len(scores) - 1 and learned is not None:
+            change = learned - after[-1] if metric == "nll" else after[-1] - learned
         rows.append(
             TaskHistory(
                 name=name,
                 metric=metric,
                 majority=results["majority"].get(name),
                 base=scores[0][column],
-                learned=scores[own][column] if own < len(scores) else None,
+                learned=learned,
                 best=(min if metric == "nll" else max)(after) if after else None,
                 final=after[-1] if after else None,
+                change=change,
             )
         )
     return rows
@@ -354,15 +358,19 @@ def _render(figure: Figure, kind: str) -> bytes:
 
 
 def _colors(values: Iterable[float]) -> list[tuple[str, str]]:
-    """(background, text) for goodness in 0 … 1: cividis, which reads the same with any colour vision."""
+    """(background, text) for goodness in 0 … 1: viridis, whose order shows with any colour vision and in grey.
+
+    Black or white text, whichever has the higher contrast (at least 4.6 : 1; WCAG 2 luminance).
+    """
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
     pairs = []
     for value in values:
-        red, green, blue, _ = colormaps["cividis"](value)
-        light = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-        pairs.append((to_hex((red, green, blue)), "#000000" if light > 0.42 else "#ffffff"))
+        rgb = colormaps["viridis"](value)[:3]
+        linear = [channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in rgb]
+        light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        pairs.append((to_hex(rgb), "#000000" if light > 0.179 else "#ffffff"))
     return pairs
 
 
@@ -384,7 +392,7 @@ def draw_matrix(results: dict, _steps: list[dict]) -> Figure:
     ax.grid(False)
     ax.spines[:].set_visible(False)
     values = [[math.nan if value is None else value for value in row] for row in shades]
-    ax.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    ax.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     if few:
         _write_numbers(ax, results, shades)
         headers = [f"{name}\n{results['metric'][name]}\n({direction(results['metric'][name])})" for name in tasks]
@@ -423,14 +431,18 @@ def draw_perplexity(results: dict, _steps: list[dict]) -> Figure | None:
         points = [(k, value) for k, value in enumerate(values) if value is not None]
         ax.axhline(points[0][1], color="#55606e", linewidth=1, linestyle=":")
         ax.plot(*zip(*points, strict=True), color=COLORS[0], marker="o", markersize=5)
-        spread = max(value for _, value in points) - min(value for _, value in points)
-        # A flat line should look flat: at least 5 % of the value from bottom to top.
-        margin = max(0.2 * spread, 0.025 * points[0][1])
-        ax.set_ylim(min(v for _, v in points) - margin, max(v for _, v in points) + margin)
+        _limits(ax, [value for _, value in points], least=0.05 * points[0][1])
         ax.set_title(f"{name}: {points[0][1]:.2f} → {points[-1][1]:.2f}", fontsize=10, loc="left")
         _sequence_axis(ax, results)
     figure.supylabel("perplexity (lower is better)", fontsize=9)
     return figure
+
+
+def _limits(ax: Axes, values: Sequence[float], least: float) -> None:
+    """From bottom to top at least `least`: a flat line should look flat."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    margin = max(0.1 * (high - low), (least - (high - low)) / 2)
+    ax.set_ylim(low - margin, high + margin)
 
 
 def _sequence_axis(ax: Axes, results: dict) -> None:
@@ -458,9 +470,11 @@ def draw_tasks(results: dict, _steps: list[dict]) -> Figure | None:
         for name in names:
             _draw_task(ax, results, results["tasks"].index(name), name)
         ax.set_ylabel(label, fontsize=9)
+        columns = [results["tasks"].index(name) for name in names]
+        _limits(ax, [row[i] for row in results["scores"] for i in columns if row[i] is not None], least=0.1)
         _sequence_axis(ax, results)
         if len(results["tasks"]) <= MANY:
-            ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+            ax.legend(fontsize=8, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0))
     return figure
 
 
@@ -545,7 +559,7 @@ def write_report(run: RunDirectory) -> str:
 def _header(results: dict, steps: list[dict]) -> str:
     adapter, status = results["adapter"], results["status"]
     rank = f" of rank {adapter['r']}" if adapter.get("r") is not None else ""
-    sequence = "".join(f"<li>{escape(name)}</li>" for name in results["tasks"])
+    sequence = "".join(f"<li><code>{escape(name)}</code></li>" for name in results["tasks"])
     ended = f" · last step {_moment(steps[-1]['finished'])}" if steps else ""
     return (
         f"<h1>{escape(results['run'])} "
@@ -572,9 +586,8 @@ def story(results: dict) -> str:
         text.append(f"Right after its own training a task scored {number(results['learning_accuracy'])} on average.")
     if results["nll_learning"] is not None:
         verb = "lowered" if results["nll_learning"] >= 0 else "raised"
-        text.append(
-            f"Training {verb} the loss of its text task by {number(abs(results['nll_learning']))} nats a token."
-        )
+        gain = number(abs(results["nll_learning"]))
+        text.append(f"Training on a text task {verb} its loss by {gain} nats a token on average.")
     kept = [
         _kept(results["backward_transfer"], "the earlier tasks", "points of score"),
         _kept(results["nll_backward_transfer"], "the earlier text tasks", "nats a token"),
@@ -585,7 +598,7 @@ def story(results: dict) -> str:
     if ratio is not None:
         change = 100 * (ratio - 1)
         verb = "rose" if change >= 0 else "fell"
-        text.append(f"Perplexity on text that no task trains on {verb} by {abs(change):.1f} %.")
+        text.append(f"Perplexity on text that no task trains on {verb} by {abs(change):.1f}\u00a0%.")
     return " ".join(text)
 
 
@@ -745,33 +758,22 @@ def _cells(values: Iterable[float | None], digits: int) -> str:
 
 
 def _section_cost(results: dict, steps: list[dict]) -> str:
-    headers = (
-        *(
-            "step",
-            "total",
-            "train",
-            "evaluate",
-            "overhead",
-            "tokens/s",
-            "peak memory",
-            "adapter",
-            "trainable",
-            "heads",
-        ),
-    )
+    heads = any(step.get("head_parameters") for step in steps)
+    headers = ["step", "total", "train", "evaluate", "overhead", "tokens/s", "peak memory", "adapter", "trainable"]
     rows = []
     for step in steps:
         seconds, speed = step["seconds"], step.get("training", {}).get("tokens_per_second")
         cells = [duration(seconds.get(name)) for name in ("total", "train", "evaluate", "overhead")]
         cells += [whole(speed), size(step.get("peak_memory_bytes")), size(step.get("adapter_bytes"))]
-        cells += [whole(step.get("trainable_parameters")), whole(step.get("head_parameters"))]
+        cells += [whole(step.get(name)) for name in ("trainable_parameters", "head_parameters")[: 1 + heads]]
         label = "base" if not step["position"] else f"{step['position']} {_label(step)}"
         rows.append(f'<tr><th scope="row">{escape(label)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     total = [duration(results["seconds"].get(name)) for name in ("total", "train", "evaluate", "overhead")]
     foot = f'<tr><th scope="row">whole chain</th>{"".join(f"<td>{cell}</td>" for cell in total)}</tr>'
     return (
         "<h2>Cost</h2>\n<p><b>Overhead</b> is what was neither training nor evaluation: starting workers, loading the "
-        "base, publishing. <b>Peak memory</b> is the largest of all workers.</p>\n" + _table(headers, rows, foot)
+        "base, publishing. <b>Peak memory</b> is the largest of all workers.</p>\n"
+        + _table([*headers, "heads"] if heads else headers, rows, foot)
     )
 
 
