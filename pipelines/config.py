@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 SELECTION_RULES = ("inverse", "uniform", "importance", "leverage", "deim", "activation")
 STRATEGIES = ("sequential", "joint")
 
@@ -300,8 +300,8 @@ class PipelineConfig(Section):
 
 def check_name(value: str) -> str:
     """Names become folder names and tags: a safe alphabet only."""
-    if not SAFE_NAME.fullmatch(value) or ".." in value:
-        raise ValueError(f"'{value}' is not a safe name; use letters, digits, '.', '_' and '-' (at most 64)")
+    if not SAFE_NAME.fullmatch(value):
+        raise ValueError(f"'{value}' is not a safe name; use letters, digits, _ and - (at most 64)")
     return value
 
 

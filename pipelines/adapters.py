@@ -1,0 +1,131 @@
+"""What trains: the adapter of a configuration, put around a base model, loaded from its parent, saved and taken off.
+
+CURLoRA and every PEFT type come by the same way; `none` leaves the base bare (only heads train).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipelines.config import AdapterConfig, ConfigError, Problem, did_you_mean
+from pipelines.heads import ATTRIBUTE, detach_heads, saved_name
+
+CURLORA_FIELDS = ("selection", "whiten", "scale")
+
+
+def peft_config(adapter: AdapterConfig, seed: int):
+    """The PEFT configuration object that an `adapter:` section means.
+
+    Raises:
+        ConfigError: unknown type or option.
+    """
+    # importing curlora registers its tuner with PEFT
+    import curlora  # noqa: F401
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    types = {str(getattr(key, "value", key)).lower(): cls for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if adapter.type.lower() not in types:
+        hint = did_you_mean(adapter.type, [*types, "none"])
+        raise ConfigError([Problem("adapter.type", f"unknown adapter type '{adapter.type}', {hint}")])
+    config_class = types[adapter.type.lower()]
+    known = set(inspect.signature(config_class.__init__).parameters)
+    values = {"r": adapter.r, "target_modules": adapter.target_modules, "seed": seed, "task_type": "CAUSAL_LM"}
+    values["lora_alpha" if "lora_alpha" in known else "alpha"] = adapter.alpha
+    if adapter.type == "curlora":
+        values |= {field: getattr(adapter, field) for field in CURLORA_FIELDS}
+    values = {key: value for key, value in values.items() if key in known}
+    unknown = [key for key in adapter.options if key not in known]
+    if unknown:
+        hint = did_you_mean(unknown[0], known)
+        raise ConfigError([Problem("adapter.options", f"{adapter.type} has no option '{unknown[0]}', {hint}")])
+    try:
+        return config_class(**(values | adapter.options))
+    except ValueError as error:
+        raise ConfigError([Problem("adapter", str(error))]) from error
+
+
+def attach_adapter(base: nn.Module, adapter: AdapterConfig, seed: int, parent: Path | None = None) -> nn.Module:
+    """`base` with the adapter around it: fresh, or with the weights saved in `parent`.
+
+    Raises:
+        ConfigError: the adapter does not fit the model (rank, module names).
+    """
+    if adapter.type == "none":
+        base.requires_grad_(False)
+        return base
+    import peft
+
+    config = peft_config(adapter, seed)
+    torch.manual_seed(seed)  # LoRA's A is random: the same on every rank and in every run
+    try:
+        model = peft.get_peft_model(base, config)
+    except ValueError as error:
+        raise ConfigError([Problem("adapter", str(error))]) from error
+    if parent is not None:
+        weights = peft.utils.save_and_load.load_peft_weights(str(parent), device="cpu")
+        result = peft.set_peft_model_state_dict(model, weights)
+        if result.unexpected_keys:
+            raise RuntimeError(f"{parent} holds weights that this model lacks: {result.unexpected_keys[:3]}")
+    return model
+
+
+def detach_adapter(model: nn.Module) -> nn.Module:
+    """The bare base again, without heads."""
+    detach_heads(model)
+    return model.unload() if hasattr(model, "unload") else model
+
+
+def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
+    """(adapter weights, head weights under their file names) of trained parameters and adapter buffers."""
+    heads = {saved_name(name): tensor for name, tensor in weights.items() if saved_name(name)}
+    adapter = {name: tensor for name, tensor in weights.items() if f"{ATTRIBUTE}." not in name}
+    return adapter, heads
+
+
+def save_adapter(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> int:
+    """Write `adapter/` as PEFT does and `heads.safetensors`; returns the adapter file's bytes (0 without adapter).
+
+    Args:
+        weights: full (gathered) tensors by parameter name, adapter buffers included.
+    """
+    from safetensors.torch import save_file
+
+    adapter, heads = split_weights(weights)
+    if heads:
+        save_file({name: tensor.contiguous() for name, tensor in heads.items()}, folder / "heads.safetensors")
+    if not hasattr(model, "peft_config"):
+        return 0
+    # save_embedding_layers=False: PEFT would otherwise ask the model hub for the base's vocabulary
+    model.save_pretrained(folder / "adapter", state_dict=dict(adapter), save_embedding_layers=False)
+    (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's model card template says nothing
+    file = folder / "adapter" / "adapter_model.safetensors"
+    _check_shapes(file, adapter)
+    return file.stat().st_size
+
+
+def _check_shapes(file: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """A partitioned parameter would be saved as an empty shard: never publish that."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as saved:
+        sizes = [saved.get_slice(name).get_shape() for name in saved.keys()]  # noqa: SIM118
+    if not sizes or any(0 in size for size in sizes):
+        raise RuntimeError(f"{file} holds empty tensors: parameters were not gathered before saving")
+
+
+def adapter_prefix(model: nn.Module) -> str:
+    return model.base_model.prefix if hasattr(model, "peft_config") else "\0"
+
+
+def adapter_parameters(model: nn.Module) -> int:
+    """Trainable numbers of the adapter, heads not counted (full sizes, also of partitioned parameters)."""
+    return sum(
+        getattr(p, "ds_numel", p.numel())
+        for name, p in model.named_parameters()
+        if p.requires_grad and f"{ATTRIBUTE}." not in name
+    )

@@ -1,0 +1,139 @@
+"""DeepSpeed around a step: the settings, an engine for inference, and a clean end.
+
+A worker trains several steps on one base, so every engine must leave the model as it found it. DeepSpeed's
+`destroy` leaves forward hooks behind; `hooks_restored` takes them off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipelines.config import ConfigError, PipelineConfig, Problem, did_you_mean
+from pipelines.evaluation import World
+
+SHIPPED = ("zero1", "zero2", "zero3", "zero3-offload")
+
+
+def deepspeed_settings(value: str | dict) -> dict:
+    """The `deepspeed:` field as a mapping: a shipped name, a JSON path, or the mapping itself.
+
+    Raises:
+        ConfigError: unknown name, unreadable file, or an impossible stage.
+    """
+    settings = value if isinstance(value, dict) else _read_settings(value)
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError([Problem("deepspeed", f"zero_optimization.stage is {stage!r}; use 0, 1, 2 or 3")])
+    if "optimizer" in settings or "scheduler" in settings:
+        raise ConfigError(
+            [Problem("deepspeed", "remove its optimizer and scheduler blocks; training: sets learning rates")]
+        )
+    return settings
+
+
+def _read_settings(value: str) -> dict:
+    if value in SHIPPED:
+        return json.loads(resources.files("cluster").joinpath(f"deepspeed/{value}.json").read_text())
+    if not value.endswith(".json"):
+        raise ConfigError([Problem("deepspeed", f"unknown setting '{value}', {did_you_mean(value, SHIPPED)}")])
+    try:
+        return json.loads(Path(value).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError([Problem("deepspeed", f"'{value}' cannot be read as JSON ({error})")]) from error
+
+
+def stage_of(settings: dict) -> int:
+    return settings.get("zero_optimization", {}).get("stage", 0)
+
+
+def complete_settings(config: PipelineConfig, world_size: int) -> dict:
+    """The settings with every number that DeepSpeed wants filled in (no "auto": `zero.Init` cannot read it)."""
+    training = config.training
+    micro = -(-training.batch_size // training.gradient_accumulation // world_size)
+    return deepspeed_settings(config.deepspeed) | {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": training.gradient_accumulation,
+        "train_batch_size": micro * training.gradient_accumulation * world_size,
+        "gradient_clipping": training.max_grad_norm,
+        "bf16": {"enabled": config.base_model.dtype == "bfloat16"},
+        "fp16": {"enabled": config.base_model.dtype == "float16"},
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+def prepare_environment() -> None:
+    """Before the first engine of a process.
+
+    DeepSpeed's shared-memory op for CPU all-reduce takes a compiler and a minute to build, waits for ever on the
+    lock of a builder that was killed, and serves inference only: it is declared incompatible, which skips it.
+    """
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 holds the model in shards."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def local_numbers(model: nn.Module) -> tuple[int, int]:
+    """(numbers of the model held by this rank, numbers of the whole model)."""
+    held = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in model.parameters())
+    return held, sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+@contextlib.contextmanager
+def ready_for_inference(model: nn.Module, settings: dict, world: World) -> Iterator[nn.Module]:
+    """Inside, `model` can be called: as it is, or through a ZeRO-3 engine if its weights are partitioned."""
+    if not is_partitioned(model):
+        yield model.to(world.device)
+        return
+    import deepspeed
+
+    with hooks_restored(model):
+        engine, *_ = deepspeed.initialize(model=model, config=settings)
+        try:
+            yield model
+        finally:
+            engine.destroy()
+
+
+@contextlib.contextmanager
+def hooks_restored(model: nn.Module) -> Iterator[None]:
+    """DeepSpeed's forward hooks are gone afterwards (others, such as Transformers' own recorders, stay)."""
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key, hook in hooks.items() if _is_deepspeeds(hook)]:
+                    del hooks[key]
+
+
+def _is_deepspeeds(hook) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("deepspeed")
+
+
+def gathered_copy(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Full fp32 copies on the CPU of possibly partitioned parameters. Every rank must call it."""
+    copies = {}
+    for name, parameter in parameters.items():
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                copies[name] = parameter.detach().float().cpu().clone()
+        else:
+            copies[name] = parameter.detach().float().cpu().clone()
+    return copies

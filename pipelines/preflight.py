@@ -1,0 +1,155 @@
+"""What can be known of a run before it starts: whether the adapter fits the model, and what it will cost.
+
+Models are built on the meta device: shapes only, no weights, no download beyond the hub's config.json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.config import ConfigError, PipelineConfig, Problem, looks_local
+
+ADAM_BYTES = 16  # fp32 weight, gradient and two moments of a trained number
+ACTIVATION_BYTES = (
+    34  # a token, a layer and a hidden unit, bf16 without recomputation (Korthikanti et al. 2022, eq. 2)
+)
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Shapes of base and adapter, counted on the meta device."""
+
+    base_parameters: int
+    trainable_parameters: int
+    adapter_bytes: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    context: int
+
+
+def base_on_meta(config: PipelineConfig):
+    """The base model without weights.
+
+    Raises:
+        ConfigError: no such model, or its description cannot be read.
+    """
+    # slow imports: only commands that look at the model pay for them
+    import torch
+    import transformers
+
+    base = config.base_model
+    try:
+        if looks_local(base.path) and not Path(base.path).is_dir():
+            raise OSError("no such folder")
+        description = _description(config)
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(
+                description, trust_remote_code=base.trust_remote_code, dtype=getattr(torch, base.dtype)
+            )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        remedy = "check the path or hub id" if looks_local(base.path) else "check the id, the network and HF_TOKEN"
+        raise ConfigError([Problem("base_model.path", f"'{base.path}': {reason}; {remedy}")]) from error
+
+
+def _description(config: PipelineConfig):
+    """The model's config: from its folder or the hub, else `base_model.architecture`."""
+    import transformers
+
+    base = config.base_model
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            base.path, revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
+    except OSError:
+        if base.architecture is None:
+            raise
+        values = dict(base.architecture)
+        return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def check_model(config: PipelineConfig) -> list[Problem]:
+    """Every problem of base, adapter and DeepSpeed settings."""
+    problems: list[Problem] = []
+    for check in (model_facts, _check_deepspeed, _check_strategy):
+        try:
+            check(config)
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
+def _check_deepspeed(config: PipelineConfig) -> None:
+    from pipelines.engine import deepspeed_settings
+
+    deepspeed_settings(config.deepspeed)
+
+
+def _check_strategy(config: PipelineConfig) -> None:
+    from curlora.continual import make_strategy
+
+    try:
+        make_strategy(config.strategy.name, **config.strategy.options)
+    except ValueError as error:
+        raise ConfigError([Problem("strategy", str(error))]) from error
+
+
+def model_facts(config: PipelineConfig) -> ModelFacts:
+    """Count parameters and adapter bytes.
+
+    Raises:
+        ConfigError: the base cannot be described, or the adapter does not fit it.
+    """
+    from pipelines.adapters import adapter_parameters, adapter_prefix, attach_adapter
+
+    base = base_on_meta(config)
+    base_parameters = sum(p.numel() for p in base.parameters())
+    text = base.config.get_text_config()
+    model = attach_adapter(base, config.adapter, config.training.seed)
+    prefix = adapter_prefix(model)
+    saved = {name: t for name, t in model.state_dict().items() if prefix in name}
+    return ModelFacts(
+        base_parameters=base_parameters,
+        trainable_parameters=adapter_parameters(model) if saved else 0,
+        adapter_bytes=_file_bytes(saved),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        context=getattr(text, "max_position_embeddings", 0) or 0,
+    )
+
+
+def _file_bytes(tensors: dict) -> int:
+    """Size of a safetensors file with these tensors: data, and a JSON header that names each."""
+    data = sum(t.numel() * t.element_size() for t in tensors.values())
+    header = sum(len(name.replace(".default", "")) + 62 + 4 * t.dim() for name, t in tensors.items())
+    return data + header
+
+
+def memory_by_stage(facts: ModelFacts, config: PipelineConfig) -> dict[str, dict[str, float]]:
+    """GiB a worker, by ZeRO stage: weights, optimizer, activations, total. Estimates with stated formulas.
+
+    weights: base numbers × dtype bytes, divided by the workers under ZeRO-3; optimizer: 16 bytes a trained number,
+    divided by the workers; activations: tokens a pass × layers × hidden × 34 bytes (2 with gradient checkpointing),
+    and the logits, tokens × vocabulary × 8.
+    """
+    workers = config.resources.workers
+    training = config.training
+    tokens = -(-training.batch_size // training.gradient_accumulation // workers) * training.max_length
+    per_token = facts.layers * facts.hidden * (2 if training.gradient_checkpointing else ACTIVATION_BYTES)
+    per_token *= DTYPE_BYTES[config.base_model.dtype] / 2
+    activations = tokens * (per_token + facts.vocabulary * 8)
+    weights = facts.base_parameters * DTYPE_BYTES[config.base_model.dtype]
+    optimizer = facts.trainable_parameters * ADAM_BYTES
+    table = {}
+    for stage in ("zero1", "zero2", "zero3"):
+        parts = {
+            "weights": weights / (workers if stage == "zero3" else 1),
+            "optimizer": optimizer / workers,
+            "activations": activations,
+        }
+        table[stage] = {name: value / 2**30 for name, value in (parts | {"total": sum(parts.values())}).items()}
+    return table
