@@ -25,8 +25,9 @@ def peft_config(adapter: AdapterConfig, seed: int):
         ConfigError: unknown type or option.
     """
     # importing curlora registers its tuner with PEFT
-    import curlora  # noqa: F401
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    import curlora  # noqa: F401
 
     types = {str(getattr(key, "value", key)).lower(): cls for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if adapter.type.lower() not in types:

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 SELECTION_RULES = ("inverse", "uniform", "importance", "leverage", "deim", "activation")
 STRATEGIES = ("sequential", "joint")
 
@@ -311,10 +312,11 @@ def is_uri(value: str) -> bool:
 
 def looks_local(value: str) -> bool:
     """Whether `value` means a path on this machine rather than a hub id: it has a path's form, or exists."""
-    return not is_uri(value) and (value.startswith((".", "/", "~")) or Path(value).exists())
+    return not is_uri(value) and (value.startswith((".", "/", "~", "$")) or Path(value).exists())
 
 
 def _absolute(value: str) -> str:
+    value = os.path.expandvars(value)
     return os.path.abspath(os.path.expanduser(value)) if looks_local(value) else value
 
 
@@ -323,7 +325,7 @@ def resolve(config: PipelineConfig) -> PipelineConfig:
     raw = config.model_dump()
     raw["base_model"]["path"] = _absolute(raw["base_model"]["path"])
     if not is_uri(raw["storage"]):
-        raw["storage"] = os.path.abspath(os.path.expanduser(raw["storage"]))
+        raw["storage"] = os.path.abspath(os.path.expanduser(os.path.expandvars(raw["storage"])))
     for source in [*raw["tasks"], *raw["retention"]]:
         source["data"] = _absolute(source["data"])
     if isinstance(raw["deepspeed"], str) and raw["deepspeed"].endswith(".json"):
@@ -360,10 +362,25 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Pipel
 
 def parse_config(raw: dict) -> PipelineConfig:
     """Validate a plain mapping; raise `ConfigError` with every problem."""
+    unset = {name for text in _strings(raw) for name in VARIABLE.findall(text) if name not in os.environ}
+    if unset:
+        raise ConfigError(Problem(f"${{{name}}}", "this environment variable is not set") for name in sorted(unset))
     try:
         return resolve(PipelineConfig.model_validate(raw))
     except ValidationError as error:
         raise ConfigError([_explain(item) for item in error.errors()]) from error
+
+
+def _strings(value: Any) -> Iterable[str]:
+    """The paths of a configuration, where environment variables may stand."""
+    if isinstance(value, dict):
+        for key, nested in value.items():
+            if key in ("path", "data", "storage") and isinstance(nested, str):
+                yield nested
+            yield from _strings(nested)
+    elif isinstance(value, list):
+        for nested in value:
+            yield from _strings(nested)
 
 
 def read_yaml(path: str | os.PathLike) -> dict:

@@ -77,9 +77,13 @@ def prepare_environment() -> None:
     lock of a builder that was killed, and serves inference only: it is declared incompatible, which skips it.
     """
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    import deepspeed
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.distributed.is_initialized():
+        # joins the process group that is there; without it zero.Init believes in a world of one
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
 
 
 def is_partitioned(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -289,6 +290,7 @@ class Worker:
         curve = _Curve(self, plan, steps)
         with tempfile.TemporaryDirectory() as scratch, engine.hooks_restored(model):
             trainer = self._trainer(model, examples, strategy, steps, scratch, curve)
+            curve.tokens = lambda: trainer.tokens
             with _stdout_to_stderr():
                 begun = time.perf_counter()
                 trainer.train()
@@ -431,6 +433,7 @@ class _Curve:
         self.worker, self.plan, self.steps = worker, plan, steps
         self.points: list[list[float]] = []
         self.sent = 0
+        self.tokens: Callable[[], int] = lambda: 0  # of this rank, so far
         self.last = self.begun = time.time()
 
     def add(self, points: list[tuple[int, float, float, float]]) -> None:
@@ -442,7 +445,9 @@ class _Curve:
         if self.sent < len(self.points):
             step, loss, _, _ = self.points[-1]
             elapsed = max(time.time() - self.begun, 1e-9)
-            self.worker._event("training", self.plan, step=step, steps=self.steps, loss=loss, elapsed=elapsed)
+            speed = self.worker.world.size * self.tokens() / elapsed
+            progress = {"step": step, "steps": self.steps, "loss": loss, "elapsed": elapsed}
+            self.worker._event("training", self.plan, **progress, tokens_per_second=speed)
             self.sent, self.last = len(self.points), time.time()
 
 

@@ -7,8 +7,8 @@ does only what is missing, after a crash as after a change of the configuration.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -262,8 +262,10 @@ def run_chain(
     run = RunDirectory(config.run_uri)
     with run.acquire_lease():
         run.open_for_writing(config)
-        projector = Projector(run, config)
+        projector = Projector(run, config, [step.fingerprint for step in plan.steps])
+        ran = False
         if plan.missing_steps(run) or any(plan.missing_cells(run).values()):
+            ran = True
             _check_model(config)
             run.event("started", steps=len(plan.steps), done=len(plan.steps) - len(plan.missing_steps(run)))
             _save_results(run, config, plan, "running")
@@ -271,7 +273,7 @@ def run_chain(
                 _run_segments(config, plan, run, on_event, verbose, segment_length, projector)
             run.event("finished")
         results = _save_results(run, config, plan, "finished")
-        return _publish(run, config, results, projector, on_event)
+        return _publish(run, config, results, projector, on_event) | {"ran": ran}
 
 
 def _publish(run: RunDirectory, config: PipelineConfig, results: dict, projector: Projector, on_event) -> dict:
@@ -489,10 +491,8 @@ def gpus_per_worker(config: PipelineConfig, resources: dict | None = None) -> fl
 class Projector:
     """Sends the run to MLflow from a thread of its own: a slow or absent server never holds up training."""
 
-    def __init__(self, run: RunDirectory, config: PipelineConfig):
-        import threading
-
-        self.run, self.tracking = run, config.tracking
+    def __init__(self, run: RunDirectory, config: PipelineConfig, chain: Sequence[str]):
+        self.run, self.tracking, self.chain = run, config.tracking, chain
         self.runs: dict[str, str] = {}
         self.warning: str | None = None
         self._wanted = threading.Event()
@@ -526,14 +526,9 @@ class Projector:
             self._wanted.clear()
             last = self._stop
             try:
-                self.runs = project(self.run, self.tracking.uri, self.tracking.experiment)
+                self.runs = project(self.run, self.tracking.uri, self.tracking.experiment, self.chain)
                 self.warning = None
             except LineageError as error:
                 self.warning = str(error)
             if last:
                 return
-
-
-def describe(plan: Plan) -> str:
-    """The plan as JSON, for `--dry-run --json`."""
-    return json.dumps({"base": plan.base_fingerprint, "steps": [step.to_json() for step in plan.steps]}, indent=1)

@@ -1,0 +1,350 @@
+"""The command line, `curlora …` = `python -m pipelines …`.
+
+Exit codes: 0 done, 1 failed, 2 bad input. What takes seconds to import is imported by the command that needs it, so
+that help and bad input answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class _Commands(click.Group):
+    """Errors a user can mend, as one line each, with the exit codes above."""
+
+    def invoke(self, ctx: click.Context):
+        from pipelines.config import ConfigError
+        from pipelines.runs import LeaseHeld, RunDirectoryError
+
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            for problem in error.problems:
+                click.echo(f"error: {problem}", err=True)
+            ctx.exit(2)
+        except (LeaseHeld, RunDirectoryError) as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("stopped; run the same command to go on from the last finished task", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="curlora")
+def main() -> None:
+    """Continual learning for language models: a chain of CURLoRA fine-tunes on Ray, sharded by DeepSpeed.
+
+    \b
+    Start here:  curlora demo
+    Your own:    curlora run my.yaml --dry-run
+    """
+
+
+@main.command()
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of demo.yaml.")
+@click.option("--json", "as_json", is_flag=True, help="Print results.json instead of tables.")
+@click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
+def demo(overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
+    """A whole chain from nothing but this environment: no data, no model, no network.
+
+    A small model is pretrained once on the documentation of the installed packages, then learns the documentation of
+    four libraries, one after another.
+
+    \b
+    Example:  curlora demo
+    """
+    from pipelines.demo import DemoError, prepare_demo
+
+    try:
+        assets = _with_bar("Preparing the demo's model (once)", prepare_demo)
+    except DemoError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    os.environ["CURLORA_DEMO"] = str(assets.root)
+    _run(str(CONFIGS / "demo.yaml"), overrides, as_json, verbose)
+
+
+def _with_bar(title: str, work):
+    """Run `work(progress=…)` under a progress bar that shows nothing where nothing has to be done."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+    with Progress(*columns, console=_console(err=True), transient=True) as bars:
+        bar = bars.add_task(title, text="", visible=False)
+
+        def progress(done: int, total: int, text: str) -> None:
+            bars.update(bar, completed=done, total=total, text=text, visible=True)
+
+        return work(progress=progress)
+
+
+@main.command()
+@click.argument("config", type=click.Path())
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print sizes and memory, train nothing.")
+@click.option("--address", help="Ray cluster; default: RAY_ADDRESS, else a local one.")
+@click.option("--segment-length", type=click.IntRange(1), help="Tasks a worker group trains before it is renewed.")
+@click.option("--json", "as_json", is_flag=True, help="Print results.json instead of tables.")
+@click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
+def run(config, overrides, dry_run, address, segment_length, as_json, verbose) -> None:
+    """Train the chain of CONFIG, or what is missing of it.
+
+    \b
+    Example:  curlora run pipelines/configs/paper-tiny.yaml --set deepspeed=zero3 --dry-run
+    """
+    if dry_run:
+        _dry_run(config, overrides, as_json)
+    else:
+        _run(config, overrides, as_json, verbose, address, segment_length)
+
+
+def _run(path, overrides, as_json, verbose, address=None, segment_length=None) -> None:
+    from pipelines.config import load_config
+    from pipelines.progress import ChainProgress
+
+    config = load_config(path, overrides)
+    from pipelines.workflow import RunFailed, run_chain
+
+    console = _console(err=as_json)
+    steps = 1 if config.is_joint else len(config.tasks)
+    try:
+        with ChainProgress(console, steps, config.name) as progress:
+            results = run_chain(config, progress, verbose, segment_length, address)
+    except RunFailed as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    if as_json:
+        click.echo(json.dumps(results, indent=1))
+        return
+    from pipelines.report import print_summary
+
+    if not results.pop("ran"):
+        console.print("Everything is done already; nothing was trained.")
+    print_summary(results, console)
+    console.print(f"report: {config.run_uri}/report.html", soft_wrap=True, highlight=False)
+    if config.tracking:
+        console.print(f"MLflow: curlora ui {config.run_uri}", soft_wrap=True, highlight=False)
+
+
+def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    from pipelines.config import ConfigError, load_config
+
+    config = load_config(path, overrides)
+    from pipelines.data import check_data
+    from pipelines.preflight import check_model, memory_by_stage, model_facts
+
+    problems, unreachable = split_unreachable(config, check_data(config))
+    problems += check_model(config)
+    if problems:
+        raise ConfigError(problems)
+    facts = model_facts(config)
+    table = memory_by_stage(facts, config)
+    if as_json:
+        click.echo(json.dumps({"model": facts.__dict__, "memory_gib": table, "unchecked": unreachable}, indent=1))
+        return
+    for line in unreachable:
+        click.echo(f"not checked: {line}", err=True)
+    _print_facts(config, facts, table)
+
+
+def split_unreachable(config, problems: list) -> tuple[list, list[str]]:
+    """Problems, and (as text) those that only say that the hub could not be asked."""
+    from pipelines.data import hub_is_reachable
+
+    sources = [*config.tasks, *config.retention]
+    remote = [problem for problem in problems if _names_hub(problem.field, sources)]
+    if not remote or hub_is_reachable():
+        return problems, []
+    return [p for p in problems if p not in remote], [f"{p.field}: the hub cannot be reached" for p in remote]
+
+
+def _names_hub(field: str, sources: list) -> bool:
+    from pipelines.config import is_uri, looks_local
+
+    section, _, rest = field.partition(".")
+    number = rest.split(".")[0]
+    if section not in ("tasks", "retention") or not number.isdigit():
+        return False
+    offset = 0 if section == "tasks" else sum(hasattr(source, "kind") for source in sources)
+    data = sources[offset + int(number)].data
+    return not is_uri(data) and not looks_local(data)
+
+
+def _print_facts(config, facts, table: dict) -> None:
+    from rich.table import Table
+
+    console = _console()
+    console.print(
+        f"{config.name}: {len(config.tasks)} tasks, strategy {config.strategy.name}; the configuration is good."
+    )
+    share = facts.trainable_parameters / facts.base_parameters
+    console.print(f"base parameters       {facts.base_parameters:,}")
+    console.print(f"trainable parameters  {facts.trainable_parameters:,} ({share:.4%}), heads not counted")
+    console.print(f"adapter file          {facts.adapter_bytes:,} bytes")
+    view = Table(title=f"memory a worker, GiB, {config.resources.workers} workers (estimate)")
+    for column in ("stage", "weights", "optimizer", "activations", "total"):
+        view.add_column(column, justify="left" if column == "stage" else "right")
+    for stage, parts in table.items():
+        cells = (f"{parts[name]:.4g}" for name in ("weights", "optimizer", "activations", "total"))
+        view.add_row(stage, *cells)
+    console.print(view)
+    console.print(
+        "weights = base parameters × dtype bytes (÷ workers under zero3); optimizer = 16 bytes × trainable ÷ workers\n"
+        "activations = tokens a pass × (layers × hidden × 34 bytes + vocabulary × 8 bytes) at 2 bytes a number",
+        style="dim",
+    )
+
+
+@main.command()
+@click.argument("run", required=False)
+@click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
+@click.option("--json", "as_json", is_flag=True)
+def status(run: str | None, storage: str, as_json: bool) -> None:
+    """What is done of one RUN (a name or a path), or a line for every run.
+
+    \b
+    Example:  curlora status demo
+    """
+    from pipelines.status import run_status
+
+    directories = [_open(run, storage)] if run else _all_runs(storage)
+    found = [run_status(directory) for directory in directories]
+    if as_json:
+        click.echo(json.dumps(found[0] if run else found, indent=1))
+        return
+    if not found:
+        click.echo(f"no runs in {storage}")
+    for entry in found:
+        click.echo(
+            f"{entry['run']}: {entry['status']}, {entry['steps_done']} of {entry['steps']} tasks, {entry['last']}"
+        )
+    if run and found[0]["steps_done"]:
+        from pipelines.report import print_summary
+
+        print_summary(directories[0].results(), _console())
+
+
+@main.command()
+@click.argument("run")
+@click.option("--storage", default="./runs", show_default=True)
+def report(run: str, storage: str) -> None:
+    """Write the page and the figures of RUN anew.
+
+    \b
+    Example:  curlora report demo
+    """
+    from pipelines.report import ReportError, write_figures, write_report
+
+    directory = _open(run, storage)
+    try:
+        write_figures(directory)
+        write_report(directory)
+        click.echo(f"{directory.uri}/report.html")
+    except ReportError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--storage", default="./runs", show_default=True)
+@click.option("--uri", help="MLflow store; default: the run's own.")
+def sync(run: str, storage: str, uri: str | None) -> None:
+    """Send RUN to MLflow (again): whatever is missing there, nothing twice.
+
+    \b
+    Example:  curlora sync demo --uri http://127.0.0.1:5000
+    """
+    from pipelines.lineage import LineageError, project
+
+    directory = _open(run, storage)
+    config = directory.config()
+    target = uri or (config.tracking.uri if config.tracking else "sqlite:///mlflow.db")
+    experiment = (config.tracking.experiment if config.tracking else None) or config.name
+    try:
+        runs = project(directory, target, experiment)
+    except LineageError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    click.echo(f"{len(runs)} MLflow runs are up to date in {target}")
+
+
+@main.command()
+@click.argument("run", required=False)
+@click.option("--storage", default="./runs", show_default=True)
+@click.option("--port", default=5000, show_default=True)
+def ui(run: str | None, storage: str, port: int) -> None:
+    """MLflow's pages on http://127.0.0.1:PORT over the store of RUN (default: sqlite:///mlflow.db here).
+
+    \b
+    Example:  curlora ui demo
+    """
+    from pipelines.lineage import LineageError, ui_command, ui_environment
+
+    uri = "sqlite:///mlflow.db"
+    if run:
+        tracking = _open(run, storage).config().tracking
+        if tracking is None:
+            raise click.UsageError(f"run '{run}' was not tracked (tracking: null); use curlora sync {run} first")
+        uri = tracking.uri
+    try:
+        command = ui_command(uri, port)
+    except LineageError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    click.echo(f"MLflow on http://127.0.0.1:{port} over {uri}; Ctrl-C ends it")
+    sys.exit(subprocess.run(command, env=ui_environment(), check=False).returncode)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True)
+def doctor(as_json: bool) -> None:
+    """Whether this machine and this environment can run a chain, and what to mend.
+
+    \b
+    Example:  curlora doctor
+    """
+    from pipelines.doctor import examine
+
+    findings = examine()
+    if as_json:
+        click.echo(json.dumps([finding.__dict__ for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            mark = {"ok": "ok  ", "warning": "WARN", "error": "FAIL"}[finding.level]
+            click.echo(f"{mark}  {finding.subject}: {finding.text}")
+    sys.exit(1 if any(finding.level == "error" for finding in findings) else 0)
+
+
+def _console(err: bool = False):
+    from rich.console import Console
+
+    return Console(stderr=err)
+
+
+def _open(run: str, storage: str):
+    """The run called `run`: a path or URI, or a name below `storage`."""
+    from pipelines.runs import RunDirectory
+
+    for uri in (run, f"{storage}/{run}"):
+        directory = RunDirectory(os.path.abspath(uri) if "://" not in uri else uri)
+        if directory.exists("config.yaml"):
+            return directory
+    raise click.UsageError(f"no run '{run}', neither as a path nor below {storage}; see curlora status")
+
+
+def _all_runs(storage: str) -> list:
+    from pipelines.runs import RunDirectory
+
+    parent = RunDirectory(os.path.abspath(storage) if "://" not in storage else storage)
+    runs = [RunDirectory(f"{parent.uri}/{name}") for name in parent.list("")]
+    return [directory for directory in runs if directory.exists("config.yaml")]

@@ -1,0 +1,91 @@
+"""What a user sees while a chain runs: one bar for the chain, one for the running task. No plumbing.
+
+Fed with the run's events. On a terminal two live bars; elsewhere (a log file, a job's output) a line now and then.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+LINE_SECONDS = 5.0
+
+
+class ChainProgress:
+    """Context manager; call it with each event."""
+
+    def __init__(self, console: Console, steps: int, title: str):
+        self.console, self.steps, self.title = console, steps, title
+        self.done = 0
+        self.last_line = 0.0
+        self.bars: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+            self.bars = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+
+    def __enter__(self) -> ChainProgress:
+        if self.bars:
+            self.bars.start()
+            self.chain = self.bars.add_task(f"[bold]{self.title}", total=self.steps, text="starting workers")
+            self.task = self.bars.add_task("", total=1, text="", visible=False)
+        else:
+            self._line(f"{self.title}: starting workers")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bars:
+            self.bars.stop()
+
+    def __call__(self, event: dict) -> None:
+        handler = getattr(self, f"_on_{event['kind']}", None)
+        if handler:
+            handler(event)
+
+    # -- events
+
+    def _on_started(self, event: dict) -> None:
+        self.done = event["done"]
+        self._chain("")
+
+    def _on_step_started(self, event: dict) -> None:
+        self._chain(f"task {event['position']}/{self.steps}: {event['task']}")
+        if self.bars:
+            self.bars.update(self.task, description=event["task"], completed=0, total=1, text="", visible=True)
+
+    def _on_training(self, event: dict) -> None:
+        step, steps = event["step"], event["steps"]
+        left = event["elapsed"] / step * (steps - step)
+        speed = f" · {event['tokens_per_second']:,.0f} tokens/s" if event.get("tokens_per_second") else ""
+        text = f"step {step}/{steps} · loss {event['loss']:.3f}{speed} · {left:.0f} s left"
+        if self.bars:
+            self.bars.update(self.task, description=event["task"], completed=step, total=steps, text=text)
+        elif time.time() - self.last_line > LINE_SECONDS:
+            self._line(f"{event['task']}: {text}")
+
+    def _on_evaluating(self, event: dict) -> None:
+        self._chain(f"evaluating {event['name']}")
+
+    def _on_published(self, event: dict) -> None:
+        self.done = event["position"]
+        scores = ", ".join(f"{cell['name']} {cell['value']:.3f}" for cell in event["cells"])
+        self._chain("")
+        self._line(f"task {event['position']}/{self.steps} {event['task']} done: {scores}", always=True)
+
+    def _on_reporting(self, event: dict) -> None:
+        self._chain("writing report and lineage")
+
+    def _on_warning(self, event: dict) -> None:
+        self.console.print(f"[yellow]warning:[/] {escape(event['text'])}", highlight=False)
+
+    def _chain(self, text: str) -> None:
+        if self.bars:
+            self.bars.update(self.chain, completed=self.done, text=text)
+
+    def _line(self, text: str, always: bool = False) -> None:
+        if always or not self.bars:
+            self.last_line = time.time()
+            self.console.print(escape(text), highlight=False)
