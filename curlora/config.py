@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from .cur import RULES, SCALES
 
@@ -135,10 +137,23 @@ class CurloraConfig(PeftConfig):
         """Read the configuration of a saved adapter; its layers then wait for the saved indices (see `load_only`)."""
         config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         config.load_only = True
+        _check_readable(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         return config
 
     load_only = False
     """The indices come from a file, so no selection is run: not a field, because it is never saved."""
+
+
+def _check_readable(directory: str) -> None:
+    """Name the file and the remedy where a local adapter is cut off: PEFT, which reads it next, would say neither."""
+    path = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}); restore it from a copy.") from error
 
 
 def _require(name: str, value: Any, satisfied: bool, remedy: str) -> None:

@@ -33,10 +33,10 @@ def cur_linear(
     columns: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """x W' + b plus the update, for a frozen dense layer.
+    """x Wᵀ + b plus the update, for a frozen dense layer.
 
     x (..., n), kernel (n, m) = Wᵀ, bias (m,), rows (k,) int64, bias_rows (k,) = b[I], middle (k, k),
-    columns (m, k) = C, mask (..., k) multiplies z (dropout). Returns (..., m) in the dtype of x. x and kernel share one dtype.
+    columns (m, k) = C, mask (..., k) multiplies z (dropout). Returns (..., m). x and kernel share one dtype.
     """
     return _CurLinear.apply(x, kernel, bias, rows, bias_rows, middle, columns, mask)
 

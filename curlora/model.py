@@ -203,6 +203,9 @@ class CurloraModel(BaseTuner):
 
     # ------------------------------------------------------------------------------------------------- merge
 
+    def _check_tied_modules(self, model: nn.Module, peft_config: CurloraConfig) -> None:
+        """Nothing to warn about: an adapter on a tied layer changes only that layer, and a merge unties it."""
+
     def _check_merge_allowed(self) -> None:
         # peft's own check only warns about tied weights; here the layers learn of the tie and undo it when merging.
         users = Counter(

@@ -1,0 +1,408 @@
+"""The adapter in whole models: which layers it takes, its life cycle, its files, and what it refuses to load."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from curlora_cases import logits, randomise, tiny_gpt2, tiny_llama, tokens
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import MistralConfig, MistralForCausalLM
+
+import curlora
+from curlora import BaseMismatchError, CurloraConfig
+
+QKV = ["q_proj", "k_proj", "v_proj"]
+
+
+def wrapped(base=None, trained=True, **config):
+    config = {"r": 4, "task_type": "CAUSAL_LM"} | config
+    model = get_peft_model(tiny_llama() if base is None else base, CurloraConfig(**config)).eval()
+    if trained:
+        randomise(model)
+    return model
+
+
+def names(model):
+    return {name for name, _ in model.base_model.layers()}
+
+
+# --------------------------------------------------------------------------------------------------- which layers
+
+
+def test_import_registers_the_tuner_and_pulls_in_no_system():
+    code = (
+        "import sys, curlora, importlib; importlib.reload(curlora); from peft.mapping import *;"
+        "from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING as p; assert p['CURLORA'] == 'curlora_';"
+        "bad = {'deepspeed', 'ray', 'mlflow'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_all_linear_takes_every_dense_layer_but_the_output_head():
+    model = wrapped()
+    assert len(names(model)) == 2 * 7
+    assert not any("lm_head" in name or "embed" in name for name in names(model))
+    assert logits(wrapped(trained=False)).equal(logits(tiny_llama()))
+
+
+def test_gpt2_with_conv1d_layers_including_square_ones():
+    model = wrapped(tiny_gpt2())
+    square = [n for n, layer in model.base_model.layers() if layer.in_features == layer.out_features]
+    assert len(names(model)) == 2 * 4 and len(square) == 2
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(tiny_gpt2()), atol=1e-3)
+    assert torch.allclose(logits(model.merge_and_unload()), expected, atol=1e-4)
+
+
+def test_targets_exclusions_layers_ranks_and_alphas():
+    model = wrapped(
+        target_modules=[*QKV, "up_proj"],
+        exclude_modules=["k_proj"],
+        layers_to_transform=[1],
+        rank_pattern={"up_proj": 6},
+        alpha_pattern={"v_proj": 2.5},
+    )
+    assert names(model) == {f"model.layers.1.{n}" for n in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")}
+    settings = {n.rpartition(".")[2]: core.settings for n, _, core in model.base_model.cores("default")}
+    assert {n: s.r for n, s in settings.items()} == {"q_proj": 4, "v_proj": 4, "up_proj": 6}
+    assert settings["v_proj"].alpha == 2.5 and settings["q_proj"].alpha == 1.0
+    assert model.get_nb_trainable_parameters()[0] == 2 * 16 + 36
+
+
+def test_a_name_that_matches_nothing_is_an_error():
+    with pytest.raises(ValueError, match="nowhere"):
+        wrapped(target_modules=["nowhere"])
+
+
+def test_a_layer_that_is_not_dense_is_refused_by_name():
+    with pytest.raises(ValueError, match="embed_tokens: a layer of type Embedding cannot be adapted"):
+        wrapped(target_modules=["embed_tokens"])
+
+
+def test_only_u_is_trained_and_the_base_stays_frozen():
+    model = wrapped(target_modules=QKV)
+    assert all(("curlora_core.default.U" in n) == p.requires_grad for n, p in model.named_parameters())
+    assert model.get_nb_trainable_parameters()[0] == 2 * 3 * 16
+
+
+def test_modules_to_save_are_trained_saved_and_restored(tmp_path):
+    model = wrapped(modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.5)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.allclose(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()), expected, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------- life cycle
+
+
+def test_unload_leaves_the_base_bit_identical_and_wraps_again():
+    base = tiny_llama()
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    for seed in range(3):
+        model = wrapped(base, seed=seed)
+        assert not torch.allclose(logits(model), logits(tiny_llama()), atol=1e-3)
+        base = model.unload()
+        after = base.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_several_adapters_are_switched_disabled_and_deleted():
+    model = wrapped(target_modules=QKV)
+    model.add_adapter("other", CurloraConfig(r=3, target_modules=["up_proj", "q_proj"], seed=9))
+    first = logits(model)
+    model.set_adapter("other")
+    assert torch.allclose(logits(model), logits(tiny_llama()), atol=1e-6), "a new adapter is the identity"
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"other"}
+    randomise(model, seed=4)
+    second = logits(model)
+    with model.disable_adapter():
+        assert torch.allclose(logits(model), logits(tiny_llama()), atol=1e-6)
+    assert torch.equal(logits(model), second)
+    model.set_adapter("default")
+    randomise(model, seed=0)
+    model.delete_adapter("other")
+    assert "other" not in "".join(model.state_dict())
+    assert first.shape == logits(model).shape and not torch.equal(logits(model), second)
+
+
+def test_deleting_the_active_adapter_activates_the_other():
+    model = wrapped(target_modules=QKV)
+    model.add_adapter("other", CurloraConfig(r=4, target_modules=QKV, seed=9))
+    model.delete_adapter("default")
+    assert torch.allclose(logits(model), logits(tiny_llama()), atol=1e-6)
+
+
+def test_an_adapter_cannot_be_added_while_another_is_merged():
+    model = wrapped()
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="unmerge_adapter"):
+        model.add_adapter("late", CurloraConfig(r=4))
+    model.unmerge_adapter()
+    model.add_adapter("late", CurloraConfig(r=4))
+
+
+def test_safe_merge_of_a_broken_adapter_changes_nothing():
+    model = wrapped(target_modules=["q_proj"])
+    layer = model.base_model.layers()[0][1]
+    before = layer.weight.clone()
+    with torch.no_grad():
+        layer.curlora_core["default"].U[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite; nothing was changed"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.weight, before) and not layer.merged
+
+
+def test_merging_a_tied_output_layer_leaves_the_embedding_alone():
+    base = tiny_llama(tied=True)
+    embedding = base.get_input_embeddings().weight.detach().clone()
+    model = wrapped(base, target_modules=["lm_head"])
+    expected = logits(model)
+    model.merge_adapter()
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    model.unmerge_adapter()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    merged = model.merge_and_unload()
+    assert torch.allclose(logits(merged), expected, atol=1e-5)
+    assert torch.equal(merged.get_input_embeddings().weight, embedding)
+    assert not merged.config.tie_word_embeddings
+
+
+def test_a_deep_copy_is_independent():
+    model = wrapped()
+    twin = copy.deepcopy(model)
+    randomise(twin, seed=5)
+    assert not torch.equal(logits(model), logits(twin))
+
+
+def test_gradient_checkpointing_of_a_whole_model_reaches_every_u():
+    model = wrapped().train()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model(tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+
+
+def test_stack_through_a_file_and_back(tmp_path):
+    model = wrapped(carry="stack", r=3)
+    model.base_model.add_block()
+    randomise(model, seed=1)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True).eval()
+    assert torch.equal(logits(loaded), expected)
+    loaded.base_model.remove_block()
+    first = wrapped(carry="stack", r=3)
+    assert torch.allclose(logits(loaded), logits(first), atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("config", [{}, {"whiten": False, "scale": "none"}, {"selection": "deim"}])
+def test_save_and_load_give_the_same_logits(tmp_path, config, low_cpu_mem_usage):
+    model = wrapped(**config)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_calibrated_adapter_loads_without_a_calibration_batch(tmp_path):
+    model = wrapped(selection="activation", trained=False)
+    model.base_model.calibrate([{"input_ids": tokens(), "attention_mask": torch.ones_like(tokens())}])
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()), logits(model))
+
+
+def test_load_adapter_under_another_name_and_through_a_state_dict(tmp_path):
+    model = wrapped()
+    model.save_pretrained(tmp_path)
+    other = wrapped(seed=3)
+    other.load_adapter(str(tmp_path), "second")
+    other.set_adapter("second")
+    assert torch.equal(logits(other), logits(model))
+    fresh = wrapped(seed=8)
+    set_peft_model_state_dict(fresh, get_peft_model_state_dict(model))
+    assert torch.equal(logits(fresh), logits(model)), "indices come with the state dict, not from the seed"
+
+
+def test_the_file_holds_u_and_one_record_a_layer_and_nothing_else(tmp_path):
+    wrapped(target_modules=QKV).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(state) == 2 * 2 * 3
+    for key, tensor in state.items():
+        if key.endswith(".U"):
+            assert tensor.shape == (4, 4) and tensor.dtype == torch.float32
+        else:
+            assert key.endswith(".record") and tensor.shape == (2 * 4 + 3 + 1,) and tensor.dtype == torch.int32
+
+
+def test_mistral_7b_adapter_is_under_150_kb_by_arithmetic_on_the_meta_device():
+    config = MistralConfig(num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_key_value_heads=8)
+    with torch.device("meta"):
+        base = MistralForCausalLM(config)
+    model = get_peft_model(base, CurloraConfig(r=16, target_modules=QKV))
+    assert model.get_nb_trainable_parameters()[0] == 96 * 256
+    state = get_peft_model_state_dict(model)
+    sizes = {".U": 96 * 16 * 16 * 4, ".record": 96 * (16 + 16 + 3 + 1) * 4}
+    for suffix, expected in sizes.items():
+        tensors = [t for k, t in state.items() if k.endswith(suffix)]
+        assert sum(t.numel() * t.element_size() for t in tensors) == expected
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for key, tensor in state.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        dtype = "F32" if key.endswith(".U") else "I32"
+        header[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    size = 8 + len(json.dumps(header, separators=(",", ":"))) + offset
+    assert size <= 150_000
+    lora = 32 * (2 * 4096 + 2 * (4096 + 1024)) * 16 * 4
+    assert sum(sizes.values()) * 150 <= lora * 3  # k and v are narrow there; the square case is in benchmarks
+
+
+def test_the_meta_device_runs_shapes_without_reading_weights():
+    with torch.device("meta"):
+        base = tiny_llama()
+    model = get_peft_model(base, CurloraConfig(r=4))
+    assert model(torch.zeros(1, 3, dtype=torch.long, device="meta")).logits.shape == (1, 3, 64)
+    with torch.device("meta"):
+        base = tiny_llama()
+    with pytest.raises(ValueError, match="r=33 is larger"):
+        get_peft_model(base, CurloraConfig(r=33))
+
+
+# ------------------------------------------------------------------------------------------- another dtype or base
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_same_adapter_loads_on_the_same_base_in_half_precision(tmp_path, dtype):
+    model = wrapped()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama().to(dtype), tmp_path).eval()
+    plain = logits(tiny_llama())
+    change = (logits(model) - plain).abs().max()
+    assert (logits(loaded).float() - logits(model)).abs().max() < 0.2 * change
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_another_base_of_the_same_shape_is_refused_naming_the_layer(tmp_path, low_cpu_mem_usage):
+    wrapped().save_pretrained(tmp_path)
+    with pytest.raises(BaseMismatchError, match=r"layers\.0.*made for another base model.*base_model_name_or_path"):
+        PeftModel.from_pretrained(tiny_llama(seed=1), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def test_another_base_is_refused_by_load_adapter_and_by_a_state_dict(tmp_path):
+    model = wrapped()
+    model.save_pretrained(tmp_path)
+    other = wrapped(tiny_llama(seed=1))
+    with pytest.raises(BaseMismatchError):
+        other.load_adapter(str(tmp_path), "second")
+    with pytest.raises(BaseMismatchError):
+        set_peft_model_state_dict(wrapped(tiny_llama(seed=1)), get_peft_model_state_dict(model))
+
+
+def test_a_base_that_was_trained_on_a_little_is_refused_and_rounding_is_not(tmp_path):
+    wrapped().save_pretrained(tmp_path)
+
+    def scaled(factor):
+        base = tiny_llama()
+        with torch.no_grad():
+            base.model.layers[1].mlp.up_proj.weight.mul_(factor)
+        return base
+
+    PeftModel.from_pretrained(scaled(1.005), tmp_path)
+    with pytest.raises(BaseMismatchError, match=r"layers\.1\.mlp\.up_proj"):
+        PeftModel.from_pretrained(scaled(1.03), tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------- damaged files
+
+
+def edited(path, edit):
+    state = load_file(path / "adapter_model.safetensors")
+    edit(state)
+    save_file(state, path / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def first(state, suffix):
+    return next(key for key in sorted(state) if key.endswith(suffix))
+
+
+DAMAGES = {
+    "a flipped number in U": (lambda s: s[first(s, ".U")].view(-1)[3].mul_(1.001), "checksum.*damaged"),
+    "an index out of range": (lambda s: s[first(s, ".record")][0].fill_(9999), "row indices.*damaged"),
+    "an index twice": (
+        lambda s: s[first(s, ".record")][4].copy_(s[first(s, ".record")][5]),
+        "column indices.*damaged",
+    ),
+    "another index": (lambda s: s[first(s, ".record")][5].copy_(_unused(s)), "fingerprint"),
+    "a flipped fingerprint": (lambda s: s[first(s, ".record")][-3].bitwise_xor_(1 << 24), "fingerprint"),
+    "a missing U": (lambda s: s.pop(first(s, ".U")), "lacks 1 entries"),
+    "a missing record": (lambda s: s.pop(first(s, ".record")), "lacks 1 entries"),
+    "a missing layer": (lambda s: [s.pop(k) for k in list(s) if "layers.1" in k], "lacks 28|lacks 14"),
+    "an unknown layer": (lambda s: s.update({"base_model.model.x.curlora_core.U": torch.zeros(4, 4)}), "has no layer"),
+}
+
+
+def _unused(state):
+    used = set(state[first(state, ".record")][4:8].tolist())
+    return torch.tensor(next(i for i in range(32) if i not in used), dtype=torch.int32)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_refused_with_the_reason(tmp_path, damage):
+    edit, message = DAMAGES[damage]
+    wrapped().save_pretrained(tmp_path)
+    edited(tmp_path, edit)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_truncated_file_is_refused(tmp_path, share):
+    wrapped().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors.*truncated or damaged"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_a_file_of_another_rank_is_refused_naming_both(tmp_path):
+    wrapped(r=4).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
+    with pytest.raises(ValueError, match=r"has shape \(4, 4\) in the file.*\(8, 8\).*another r"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_a_configuration_without_its_weights_never_computes(tmp_path):
+    wrapped().save_pretrained(tmp_path)
+    model = get_peft_model(tiny_llama(), CurloraConfig.from_pretrained(tmp_path))
+    with pytest.raises(RuntimeError, match="no weights were loaded for this layer"):
+        logits(model)
+
+
+def test_empty_zero3_shards_are_never_saved():
+    state = {"x.curlora_core.U": torch.zeros(0), "x.curlora_core.record": torch.zeros(12, dtype=torch.int32)}
+    with pytest.raises(ValueError, match="ZeRO-3 has partitioned it"):
+        curlora.seal(state)
+
+
+def test_a_state_dict_that_was_changed_on_purpose_can_be_sealed_again():
+    model = wrapped()
+    state = get_peft_model_state_dict(model)
+    doubled = {k: v * 2 if k.endswith(".U") else v for k, v in state.items()}
+    with pytest.raises(ValueError, match=r"curlora\.seal"):
+        set_peft_model_state_dict(wrapped(), doubled)
+    set_peft_model_state_dict(wrapped(), curlora.seal(doubled))
