@@ -9,8 +9,8 @@ Conventions a dashboard can rely on, the same for every sequence:
     tags (`curlora.` + …)   kind (chain | step), run, run_uri, base_model, adapter, strategy on every run;
                             tasks, last_step on the parent;
                             step_fingerprint, parent_fingerprint, task, position on a child
-    metrics of the parent   score/<task>, nll/<name>, perplexity/<name>; step = position in the sequence, 0 = untouched
-                            base; average_accuracy, forgetting, …; step = number of steps
+    metrics of the parent   score/<task>, and for retained text nll/<corpus>, perplexity/<corpus>; step = position in
+                            the sequence, 0 = untouched base; average_accuracy, forgetting, …; step = number of steps
     metrics of a child      train/loss, train/learning_rate; step = optimizer step; its own row of scores and its cost
     inputs                  <task>/train and <name>/test with the digest of the run directory
 """
@@ -28,10 +28,12 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipelines.config import PipelineConfig
 from pipelines.runs import RunDirectory, fingerprint
 
 PREFIX = "curlora."
@@ -50,6 +52,11 @@ AGGREGATES = (
     "nll_average",
     "nll_learning",
     "nll_backward_transfer",
+)
+CHAIN_NOTE = (
+    "A sequence of tasks learned one after another. The step of every metric is the position in the sequence "
+    "(0 = the untouched base), so each chart shows one task being learned and kept or forgotten. "
+    "Child runs are the steps. The whole story: `report.html` among the artifacts."
 )
 # The client's own defaults retry for four minutes; a training run must not wait for its record.
 CLIENT_DEFAULTS = {
@@ -91,6 +98,12 @@ def ui_command(uri: str, port: int = 5000) -> list[str]:
     return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
 
 
+def ui_environment() -> dict[str, str]:
+    """Environment for `ui_command`: without the seven job processes (1.2 GB) that only LLM evaluations need."""
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return {**quiet, **os.environ}
+
+
 def _client(uri: str):
     """An `MlflowClient`, after a quick look whether anybody is there at all."""
     for name, value in CLIENT_DEFAULTS.items():
@@ -106,13 +119,16 @@ def _probe(uri: str) -> None:
     """Fail within seconds where MLflow would retry for minutes: dead host, unwritable folder.
 
     Raises:
-        OSError: nobody answers, or the folder of a sqlite file cannot be written.
+        OSError: no server answers, or the folder of a sqlite file cannot be written.
     """
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https"):
         import requests  # comes with mlflow; any answer will do, so no status is checked
 
-        requests.get(uri, timeout=PROBE_SECONDS, allow_redirects=False)
+        try:
+            requests.get(uri, timeout=PROBE_SECONDS, allow_redirects=False)
+        except requests.RequestException as error:
+            raise ConnectionError("no server answers there") from error
     elif database := _sqlite_file(uri):
         database.parent.mkdir(parents=True, exist_ok=True)
         target = database if database.exists() else database.parent
@@ -190,28 +206,40 @@ def project(run: RunDirectory, uri: str, experiment: str, chain: Sequence[str] |
     """
     with _errors(uri, f"curlora sync {run.uri}"), _quiet():
         client = _client(uri)
+        to = _Target(client, _experiment(client, uri, experiment), run, run.config())
         steps = current_steps(run, chain)
-        experiment_id = _experiment(client, uri, experiment)
-        parent = _parent(client, run, experiment_id, steps)
-        children = _children(client, experiment_id, parent.info.run_id)
+        parent = _parent(to, steps)
+        children = _children(to, parent.info.run_id)
         ids = {"parent": parent.info.run_id}
         for directory, metrics in steps:
             if metrics["position"] == 0:
-                _send_base(client, run, parent, directory, metrics)
+                _send_base(to, parent, directory, metrics)
                 continue
-            child = children.get(metrics["fingerprint"]) or _new_child(client, run, experiment_id, parent, metrics)
-            _send_step(client, run, parent, child, directory, metrics)
+            child = children.get(metrics["fingerprint"]) or _new_child(to, parent, metrics)
+            _send_step(to, parent, child, directory, metrics)
             ids[metrics["fingerprint"]] = child.info.run_id
-        _send_parent(client, run, parent, steps)
+        _send_parent(to, parent, steps)
         return ids
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What every part of one projection needs: where to, and of what."""
+
+    client: Any
+    experiment_id: str
+    run: RunDirectory
+    config: PipelineConfig
 
 
 def current_steps(run: RunDirectory, chain: Sequence[str] | None = None) -> list[tuple[str, dict]]:
     """(directory, metrics.json) of the base and of every finished step of one chain, by position."""
     found = {}
-    for directory in run.finished_steps().values():
+    for entry in run.list("steps"):
+        directory = f"steps/{entry}"
         metrics = run.metrics(directory)
-        found[metrics["fingerprint"]] = (directory, metrics)
+        if metrics is not None:
+            found[metrics["fingerprint"]] = (directory, metrics)
     results = run.results()
     if chain is None and results is not None:
         chain = [step["fingerprint"] for step in results["steps"]]
@@ -239,7 +267,9 @@ def _experiment(client, uri: str, name: str) -> str:
     if experiment is None:
         root = _artifact_root(uri)
         folder = re.sub(r"[^A-Za-z0-9._-]", "_", name)
-        return client.create_experiment(name, artifact_location=f"{root}/{folder}" if root else None)
+        location = f"{root}/{folder}" if root else None
+        # The tag makes MLflow's page open on training runs; without it, it takes every experiment for an LLM app.
+        return client.create_experiment(name, location, tags={"mlflow.experimentKind": "custom_model_development"})
     if experiment.lifecycle_stage == "deleted":
         raise MlflowException(
             f"experiment '{name}' is deleted; restore it with `mlflow experiments restore -x "
@@ -248,13 +278,13 @@ def _experiment(client, uri: str, name: str) -> str:
     return experiment.experiment_id
 
 
-def _search(client, experiment_id: str, tags: Mapping[str, str]) -> list:
+def _search(to: _Target, tags: Mapping[str, str]) -> list:
     """Every run of an experiment with these tags, whatever the number of pages."""
     escaped = {key: value.replace("\\", "\\\\").replace("'", "\\'") for key, value in tags.items()}
     where = " and ".join(f"tags.`{key}` = '{value}'" for key, value in escaped.items())
     runs, token = [], None
     while True:
-        page = client.search_runs([experiment_id], where, max_results=1000, page_token=token)
+        page = to.client.search_runs([to.experiment_id], where, max_results=1000, page_token=token)
         runs.extend(page)
         token = page.token
         if not token:
@@ -264,24 +294,24 @@ def _search(client, experiment_id: str, tags: Mapping[str, str]) -> list:
 # -- parent run = chain
 
 
-def _parent(client, run: RunDirectory, experiment_id: str, steps: list[tuple[str, dict]]):
+def _parent(to: _Target, steps: list[tuple[str, dict]]):
     """The parent run of this chain.
 
     A fingerprint contains that of its parent step, so the recorded last step belongs to this chain if and only if
     everything before it does: a sequence that grew continues its parent run; one whose past was changed gets a new
     run, and the old one stays as the record of what was.
     """
-    tags = {PREFIX + "run": run.name, PREFIX + "run_uri": _identity(run)}
+    tags = {PREFIX + "kind": "chain", PREFIX + "run": to.run.name, PREFIX + "run_uri": _identity(to.run)}
     depth = {metrics["fingerprint"]: metrics["position"] for _, metrics in steps}
     candidates = []
-    for found in _search(client, experiment_id, {**tags, PREFIX + "kind": "chain"}):
+    for found in _search(to, tags):
         last = found.data.tags.get(PREFIX + "last_step")
         if last is None or last in depth:
             candidates.append((depth.get(last, -1), found.info.start_time, found))
     if candidates:
         return max(candidates, key=lambda item: item[:2])[2]
-    tags |= {PREFIX + "kind": "chain", "mlflow.source.name": "curlora", "mlflow.source.type": "JOB"}
-    return client.create_run(experiment_id, _milliseconds(_started(run, steps)), {**tags, **_common(run)}, run.name)
+    tags |= {"mlflow.note.content": CHAIN_NOTE, **_common(to.config)}
+    return to.client.create_run(to.experiment_id, _milliseconds(_started(to.run, steps)), tags, to.run.name)
 
 
 def _identity(run: RunDirectory) -> str:
@@ -289,10 +319,11 @@ def _identity(run: RunDirectory) -> str:
     return os.path.abspath(run.root) if run.is_local else run.uri
 
 
-def _common(run: RunDirectory) -> dict[str, str]:
+def _common(config: PipelineConfig) -> dict[str, str]:
     """Tags that every run of the chain carries."""
-    config = run.config()
     return {
+        "mlflow.source.name": "curlora",
+        "mlflow.source.type": "JOB",
         PREFIX + "base_model": config.base_model.path,
         PREFIX + "adapter": config.adapter.type,
         PREFIX + "strategy": config.strategy.name,
@@ -322,97 +353,94 @@ def _latest(steps: list[tuple[str, dict]]) -> float:
     return max(moments, default=0.0)
 
 
-def _send_parent(client, run: RunDirectory, parent, steps: list[tuple[str, dict]]) -> None:
+def _send_parent(to: _Target, parent, steps: list[tuple[str, dict]]) -> None:
     """Parameters, aggregates, pages and status of the chain."""
-    run_id, results = parent.info.run_id, run.results()
-    config = run.config()
-    wanted = flatten(config.model_dump(exclude={"name", "storage", "tracking"}))
-    _send_params(client, parent, wanted)
+    run, run_id, results = to.run, parent.info.run_id, to.run.results()
+    _send_params(to, parent, flatten(to.config.model_dump(exclude={"name", "storage", "tracking"})))
     if results and results["status"] == "finished" and steps:
         moment = _latest(steps)
         aggregates = [(name, results.get(name), moment, steps[-1][1]["position"]) for name in AGGREGATES]
-        _send_metrics(client, run_id, aggregates)
+        _send_metrics(to, run_id, aggregates)
     files = ["config.yaml", "results.json", "report.html", *(f"figures/{name}" for name in run.list("figures"))]
     for name in files:
         if run.exists(name):
-            _upload(client, run, run_id, name, name, known={})
-    tags = {PREFIX + "tasks": ",".join(task.name for task in config.tasks)[:5000]}
+            _upload(to, run_id, name, name, known={})
+    tags = {PREFIX + "tasks": ",".join(task.name for task in to.config.tasks)[:5000]}
     if steps:
         tags[PREFIX + "last_step"] = steps[-1][1]["fingerprint"]
     if results and results.get("gate"):
         tags[PREFIX + "gate"] = json.dumps(results["gate"])[:5000]
-    _set_tags(client, parent, tags)
+    _set_tags(to, parent, tags)
     status = {"finished": "FINISHED", "failed": "FAILED"}.get(results["status"] if results else "", "RUNNING")
     if status != "RUNNING":
-        client.set_terminated(run_id, status, _milliseconds(_ended(run, steps)))
+        to.client.set_terminated(run_id, status, _milliseconds(_ended(run, steps)))
     elif parent.info.status != "RUNNING":
-        client.update_run(run_id, status)
+        to.client.update_run(run_id, status)
 
 
 # -- child run = step
 
 
-def _children(client, experiment_id: str, parent_id: str) -> dict[str, Any]:
-    found = _search(client, experiment_id, {"mlflow.parentRunId": parent_id})
+def _children(to: _Target, parent_id: str) -> dict[str, Any]:
+    found = _search(to, {"mlflow.parentRunId": parent_id})
     return {child.data.tags[PREFIX + "step_fingerprint"]: child for child in found}
 
 
-def _new_child(client, run: RunDirectory, experiment_id: str, parent, metrics: dict):
+def _new_child(to: _Target, parent, metrics: dict):
     label = _label(metrics)
     tags = {
         "mlflow.parentRunId": parent.info.run_id,
-        "mlflow.source.name": "curlora",
-        "mlflow.source.type": "JOB",
         PREFIX + "kind": "step",
-        PREFIX + "run": run.name,
-        PREFIX + "run_uri": _identity(run),
+        PREFIX + "run": to.run.name,
+        PREFIX + "run_uri": _identity(to.run),
         PREFIX + "step_fingerprint": metrics["fingerprint"],
         PREFIX + "parent_fingerprint": metrics["parent"] or "",
         PREFIX + "task": label,
         PREFIX + "position": str(metrics["position"]),
-        **_common(run),
+        **_common(to.config),
     }
     if commit := metrics["environment"].get("git_commit"):
         tags["mlflow.source.git.commit"] = commit
-    return client.create_run(experiment_id, _milliseconds(metrics["started"]), tags, f"{metrics['position']}-{label}")
+    name = f"{metrics['position']}-{label}"
+    return to.client.create_run(to.experiment_id, _milliseconds(metrics["started"]), tags, name)
 
 
 def _label(metrics: dict) -> str:
     return metrics["tasks"][0] if len(metrics["tasks"]) == 1 else "joint"
 
 
-def _send_base(client, run: RunDirectory, parent, directory: str, metrics: dict) -> None:
+def _send_base(to: _Target, parent, directory: str, metrics: dict) -> None:
     """Row 0 trained nothing, so it is no child: its scores start the parent's curves."""
     run_id, sent = parent.info.run_id, fingerprint(metrics)
     if parent.data.tags.get(PREFIX + "sent_base") == sent:
         return
-    _send_metrics(client, run_id, _row(metrics))
-    _send_inputs(client, run, run_id, metrics)
-    _upload_folder(client, run, run_id, directory, "base")
-    client.set_tag(run_id, PREFIX + "sent_base", sent)
+    _send_metrics(to, run_id, _row(metrics))
+    _send_inputs(to, run_id, metrics)
+    _upload_folder(to, run_id, directory, "base")
+    to.client.set_tag(run_id, PREFIX + "sent_base", sent)
 
 
-def _send_step(client, run: RunDirectory, parent, child, directory: str, metrics: dict) -> None:
+def _send_step(to: _Target, parent, child, directory: str, metrics: dict) -> None:
     """Everything of one step. The tag `sent` comes last, so that a long chain is not sent again at every step."""
     run_id, sent = child.info.run_id, fingerprint(metrics)
     if child.data.tags.get(PREFIX + "sent") == sent:
         return
     settings = {
         **metrics.get("setting", {}),
-        "data": metrics["data"],
+        "data": metrics.get("data"),
         "environment": metrics["environment"],
         "tasks": metrics["tasks"],
         "position": metrics["position"],
     }
-    _send_params(client, child, flatten(settings))
-    _send_inputs(client, run, run_id, metrics)
-    _send_inputs(client, run, parent.info.run_id, metrics)
+    _send_params(to, child, flatten(settings))
+    _send_inputs(to, run_id, metrics)
+    _send_inputs(to, parent.info.run_id, metrics)
     row = _row(metrics)
-    _send_metrics(client, run_id, [*row, *_cost(metrics), *_curve(metrics)])
-    _send_metrics(client, parent.info.run_id, row)
-    _upload_folder(client, run, run_id, directory, "")
-    client.set_terminated(run_id, "FINISHED", _milliseconds(metrics["finished"]))
-    client.set_tag(run_id, PREFIX + "sent", sent)
+    _send_metrics(to, run_id, [*row, *_cost(metrics), *_curve(metrics)])
+    _send_metrics(to, parent.info.run_id, row)
+    _upload_folder(to, run_id, directory, "")
+    to.client.set_terminated(run_id, "FINISHED", _milliseconds(metrics["finished"]))
+    to.client.set_tag(run_id, PREFIX + "sent", sent)
 
 
 # -- metrics: (key, value, unix seconds, step)
@@ -423,13 +451,19 @@ Point = tuple[str, float | None, float, int]
 def _row(metrics: dict) -> list[Point]:
     """One row of the score matrix; its step is the position in the sequence."""
     points: list[Point] = []
-    for cell in metrics["cells"]:
+    for cell in _newest_cells(metrics):
         name, moment, position = cell["name"], cell["time"], metrics["position"]
         if cell["role"] == "task":
             points.append((f"score/{name}", cell["value"], moment, position))
-        points.append((f"nll/{name}", cell["nll"], moment, position))
-        points.append((f"perplexity/{name}", cell["perplexity"], moment, position))
+        else:
+            points.append((f"nll/{name}", cell["nll"], moment, position))
+            points.append((f"perplexity/{name}", cell["perplexity"], moment, position))
     return points
+
+
+def _newest_cells(metrics: dict) -> list[dict]:
+    """One cell a name: a test split that was changed leaves the older cell behind."""
+    return list({cell["name"]: cell for cell in sorted(metrics["cells"], key=lambda cell: cell["time"])}.values())
 
 
 def _cost(metrics: dict) -> list[Point]:
@@ -460,7 +494,7 @@ def finite(value: float | None) -> float | None:
     return max(-sys.float_info.max, min(sys.float_info.max, float(value)))
 
 
-def _send_metrics(client, run_id: str, points: Iterable[Point]) -> None:
+def _send_metrics(to: _Target, run_id: str, points: Iterable[Point]) -> None:
     from mlflow.entities import Metric
 
     metrics = [
@@ -469,7 +503,7 @@ def _send_metrics(client, run_id: str, points: Iterable[Point]) -> None:
         if (number := finite(value)) is not None
     ]
     for batch in _batches(metrics, METRICS_A_BATCH):
-        client.log_batch(run_id, metrics=batch)
+        to.client.log_batch(run_id, metrics=batch)
 
 
 # -- parameters, tags, datasets, artifacts
@@ -493,32 +527,31 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _send_params(client, run, wanted: Mapping[str, str]) -> None:
+def _send_params(to: _Target, run, wanted: Mapping[str, str]) -> None:
     """New parameters are logged. MLflow never changes one, so a later value goes to a tag `changed.<name>`."""
     from mlflow.entities import Param
 
     stored = run.data.params
     missing = [Param(key, value) for key, value in wanted.items() if key not in stored]
     for batch in _batches(missing, PARAMS_A_BATCH):
-        client.log_batch(run.info.run_id, params=batch)
+        to.client.log_batch(run.info.run_id, params=batch)
     changed = {key: value for key, value in wanted.items() if stored.get(key, value) != value}
-    _set_tags(client, run, {f"{PREFIX}changed.{key}"[:250]: value for key, value in changed.items()})
+    _set_tags(to, run, {f"{PREFIX}changed.{key}"[:250]: value for key, value in changed.items()})
 
 
-def _set_tags(client, run, wanted: Mapping[str, str]) -> None:
+def _set_tags(to: _Target, run, wanted: Mapping[str, str]) -> None:
     from mlflow.entities import RunTag
 
     tags = [RunTag(key, value) for key, value in wanted.items() if run.data.tags.get(key) != value]
     for batch in _batches(tags, PARAMS_A_BATCH):
-        client.log_batch(run.info.run_id, tags=batch)
+        to.client.log_batch(run.info.run_id, tags=batch)
 
 
-def _send_inputs(client, run: RunDirectory, run_id: str, metrics: dict) -> None:
+def _send_inputs(to: _Target, run_id: str, metrics: dict) -> None:
     """Datasets by our own digest: MLflow's hashes the first 10,000 rows only."""
-    config = run.config()
-    sources = {source.name: source.data for source in [*config.tasks, *config.retention]}
+    sources = {source.name: source.data for source in [*to.config.tasks, *to.config.retention]}
     inputs = []
-    for name, splits in metrics["data"].items():
+    for name, splits in metrics.get("data", {}).items():
         for split, data in splits.items():
             context = "training" if split == "train" else split
             inputs.append(_dataset(f"{name}/{split}", data["digest"], data["rows"], sources.get(name), context))
@@ -528,7 +561,7 @@ def _send_inputs(client, run: RunDirectory, run_id: str, metrics: dict) -> None:
             _dataset(f"{cell['name']}/test", cell["digest"], cell["count"], sources.get(cell["name"]), context)
         )
     for batch in _batches(inputs, PARAMS_A_BATCH):
-        client.log_inputs(run_id, datasets=batch)
+        to.client.log_inputs(run_id, datasets=batch)
 
 
 def _dataset(name: str, digest: str, rows: int, source: str | None, context: str):
@@ -544,22 +577,22 @@ def _dataset(name: str, digest: str, rows: int, source: str | None, context: str
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
 
-def _upload_folder(client, run: RunDirectory, run_id: str, directory: str, target: str) -> None:
+def _upload_folder(to: _Target, run_id: str, directory: str, target: str) -> None:
     """Files of a step that MLflow lacks or has in another size; what is there already is not sent again."""
-    known = _known_artifacts(client, run_id, target)
+    run, known = to.run, _known_artifacts(to, run_id, target)
     for entry in sorted(run.fs.find(run.path(directory))):
         relative = posixpath.relpath(entry, run.path(directory))
         if relative.endswith(".tmp") or relative.startswith("strategy/"):
             continue
         # metrics.json may get later cells, in a text of the same length
         seen = {} if relative == "metrics.json" else known
-        _upload(client, run, run_id, f"{directory}/{relative}", posixpath.join(target, relative), seen)
+        _upload(to, run_id, f"{directory}/{relative}", posixpath.join(target, relative), seen)
 
 
-def _known_artifacts(client, run_id: str, path: str) -> dict[str, int]:
+def _known_artifacts(to: _Target, run_id: str, path: str) -> dict[str, int]:
     known, folders = {}, [path]
     while folders:
-        for info in client.list_artifacts(run_id, folders.pop() or None):
+        for info in to.client.list_artifacts(run_id, folders.pop() or None):
             if info.is_dir:
                 folders.append(info.path)
             else:
@@ -567,17 +600,18 @@ def _known_artifacts(client, run_id: str, path: str) -> dict[str, int]:
     return known
 
 
-def _upload(client, run: RunDirectory, run_id: str, source: str, target: str, known: Mapping[str, int]) -> None:
+def _upload(to: _Target, run_id: str, source: str, target: str, known: Mapping[str, int]) -> None:
+    run = to.run
     if target in known and known[target] == run.fs.size(run.path(source)):
         return
     folder = posixpath.dirname(target) or None
     if run.is_local:
-        client.log_artifact(run_id, run.path(source), folder)
+        to.client.log_artifact(run_id, run.path(source), folder)
         return
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch) / posixpath.basename(target)
         local.write_bytes(run.read_bytes(source))
-        client.log_artifact(run_id, str(local), folder)
+        to.client.log_artifact(run_id, str(local), folder)
 
 
 def _batches(items: Sequence, size: int) -> Iterator[Sequence]:

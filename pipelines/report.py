@@ -97,7 +97,7 @@ def headlines(results: dict) -> list[Headline]:
         rows += _bounded_headlines(results)
     if "nll" in metrics:
         rows += _text_headlines(results)
-    if results["nll"] and results.get("retention_names", results["nll"]):
+    if results["nll"]:
         ratio = number(results["perplexity_ratio"])
         meaning = "Perplexity on retained text, after / before. 1 = general language unharmed, above 1 = harmed."
         rows.append(("forgotten", "perplexity ratio", ratio, meaning))
@@ -233,7 +233,7 @@ def histories(results: dict) -> list[TaskHistory]:
         after = [row[column] for row in scores[own:] if row[column] is not None]
         learned = scores[own][column] if own < len(scores) else None
         change = None
-        if own < len(scores) - 1 and learned is not None:
+        if learned is not None and len(after) > 1:
             change = learned - after[-1] if metric == "nll" else after[-1] - learned
         rows.append(
             TaskHistory(
@@ -577,7 +577,7 @@ def _moment(seconds: float) -> str:
 
 def story(results: dict) -> str:
     """The run in a few plain sentences."""
-    count, done = len(results["tasks"]), len(results["steps"])
+    count, done = len(results["tasks"]), sum(1 for step in results["steps"] if step["seconds"])
     how = "together, in one step" if is_joint(results) else "one after another"
     text = [f"{count} task{'s' if count > 1 else ''}, trained {how}." if count > 1 else "One task."]
     if not is_joint(results) and done < count:
@@ -782,18 +782,14 @@ def _label(step: dict) -> str:
 
 
 def _section_gate(gate: dict | None) -> str:
-    """The verdict with whatever reasons it carries."""
     if not gate:
         return ""
-    rows = []
-    for key, value in gate.items():
-        text = "; ".join(map(str, value)) if isinstance(value, list) else str(value)
-        rows.append(f'<tr><th scope="row">{escape(str(key))}</th><td class="text">{escape(text)}</td></tr>')
-    verdict = {True: "passed", False: "failed"}.get(gate.get("passed"), "")
-    badge = f' <span class="status {verdict}">{verdict}</span>' if verdict else ""
+    verdict = "passed" if gate["passed"] else "failed"
+    reasons = gate["reasons"] or ["every limit is kept"]
+    items = "".join(f"<li>{escape(str(reason))}</li>" for reason in reasons)
     return (
-        f"<h2>Gate{badge}</h2>\n<p>The limits of the configuration, held against this chain.</p>\n"
-        f'<div class="scroll"><table><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<h2>Gate <span class="status {verdict}">{verdict}</span></h2>\n'
+        f"<p>The limits that the configuration sets, held against this chain.</p>\n<ul>{items}</ul>"
     )
 
 
@@ -819,7 +815,7 @@ def _base_facts(results: dict, step: dict) -> list[tuple[str, str]]:
 def _step_facts(step: dict) -> list[tuple[str, str]]:
     """Names and escaped HTML."""
     facts = [("fingerprint", _code(step["fingerprint"])), ("grown from", _code(step["parent"]))]
-    for name, splits in step["data"].items():
+    for name, splits in step.get("data", {}).items():
         train = splits["train"]
         facts.append(("trained on", f"{escape(name)}, {train['rows']:,} rows, digest {_code(train['digest'])}"))
     setting = step.get("setting", {})

@@ -99,12 +99,12 @@ def write_step(run: RunDirectory, config: PipelineConfig, position: int, names: 
     label = "base" if position == 0 else names[0] if len(names) == 1 else "joint"
     directory = f"steps/{position}-{label}-{step_fingerprint[:8]}"
     started = START + 10 + STEP_SECONDS * position
+    data = {name: {"train": {"digest": fingerprint(["train", name]), "rows": 3668}} for name in names}
     metrics = {
         "fingerprint": step_fingerprint,
         "position": position,
         "tasks": names,
         "parent": parent,
-        "data": {name: {"train": {"digest": fingerprint(["train", name]), "rows": 3668}} for name in names},
         "cells": _cells(config, step_fingerprint, position, started + 80),
         "started": started,
         "finished": started + 95,
@@ -119,7 +119,7 @@ def write_step(run: RunDirectory, config: PipelineConfig, position: int, names: 
         "seconds": {"train": 70.0 if position else 0.0, "evaluate": 15.0, "overhead": 10.0, "total": 95.0},
     }
     if position:
-        metrics.update(_trained(config, position, started))
+        metrics.update(_trained(config, position, started), data=data)
         run.write_bytes(f"{directory}/adapter/adapter_config.json", b'{"peft_type": "CURLORA", "r": 8}')
         run.write_bytes(f"{directory}/adapter/adapter_model.safetensors", bytes(range(256)) * 24)
         run.write_bytes(f"{directory}/heads.safetensors", bytes(1024))
@@ -133,8 +133,8 @@ def write_step(run: RunDirectory, config: PipelineConfig, position: int, names: 
 def _trained(config: PipelineConfig, position: int, started: float) -> dict:
     """The part of `metrics.json` that only a trained step has."""
     points = [
-        [s, 0.4 + 2.2 * math.exp(-s / 25) + 0.06 * math.sin(s * 1.7), 3e-3 * (1 - s / 121), started + 5 + 0.5 * s]
-        for s in range(1, 121)
+        [s, 0.4 + 2.2 * math.exp(-s / 9) + 0.06 * math.sin(s * 1.7), 3e-3 * (1 - s / 41), started + 5 + 1.5 * s]
+        for s in range(1, 41)
     ]
     return {
         "setting": {
@@ -146,7 +146,7 @@ def _trained(config: PipelineConfig, position: int, started: float) -> dict:
         "head_parameters": 0,
         "adapter_bytes": 9216 + 128 * position,
         "training": {
-            "steps": 120,
+            "steps": 40,
             "tokens": 245_760,
             "tokens_per_second": 3510.9,
             "final_loss": points[-1][1],
