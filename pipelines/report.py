@@ -473,7 +473,7 @@ def draw_tasks(results: dict, _steps: list[dict]) -> Figure | None:
         columns = [results["tasks"].index(name) for name in names]
         _limits(ax, [row[i] for row in results["scores"] for i in columns if row[i] is not None], least=0.1)
         _sequence_axis(ax, results)
-        if len(results["tasks"]) <= MANY:
+        if len(results["tasks"]) <= MANY and ax.lines:
             ax.legend(fontsize=8, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0))
     return figure
 
@@ -490,7 +490,8 @@ def _draw_task(ax: Axes, results: dict, column: int, name: str) -> None:
     before = [point for point in points if point[0] <= own]
     after = [point for point in points if point[0] >= own]
     if before:
-        ax.plot(*zip(*before, strict=True), linestyle="--", alpha=0.55, markerfacecolor="white", **style)
+        label = None if after else name
+        ax.plot(*zip(*before, strict=True), label=label, linestyle="--", alpha=0.55, markerfacecolor="white", **style)
     if after:
         ax.plot(*zip(*after, strict=True), label=name, **style)
     if after and after[0][0] == own:

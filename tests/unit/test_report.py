@@ -1,0 +1,270 @@
+"""The page, the figures and the terminal's summary of realistic runs."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import struct
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+from sample_run import make_run
+
+from pipelines.report import (
+    ReportError,
+    _colors,
+    duration,
+    goodness,
+    headlines,
+    histories,
+    print_summary,
+    signed,
+    size,
+    story,
+    write_figures,
+    write_report,
+)
+
+SHAPES = {
+    "mixed": {"tasks": ("mrpc", "sst2", "biomed")},
+    "classification only": {"tasks": ("mrpc", "sst2"), "retention": ()},
+    "text only": {"tasks": ("biomed", "code", "finance"), "retention": ("wikitext2", "books")},
+    "single": {"tasks": ("mrpc",)},
+    "joint": {"tasks": ("mrpc", "biomed"), "strategy": {"name": "joint"}},
+}
+
+
+class Page(HTMLParser):
+    """Just enough of a browser: tags that are balanced, what they load, tables and text."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "hr"})
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A run of all three kinds of numbers, with its page."""
+    run = make_run(tmp_path_factory.mktemp("mixed"))
+    return run, page_of(run)
+
+
+def page_of(run) -> Page:
+    path = write_report(run)
+    page = Page(run.read_bytes(path).decode())
+    assert page.open == []
+    return page
+
+
+def printed(results: dict, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    print_summary(results, console)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_of_run_has_page_figures_and_summary(shape, tmp_path):
+    run = make_run(tmp_path, **SHAPES[shape])
+    results = run.results()
+    written = write_figures(run)
+    expected = {"score_matrix", "tasks", "training"} | ({"perplexity"} if results["nll"] else set())
+    assert written == [
+        f"figures/{name}.png" for name in ("score_matrix", "perplexity", "tasks", "training") if name in expected
+    ]
+    for path in written:
+        data = run.read_bytes(path)
+        assert data.startswith(b"\x89PNG")
+        width, height = struct.unpack(">II", data[16:24])
+        assert width >= 600 and height >= 200
+    page = page_of(run)
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert len(images) == len(expected) - 1  # the matrix is a table on the page
+    assert all(len(image["alt"]) > 20 for image in images)
+    assert not re.search(r"\b(None|nan|inf)\b", page.text.split("Configuration")[0])
+    for task in results["tasks"]:
+        assert task in printed(results)
+
+
+def test_page_loads_nothing_from_anywhere(mixed):
+    run, page = mixed
+    loaded = [attrs[name] for _, attrs in page.tags for name in ("src", "href", "srcset", "action") if name in attrs]
+    assert loaded and all(value.startswith("data:") for value in loaded)
+    assert not {"script", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    assert not re.search(r"@import|url\(", run.read_bytes("report.html").decode())
+
+
+def test_page_is_made_for_phone_and_print(mixed):
+    run, page = mixed
+    text = run.read_bytes("report.html").decode()
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+    assert "@media print" in text
+    # whatever is wide sits in something that scrolls
+    assert len(re.findall(r"<table", text)) == len(re.findall(r'<div class="scroll"><table', text)) > 3
+
+
+def test_text_from_configuration_and_data_is_escaped(tmp_path):
+    evil = '<script>alert("x")</script>'
+    run = make_run(tmp_path, tasks=("mrpc", "sst2"), base_model={"path": f"/models/{evil}"})
+    results = run.results()
+    # names have a safe alphabet in a configuration, but the page must not rely on it
+    results["tasks"] = [evil, "sst2"]
+    for name in ("metric", "majority"):
+        results[name] = {evil: results[name]["mrpc"], "sst2": results[name]["sst2"]}
+    results["steps"][0]["task"] = evil
+    results["gate"] = {"passed": False, "reasons": [evil]}
+    run.write_json("results.json", results)
+    page = page_of(run)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.text.count(evil) >= 5  # still readable as text
+    assert evil in printed(results)
+
+
+def test_matrix_table_is_the_score_matrix(mixed):
+    _, page = mixed
+    start = next(i for i, row in enumerate(page.rows) if row and row[0] == "after")
+    assert [cell.split("accuracy")[0].split("nll")[0] for cell in page.rows[start][1:]] == ["mrpc", "sst2", "biomed"]
+    assert page.rows[start + 1 : start + 5] == [
+        ["base", "0.500", "0.511", "4.874"],
+        ["1 mrpc", "0.830", "0.511", "–"],
+        ["2 sst2", "0.785", "0.800", "4.874"],
+        ["3 biomed", "0.740", "0.755", "4.074"],
+    ]
+    own = [tag for tag, attrs in page.tags if attrs.get("class") == "own"]
+    assert len(own) == 3
+
+
+def test_ancestry_names_every_fingerprint_and_data_digest(mixed):
+    run, page = mixed
+    text = page.text
+    for fingerprint, directory in run.finished_steps().items():
+        assert fingerprint in text
+        for splits in run.metrics(directory).get("data", {}).values():
+            assert splits["train"]["digest"] in text
+
+
+def test_change_is_negative_for_forgetting_in_either_direction(tmp_path):
+    run = make_run(tmp_path, tasks=("mrpc", "biomed", "sst2"))
+    by_name = {row.name: row for row in histories(run.results())}
+    assert by_name["mrpc"].change == pytest.approx(-0.09)
+    assert by_name["biomed"].change == pytest.approx(-0.11)  # its NLL rose
+    assert by_name["sst2"].change is None  # trained last
+    assert (by_name["biomed"].best, by_name["biomed"].final) == pytest.approx((4.087, 4.197))
+
+
+def test_joint_has_no_change_and_both_tasks_learned_in_one_row(tmp_path):
+    rows = histories(make_run(tmp_path, tasks=("mrpc", "biomed"), strategy={"name": "joint"}).results())
+    assert [row.change for row in rows] == [None, None]
+    assert all(row.learned == row.final is not None for row in rows)
+
+
+def test_brightness_follows_each_metrics_own_direction():
+    assert goodness([0.5, None, 0.8], "accuracy") == [0.5, None, 0.8]
+    shades = goodness([4.9, 4.1, None, 4.2], "nll")
+    assert shades[1] == 1.0 and shades[2] is None
+    assert shades[0] < shades[3] < 1.0
+    assert goodness([None, None], "nll") == [None, None]
+
+
+def test_numbers_in_the_heat_map_keep_their_contrast():
+    """WCAG AA: at least 4.5 : 1 on every shade."""
+
+    def luminance(color: str) -> float:
+        channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for background, ink in _colors([k / 50 for k in range(51)]):
+        high, low = sorted((luminance(background), luminance(ink)), reverse=True)
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def test_headlines_are_those_the_run_has(tmp_path):
+    mixed = {item.label: item.value for item in headlines(make_run(tmp_path).results())}
+    assert mixed["average accuracy"] == "0.747"
+    assert mixed["backward transfer"] == "−0.068"
+    assert mixed["NLL backward transfer"] == "–"
+    assert mixed["perplexity ratio"] == "1.037"
+    assert mixed["trainable parameters"] == "2,304"
+    text_only = {item.label for item in headlines(make_run(tmp_path, tasks=("biomed",), retention=()).results())}
+    assert not {"average accuracy", "perplexity ratio"} & text_only
+
+
+def test_story_says_what_was_lost(tmp_path):
+    text = story(make_run(tmp_path).results())
+    assert "the earlier tasks had lost 0.068 points of score" in text
+    assert "rose by 3.7\u00a0%" in text
+    assert "trained together" in story(make_run(tmp_path, strategy={"name": "joint"}).results())
+
+
+def test_terminal_shows_matrix_headlines_and_fits(tmp_path):
+    text = printed(make_run(tmp_path).results(), width=80)
+    for expected in ("base", "3 biomed", "0.830", "learning accuracy", "backward transfer", "9.6 kB", "2,304", "time"):
+        assert expected in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_long_sequence_stays_readable_in_terminal_and_page(tmp_path):
+    run = make_run(tmp_path, tasks=[f"task{k}" for k in range(14)])
+    text = printed(run.results(), width=80)
+    assert "task13" in text and "…" not in text
+    assert write_figures(run)
+    assert "The last 12 of 14 steps" in page_of(run).text
+
+
+def test_half_done_run_has_a_page(tmp_path):
+    run = make_run(tmp_path, finished=1, status="failed")
+    results = run.results()
+    undone = {"task": "sst2", "fingerprint": "f" * 32, "mlflow_run_id": None, "seconds": {}}
+    results["steps"] += [undone | {"peak_memory_bytes": None}, {**undone, "task": "biomed", "fingerprint": "e" * 32}]
+    results["scores"] += [[None] * 3] * 2
+    results["perplexity"]["wikitext2"] += [None, None]
+    run.write_json("results.json", results)
+    assert "1 of 3 steps are done so far" in page_of(run).text
+    assert len(write_figures(run)) == 4
+
+
+def test_run_without_results_says_so(tmp_path):
+    run = make_run(tmp_path, finished=0, status=None)
+    with pytest.raises(ReportError, match="no results yet"):
+        write_report(run)
+
+
+def test_writing_again_gives_the_same_bytes(mixed):
+    run, _ = mixed
+    first = run.read_bytes("report.html")
+    assert run.read_bytes(write_report(run)) == first
+
+
+def test_numbers_for_people():
+    assert [signed(value) for value in (0.1, -0.1, -0.0001, None)] == ["+0.100", "−0.100", "0.000", "–"]
+    assert [size(value) for value in (9, 9216, 1.4e9, None)] == ["9 B", "9.2 kB", "1.4 GB", "–"]
+    assert [duration(value) for value in (3.25, 95, 7384, None)] == ["3.2 s", "1 min 35 s", "2 h 03 min", "–"]
+    assert math.isclose(goodness([1.0, 2.0], "nll")[1], math.exp(-1))
