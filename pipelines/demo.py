@@ -374,8 +374,8 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 MIN_WORDS = 8
 TABLES = (
     "parameters|other parameters|arguments|args|kwargs|keyword arguments|keyword args|returns?|yields?|raises|"
-    "warns|receives|see also|references?|examples?|attributes|methods|usage|usages|example usage|shape|inputs?|outputs?|"
-    "call arguments|usage example|todo|bibliography|copyright|license"
+    "warns|receives|see also|references?|examples?|attributes|methods|usages?|example usage|usage example|shape|"
+    "inputs?|outputs?|call arguments|todo|bibliography|copyright|license"
 )
 NUMPY_RULE = re.compile(r"\s*[-=~^\"*#+]{3,}\s*$")
 NUMPY_TABLE = re.compile(rf"\s*({TABLES})\s*:?\s*$", re.I)
@@ -671,7 +671,7 @@ def pretrain(
             f"must be {preset.min_gain} lower. There is too little text ({len(train_ids)} tokens) or too little "
             f"training ({preset.steps} steps); install the versions named in requirements.lock"
         )
-    model.save_pretrained(folder)
+    save_quietly(model, folder)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "vocabulary": len(tokenizer),
@@ -790,6 +790,19 @@ def batches(ids: Any, preset: Preset) -> Iterator[Any]:
             windows += list(whole[torch.randperm(count, generator=generator)])
         yield torch.stack(windows[: preset.batch])
         del windows[: preset.batch]
+
+
+def save_quietly(model: Any, folder: Path) -> None:
+    """Save without the library's own progress bar: what the user sees is the caller's to say."""
+    from transformers.utils import logging  # slow, and only needed when the demo is built
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def next_token_loss(model: Any, ids: Any, reduction: str = "mean") -> Any:
