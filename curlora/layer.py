@@ -282,6 +282,20 @@ class CurloraLayer(BaseTunerLayer):
             weight = self.get_base_weight()
             yield (weight.t() if self.fan_in_fan_out else weight), bias
 
+    def get_base_weight(self) -> Tensor:
+        """The base weight as it is stored, dequantised if it is quantised."""
+        self._unpack()
+        return super().get_base_weight()
+
+    def _unpack(self) -> None:
+        """Undo bitsandbytes' repacking of a 4 bit weight for evaluation on a CPU with AVX512.
+
+        A packed weight dequantises to noise and its product has no gradient; writing the state dict turns it back.
+        """
+        base = self.get_base_layer()
+        if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+            base.state_dict()
+
     # ---------------------------------------------------------------------------------------------- adapters
 
     def update_layer(self, adapter_name: str, settings: CoreSettings, inference_mode: bool = False) -> None:
@@ -470,6 +484,8 @@ class Linear(nn.Module, CurloraLayer):
         rows, bias_rows, middle, columns = _joined(cores, middles)
         mask = _joined_mask(cores, x)
         base = self.base_layer
+        if self.training and self.quantization_backend is not None:
+            self._unpack()
         if not args and not kwargs and _plain(base, x):
             kernel = base.weight if self.fan_in_fan_out else base.weight.t()
             return cur_linear(x, kernel, base.bias, rows, bias_rows, middle, columns, mask)
