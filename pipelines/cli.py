@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import click
@@ -24,6 +25,7 @@ class _Commands(click.Group):
         from pipelines.config import ConfigError
         from pipelines.runs import LeaseHeld, RunDirectoryError
 
+        warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing a user of this command can mend
         try:
             return super().invoke(ctx)
         except ConfigError as error:
@@ -112,6 +114,9 @@ def _run(path, overrides, as_json, verbose, address=None, segment_length=None) -
     from pipelines.progress import ChainProgress
 
     config = load_config(path, overrides)
+    from pipelines.hub import hub_available
+
+    hub_available(config)
     from pipelines.workflow import RunFailed, run_chain
 
     console = _console(err=as_json)
@@ -139,10 +144,14 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from pipelines.config import ConfigError, load_config
 
     config = load_config(path, overrides)
+    from pipelines.hub import hub_available
+
+    online = hub_available(config)
     from pipelines.data import check_data
     from pipelines.preflight import check_model, memory_by_stage, model_facts
 
-    problems, unreachable = split_unreachable(config, check_data(config))
+    problems = check_data(config)
+    problems, unreachable = (problems, []) if online else split_unreachable(config, problems)
     problems += check_model(config)
     if problems:
         raise ConfigError(problems)
@@ -157,26 +166,14 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 def split_unreachable(config, problems: list) -> tuple[list, list[str]]:
-    """Problems, and (as text) those that only say that the hub could not be asked."""
-    from pipelines.data import hub_is_reachable
+    """Problems, and (as text) those that only say that the hub could not be asked for some data."""
+    from pipelines.hub import is_hub_id
 
-    sources = [*config.tasks, *config.retention]
-    remote = [problem for problem in problems if _names_hub(problem.field, sources)]
-    if not remote or hub_is_reachable():
-        return problems, []
-    return [p for p in problems if p not in remote], [f"{p.field}: the hub cannot be reached" for p in remote]
-
-
-def _names_hub(field: str, sources: list) -> bool:
-    from pipelines.config import is_uri, looks_local
-
-    section, _, rest = field.partition(".")
-    number = rest.split(".")[0]
-    if section not in ("tasks", "retention") or not number.isdigit():
-        return False
-    offset = 0 if section == "tasks" else sum(hasattr(source, "kind") for source in sources)
-    data = sources[offset + int(number)].data
-    return not is_uri(data) and not looks_local(data)
+    fields = {f"tasks.{i}.data": task.data for i, task in enumerate(config.tasks)}
+    fields |= {f"retention.{i}.data": corpus.data for i, corpus in enumerate(config.retention)}
+    remote = {field for field, data in fields.items() if is_hub_id(data)}
+    unasked = sorted({f"{p.field} ({fields[p.field]})" for p in problems if p.field in remote})
+    return [p for p in problems if p.field not in remote], [f"{field}: the hub cannot be reached" for field in unasked]
 
 
 def _print_facts(config, facts, table: dict) -> None:

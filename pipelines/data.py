@@ -141,18 +141,6 @@ def _load_hub(data: str, subset: str | None, revision: str | None, expression: s
         ) from error
 
 
-def hub_is_reachable() -> bool:
-    """One short question to the model hub."""
-    import huggingface_hub
-
-    try:
-        huggingface_hub.HfApi().list_datasets(limit=1)
-        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url("gpt2", "config.json"), timeout=5)
-    except (OSError, RuntimeError, huggingface_hub.errors.HfHubHTTPError):
-        return False
-    return True
-
-
 def digest(rows: datasets.Dataset) -> str:
     """SHA-256 of all rows in order, as canonical JSON: the same on every machine. 32 hex digits."""
     sha = hashlib.sha256()

@@ -1,0 +1,107 @@
+"""The command line: exit codes, one clear line a problem, no traceback, quick answers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from pipelines.cli import main
+from tests.conftest import minimal
+
+
+@pytest.fixture
+def call(tmp_path, reviews, model, tokenizer, monkeypatch):
+    """`curlora run` on a valid configuration with one thing changed."""
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+
+    def invoke(*arguments: str, **changes):
+        raw = minimal(tmp_path, reviews, base_model={"path": str(tmp_path / "base")}, tracking=None) | changes
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
+        return CliRunner().invoke(main, ["run", "c.yaml", *arguments])
+
+    return invoke
+
+
+def bad_input(result) -> str:
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def test_dry_run_prints_the_arithmetic(call):
+    result = call("--dry-run", "--json", "--set", "adapter.r=4")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.output)
+    assert facts["model"]["trainable_parameters"] == 14 * 16  # q k v o gate up down of two layers, 4 × 4 each
+    assert set(facts["memory_gib"]) == {"zero1", "zero2", "zero3"}
+
+
+def test_missing_file(call):
+    result = CliRunner().invoke(main, ["run", "nowhere.yaml"])
+    assert "nowhere.yaml: cannot be read" in bad_input(result)
+
+
+def test_unknown_key(call):
+    assert "unknown key 'trainig', did you mean 'training'?" in bad_input(call(trainig={}))
+
+
+def test_rank_above_the_smaller_side(call):
+    found = bad_input(call("--dry-run", "--set", "adapter.r=13"))
+    assert "13" in found
+    assert "adapter" in found
+
+
+def test_module_name_that_matches_nothing(call):
+    found = bad_input(call("--dry-run", "--set", "adapter.target_modules=[qq_proj]"))
+    assert "qq_proj" in found
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("adapter.type=lorra", "did you mean 'lora'?"),
+        ("deepspeed=zero4", "unknown setting 'zero4'"),
+        ("deepspeed={zero_optimization: {stage: 7}}", "stage is 7"),
+        ("deepspeed={optimizer: {type: Adam}}", "remove its optimizer"),
+        ("strategy={name: sequential, strength: 2}", "does not take strength"),
+        ("adapter={type: lora, options: {lora_dropuot: 0.1}}", "did you mean 'lora_dropout'?"),
+        ("base_model.path=./nowhere", "base_model.path"),
+        ("tasks.0.data=./nowhere", "no such file"),
+    ],
+)
+def test_bad_values_name_field_and_remedy(call, override, expected):
+    assert expected in bad_input(call("--dry-run", "--set", override))
+
+
+def test_bad_data_stops_a_real_run_before_ray(call, reviews):
+    (reviews / "test.jsonl").write_text("")
+    assert "the split is empty" in bad_input(call())
+
+
+def test_status_of_nothing_and_of_an_unknown_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no runs" in CliRunner().invoke(main, ["status"]).output
+    result = CliRunner().invoke(main, ["status", "ghost"])
+    assert result.exit_code == 2
+    assert "no run 'ghost'" in result.output
+
+
+def test_every_command_has_help_with_an_example():
+    for name, command in main.commands.items():
+        text = CliRunner().invoke(main, [name, "--help"]).output
+        assert "Example" in text, name
+        assert command.help
+
+
+def test_help_imports_nothing_slow():
+    code = (
+        "import sys; from click.testing import CliRunner; from pipelines.cli import main\n"
+        "CliRunner().invoke(main, ['run', '--help']); import pipelines.config, pipelines.workflow\n"
+        "print([m for m in ('torch', 'ray', 'mlflow', 'transformers', 'datasets', 'peft') if m in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -1,0 +1,115 @@
+"""The configuration: every problem at once, each with field, value and remedy."""
+
+import pytest
+
+from pipelines.config import ConfigError, load_config, parse_config
+from tests.conftest import minimal
+
+
+def problems_of(raw) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        parse_config(raw)
+    return [str(problem) for problem in error.value.problems]
+
+
+def test_unknown_key_names_the_nearest_valid_one(tmp_path):
+    raw = minimal(tmp_path, tmp_path, training={"learnig_rate": 1e-3})
+    assert problems_of(raw) == ["training: unknown key 'learnig_rate', did you mean 'learning_rate'?"]
+
+
+def test_all_problems_are_reported_at_once(tmp_path):
+    raw = minimal(tmp_path, tmp_path, adapter={"selection": "invers"}, training={"epochs": -1}, resorces={})
+    raw["tasks"].append({"name": "b", "kind": "clasification", "data": "x"})
+    found = "\n".join(problems_of(raw))
+    assert "did you mean 'inverse'" in found
+    assert "training.epochs: found -1" in found
+    assert "unknown key 'resorces', did you mean 'resources'?" in found
+    assert "tasks.1.kind: unknown kind 'clasification', did you mean 'classification'?" in found
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", "a b", ".hidden", "x" * 65])
+def test_names_cannot_leave_the_storage(tmp_path, name):
+    assert any("safe name" in line for line in problems_of(minimal(tmp_path, tmp_path, name=name)))
+
+
+def test_two_sources_cannot_share_a_name(tmp_path):
+    raw = minimal(tmp_path, tmp_path, retention=[{"name": "reviews", "data": "x"}])
+    assert "share the name(s) reviews" in problems_of(raw)[0]
+
+
+def test_a_batch_must_feed_every_worker(tmp_path):
+    raw = minimal(tmp_path, tmp_path, training={"batch_size": 2}, resources={"workers": 4})
+    assert "raise batch_size or lower workers" in problems_of(raw)[0]
+
+
+def test_verbalizer_needs_a_prompt(tmp_path):
+    raw = minimal(tmp_path, tmp_path)
+    raw["tasks"][0]["head"] = "verbalizer"
+    assert "needs a prompt" in problems_of(raw)[0]
+
+
+def test_overrides_reach_fields_and_lists_and_read_exponents(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        f"name: x\nbase_model: {{path: {tmp_path}}}\ntraining: {{learning_rate: 3e-3}}\n"
+        "tasks: [{name: a, kind: language-modeling, data: ./here}]\n"
+    )
+    config = load_config(file, ["training.head_learning_rate=5e-2", "tasks.0.name=renamed", "adapter.r=4"])
+    assert config.training.learning_rate == 3e-3
+    assert config.training.head_learning_rate == 5e-2
+    assert (config.tasks[0].name, config.adapter.r) == ("renamed", 4)
+
+
+@pytest.mark.parametrize("override", ["training.epochs", "tasks.7.name=x", "training.epochs.deep.er=1"])
+def test_impossible_override_is_bad_input(tmp_path, override):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        f"name: x\nbase_model: {{path: {tmp_path}}}\ntasks: [{{name: a, kind: language-modeling, data: x}}]\n"
+    )
+    with pytest.raises(ConfigError):
+        load_config(file, [override])
+
+
+def test_relative_paths_become_absolute_once(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    raw = minimal(tmp_path, "./data", storage="./runs", tracking={"uri": "sqlite:///mlflow.db"})
+    config = parse_config(raw)
+    monkeypatch.chdir("/")
+    again = parse_config(config.model_dump())
+    assert config == again
+    assert config.tasks[0].data == str(tmp_path / "data")
+    assert config.tracking.uri == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_environment_variables_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOMEWHERE", str(tmp_path))
+    assert parse_config(minimal(tmp_path, "${SOMEWHERE}/d")).tasks[0].data == f"{tmp_path}/d"
+    assert problems_of(minimal(tmp_path, "${NOT_SET_ANYWHERE}/d")) == [
+        "${NOT_SET_ANYWHERE}: this environment variable is not set"
+    ]
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "\t- x"])
+def test_broken_yaml_is_one_clear_problem(tmp_path, text):
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(file)
+    assert len(error.value.problems) == 1
+
+
+def test_shipped_configurations_are_valid(monkeypatch):
+    from pipelines.cli import CONFIGS
+
+    monkeypatch.setenv("CURLORA_DEMO", "/somewhere")
+    files = sorted(CONFIGS.glob("*.yaml"))
+    assert {file.stem for file in files} >= {
+        "demo",
+        "paper-tiny",
+        "domains-tiny",
+        "paper-gpt2-large",
+        "paper-mistral-7b",
+    }
+    for file in files:
+        assert load_config(file).name == file.stem

@@ -1,0 +1,103 @@
+"""The run directory: whole files, a step is done when metrics.json is there, one driver at a time."""
+
+import json
+import subprocess
+import sys
+import time
+
+import fsspec
+import pytest
+
+from pipelines.config import parse_config
+from pipelines.runs import LEASE_SECONDS, LeaseHeld, RunDirectory, RunDirectoryError, fingerprint
+from tests.conftest import minimal
+
+
+@pytest.fixture(params=["local", "memory"])
+def run(request, tmp_path):
+    if request.param == "local":
+        return RunDirectory(str(tmp_path / "store" / "run"))
+    fsspec.filesystem("memory").store.clear()
+    return RunDirectory("memory://store/run")
+
+
+def test_a_step_is_done_when_its_metrics_are_there(run, tmp_path):
+    (tmp_path / "up" / "adapter").mkdir(parents=True)
+    (tmp_path / "up" / "adapter" / "weights").write_bytes(b"123")
+    run.upload(tmp_path / "up", "steps/1-a-00000000")
+    assert run.finished_steps() == {}
+    run.write_json("steps/1-a-00000000/metrics.json", {"fingerprint": "f"})
+    assert run.finished_steps() == {"f": "steps/1-a-00000000"}
+    local = run.download("steps/1-a-00000000", tmp_path / "down")
+    assert (local / "adapter" / "weights").read_bytes() == b"123"
+
+
+def test_events_come_back_in_order_and_only_new_ones(run):
+    for number in range(5):
+        run.event("tick", number=number)
+        time.sleep(0.001)
+    names = [name for name, _ in run.events()]
+    assert [event["number"] for _, event in run.events()] == list(range(5))
+    assert [event["number"] for _, event in run.events(after=names[2])] == [3, 4]
+
+
+def test_nothing_half_written_is_left_when_a_write_fails(tmp_path, monkeypatch):
+    run = RunDirectory(str(tmp_path / "run"))
+    run.write_json("results.json", {"old": True})
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        run.write_json("results.json", {"old": False})
+    assert run.read_json("results.json") == {"old": True}
+    assert run.list("") == ["results.json"]
+
+
+def test_nan_never_enters_a_json_file(run):
+    with pytest.raises(ValueError, match="JSON"):
+        run.write_json("results.json", {"x": float("nan")})
+
+
+def test_second_driver_is_refused_while_the_first_lives(run):
+    with run.acquire_lease(), pytest.raises(LeaseHeld, match="process"):
+        run.acquire_lease()
+    run.acquire_lease().release()
+
+
+def test_lease_of_a_dead_process_is_taken_at_once(tmp_path):
+    code = (
+        "import os, sys; from pipelines.runs import RunDirectory\n"
+        "RunDirectory(sys.argv[1]).acquire_lease(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=False)
+    run = RunDirectory(str(tmp_path / "run"))
+    assert run.read_json("lease.json")["heartbeat"] > time.time() - LEASE_SECONDS
+    run.acquire_lease().release()
+
+
+def test_lease_of_another_host_is_taken_after_silence(run):
+    foreign = {"token": "t", "host": "elsewhere", "pid": 1, "started": 0.0, "heartbeat": time.time()}
+    run.write_json("lease.json", foreign)
+    with pytest.raises(LeaseHeld, match="elsewhere"):
+        run.acquire_lease()
+    run.write_json("lease.json", foreign | {"heartbeat": time.time() - LEASE_SECONDS - 1})
+    run.acquire_lease().release()
+
+
+def test_other_format_is_recognised(tmp_path):
+    config = parse_config(minimal(tmp_path, tmp_path))
+    run = RunDirectory(config.run_uri)
+    run.write_json("format.json", {"format": 99})
+    with pytest.raises(RunDirectoryError, match="format 99"):
+        run.open_for_writing(config)
+
+
+def test_configuration_comes_back_as_it_was(tmp_path):
+    config = parse_config(minimal(tmp_path, tmp_path))
+    run = RunDirectory(config.run_uri)
+    run.open_for_writing(config)
+    assert run.config() == config
+
+
+def test_fingerprint_ignores_key_order_but_not_values():
+    assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint(json.loads('{"b": [1, 2], "a": 1}'))
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+    assert len(fingerprint({})) <= 36

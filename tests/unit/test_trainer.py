@@ -1,0 +1,111 @@
+"""Batches are global and the loss is the mean over the global batch, whatever the number of workers."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+from curlora.continual import STRATEGIES, Example, Sequential, make_strategy
+from pipelines import heads
+from pipelines.config import TrainingConfig
+from pipelines.data import IGNORE
+from pipelines.evaluation import World
+from pipelines.trainer import GlobalBatches, collate, example_losses, micro_batch, optimizer_steps
+
+CPU = torch.device("cpu")
+
+
+def examples(count: int) -> list[Example]:
+    return [Example("reviews", tuple(range(3, 5 + i % 7)), target=i % 2) for i in range(count)]
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 4), st.integers(0, 3))
+def test_ranks_share_the_same_global_batches(count, batch_size, size, seed):
+    data = examples(count)
+    per_rank = [
+        list(GlobalBatches(data, batch_size, seed, World(rank, size, CPU), Sequential().batch)) for rank in range(size)
+    ]
+    alone = list(GlobalBatches(data, batch_size, seed, World(0, 1, CPU), Sequential().batch))
+    assert {len(batches) for batches in per_rank} == {len(alone)}
+    for number, whole in enumerate(alone):
+        parts = [e for b in per_rank if b[number]["scale"] for e in b[number]["examples"]]
+        assert sorted(map(id, parts)) == sorted(map(id, whole["examples"]))
+    seen = [e for batch in alone for e in batch["examples"]]
+    assert sorted(map(id, seen)) == sorted(map(id, data))
+
+
+def test_epochs_differ_and_seeds_repeat():
+    batches = GlobalBatches(examples(20), 20, 0, World(0, 1, CPU), Sequential().batch)
+    first = (
+        [e.target for e in next(iter(batches))["examples"]],
+        [len(e.input_ids) for e in next(iter(batches))["examples"]],
+    )
+    batches.set_epoch(1)
+    second = (
+        [e.target for e in next(iter(batches))["examples"]],
+        [len(e.input_ids) for e in next(iter(batches))["examples"]],
+    )
+    assert first != second
+    batches.set_epoch(0)
+    assert [len(e.input_ids) for e in next(iter(batches))["examples"]] == first[1]
+
+
+def global_loss(model, batch: list[Example], size: int) -> float:
+    parts = [collate(batch, World(rank, size, CPU)) for rank in range(size)]
+    return sum(float(example_losses(model, part)[0].sum() * part["scale"]) for part in parts)
+
+
+def test_loss_is_the_mean_over_the_global_batch_for_any_number_of_workers(model):
+    heads.attach_heads(model, {"reviews": 2}, seed=0)
+    heads.train_heads(model, ("reviews",))
+    batch = [
+        *examples(5),
+        Example("text", (3, 4, 5, 6), labels=(3, 4, 5, 6)),
+        Example("v", (3, 4, 9), (IGNORE, IGNORE, 9)),
+    ]
+    with torch.no_grad():
+        losses = [global_loss(model, batch, size) for size in (1, 2, 3, 9)]
+        singles = [global_loss(model, [example], 1) for example in batch]
+    assert losses == pytest.approx([sum(singles) / len(singles)] * 4, rel=1e-5)
+
+
+def test_example_losses_against_the_definition(model):
+    heads.attach_heads(model, {"reviews": 2}, seed=0)
+    heads.train_heads(model, ("reviews",))
+    batch = [
+        Example("reviews", (3, 4, 5), target=1),
+        Example("text", (3, 4, 5, 6, 7), labels=(IGNORE, IGNORE, 5, 6, 7)),
+    ]
+    with torch.no_grad():
+        losses, output = example_losses(model, collate(batch, World(0, 1, CPU)))
+        plain = model(input_ids=torch.tensor([[3, 4, 5, 6, 7]])).logits[0]
+        hidden = model(input_ids=torch.tensor([[3, 4, 5]]), output_hidden_states=True).hidden_states[-1][0, -1]
+        class_loss = cross_entropy(heads.get_head(model, "reviews")(hidden)[None], torch.tensor([1]))
+    assert losses[1].item() == pytest.approx(cross_entropy(plain[1:4], torch.tensor([5, 6, 7])).item(), rel=1e-5)
+    assert losses[0].item() == pytest.approx(class_loss.item(), rel=1e-5)
+    assert output.hidden_states.shape[:2] == output.attention_mask.shape
+
+
+def test_every_trainable_head_gets_a_gradient_even_without_examples(model):
+    heads.attach_heads(model, {"reviews": 2, "other": 3}, seed=0)
+    heads.train_heads(model, ("reviews", "other"))
+    losses, _ = example_losses(model, collate(examples(3), World(0, 1, CPU)))
+    losses.sum().backward()
+    assert heads.get_head(model, "other").weight.grad.abs().sum() == 0
+    assert heads.get_head(model, "reviews").weight.grad.abs().sum() > 0
+
+
+def test_step_arithmetic():
+    training = TrainingConfig(batch_size=16, gradient_accumulation=2, epochs=3)
+    assert optimizer_steps(training, 100) == 3 * 7  # 13 micro-batches of 8, two a step
+    assert optimizer_steps(TrainingConfig(max_steps=5), 100) == 5
+    assert micro_batch(training, 3) == 3
+
+
+def test_unknown_strategy_or_option_is_named():
+    assert set(STRATEGIES) >= {"sequential", "joint"}
+    with pytest.raises(ValueError, match="expected one of"):
+        make_strategy("replya")
+    with pytest.raises(ValueError, match="does not take"):
+        make_strategy("sequential", strength=1.0)
