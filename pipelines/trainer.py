@@ -100,9 +100,8 @@ def example_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, StepOut
     for task, head in trainable_heads(model).items():
         # every trainable head runs on every rank: under ZeRO a parameter without a gradient on one rank is a deadlock
         logits = head(features.to(head.weight.dtype)).float()
-        rows = [i for i, e in enumerate(examples) if e.task == task and e.labels is None]
-        targets = torch.full((len(examples),), IGNORE, device=hidden.device)
-        targets[rows] = torch.tensor([examples[i].target for i in rows], device=hidden.device)
+        classes = [e.target if e.task == task and e.labels is None else IGNORE for e in examples]
+        targets = torch.tensor(classes, device=hidden.device)
         losses = losses + nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
     return losses, StepOutput(losses.sum(), hidden, mask)
 
