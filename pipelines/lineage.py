@@ -63,6 +63,7 @@ CLIENT_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
@@ -79,7 +80,7 @@ def initialize(uri: str) -> None:
     Raises:
         LineageError: the store cannot be reached or created.
     """
-    with _errors(uri, "curlora sync RUN"), _quiet():
+    with _errors(uri, "check tracking.uri"), _quiet():
         _client(uri).search_experiments(max_results=1)
 
 
@@ -172,12 +173,10 @@ def _errors(uri: str, remedy: str) -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError, requests.RequestException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, requests.RequestException, OSError, ImportError) as error:
+        # ImportError: the store's database driver is not installed
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise LineageError(
-            f"MLflow at {_shown(uri)} did not take the record ({reason}); the run directory has everything, "
-            f"send it later with: {remedy}"
-        ) from error
+        raise LineageError(f"MLflow at {_shown(uri)} cannot be used ({reason}); {remedy}") from error
 
 
 def _shown(uri: str) -> str:
@@ -204,7 +203,7 @@ def project(run: RunDirectory, uri: str, experiment: str, chain: Sequence[str] |
     Raises:
         LineageError: MLflow is away or refuses.
     """
-    with _errors(uri, f"curlora sync {run.uri}"), _quiet():
+    with _errors(uri, f"nothing is lost; send it later with: curlora sync {run.uri}"), _quiet():
         client = _client(uri)
         to = _Target(client, _experiment(client, uri, experiment), run, run.config())
         steps = current_steps(run, chain)
@@ -373,7 +372,9 @@ def _send_parent(to: _Target, parent, steps: list[tuple[str, dict]]) -> None:
     _set_tags(to, parent, tags)
     status = {"finished": "FINISHED", "failed": "FAILED"}.get(results["status"] if results else "", "RUNNING")
     if status != "RUNNING":
-        to.client.set_terminated(run_id, status, _milliseconds(_ended(run, steps)))
+        ended = _milliseconds(_ended(run, steps))
+        if (parent.info.status, parent.info.end_time) != (status, ended):
+            to.client.set_terminated(run_id, status, ended)
     elif parent.info.status != "RUNNING":
         to.client.update_run(run_id, status)
 

@@ -238,6 +238,20 @@ def test_dead_server_is_one_clear_error_soon(tmp_path):
     assert "secret" not in message
 
 
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("postgresql://user:secret@127.0.0.1:1/x", "refused"),
+        ("sqlite:////proc/nowhere/mlflow.db", "/proc/nowhere"),
+        ("nonsense://x", "nonsense"),
+    ],
+)
+def test_unusable_store_is_named_with_its_reason(uri, reason):
+    with pytest.raises(LineageError, match=reason) as caught:
+        lineage.initialize(uri)
+    assert "check tracking.uri" in str(caught.value) and "secret" not in str(caught.value)
+
+
 def test_deleted_experiment_is_named_in_the_error(tmp_path, store, client):
     run = make_run(tmp_path, finished=0, status=None)
     project(run, store, "gone")
