@@ -105,6 +105,18 @@ def ui_environment() -> dict[str, str]:
     return {**quiet, **os.environ}
 
 
+def page_url(uri: str, experiment: str, address: str = "http://127.0.0.1:5000") -> str:
+    """Where a browser finds the experiment's runs on the server at `address`; its front page before there are any.
+
+    Raises:
+        LineageError: the store cannot be reached.
+    """
+    with _errors(uri, "check tracking.uri"), _quiet():
+        found = _client(uri).get_experiment_by_name(experiment)
+    # Without the view MLflow opens on its pages for LLM applications.
+    return f"{address}/#/experiments/{found.experiment_id}/runs?workflowType=machine_learning" if found else address
+
+
 def _client(uri: str):
     """An `MlflowClient`, after a quick look whether anybody is there at all."""
     for name, value in CLIENT_DEFAULTS.items():
@@ -267,7 +279,7 @@ def _experiment(client, uri: str, name: str) -> str:
         root = _artifact_root(uri)
         folder = re.sub(r"[^A-Za-z0-9._-]", "_", name)
         location = f"{root}/{folder}" if root else None
-        # The tag makes MLflow's page open on training runs; without it, it takes every experiment for an LLM app.
+        # The tag makes MLflow's list of experiments open this one on its runs, not as an LLM application.
         return client.create_experiment(name, location, tags={"mlflow.experimentKind": "custom_model_development"})
     if experiment.lifecycle_stage == "deleted":
         raise MlflowException(

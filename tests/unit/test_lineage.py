@@ -291,6 +291,14 @@ def test_ui_listens_on_loopback_only_and_a_server_needs_none(tmp_path):
         lineage.ui_command("http://example.org:5000")
 
 
+def test_page_of_an_experiment_is_its_list_of_training_runs(chain, store, client):
+    number = client.get_experiment_by_name("chain").experiment_id
+    assert lineage.page_url(store, "chain", "http://h:1") == (
+        f"http://h:1/#/experiments/{number}/runs?workflowType=machine_learning"
+    )
+    assert lineage.page_url(store, "not yet there", "http://h:1") == "http://h:1"
+
+
 def test_importing_lineage_does_not_import_mlflow():
     code = "import sys, pipelines.lineage; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
