@@ -1,10 +1,13 @@
-"""The gather identity as autograd functions: R x = W[I, :] x = (W x)[I].
+"""The gather identity as autograd functions: R x = W[I, :] x = (W x)[I], and its dual Cᵀ g = (Wᵀ g)[J].
 
 ``cur_linear`` fuses a frozen dense layer with its update; ``cur_residual`` adds the update to an output that any base
 layer (quantised, partitioned, hooked) has computed. Both keep z (tokens, k) for the backward pass and nothing of the
 size of the layer. They know nothing about whitening or adapters: ``middle`` M (k, k) already contains both.
 
-    z = y[..., I] − b[I]        y ← y + C M z
+    forward     z = y[..., I] − b[I]        y ← y + C M z
+    backward    c = Cᵀ ∂y                   ∂M = c zᵀ        ∂z = Mᵀ c        ∂x ← ∂x + Rᵀ ∂z
+
+Where the base layer's own ∂x = Wᵀ ∂y is at hand, c is gathered from it: c = ∂x[..., J].
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ def cur_linear(
     kernel: Tensor,
     bias: Tensor | None,
     rows: Tensor,
+    cols: Tensor,
     bias_rows: Tensor | None,
     middle: Tensor,
     columns: Tensor,
@@ -35,10 +39,11 @@ def cur_linear(
 ) -> Tensor:
     """x Wᵀ + b plus the update, for a frozen dense layer.
 
-    x (..., n), kernel (n, m) = Wᵀ, bias (m,), rows (k,) int64, bias_rows (k,) = b[I], middle (k, k),
-    columns (m, k) = C, mask (..., k) multiplies z (dropout). Returns (..., m). x and kernel share one dtype.
+    x (..., n), kernel (n, m) = Wᵀ, bias (m,), rows and cols (k,) int64 = I and J, bias_rows (k,) = b[I],
+    middle (k, k), columns (m, k) = C = W[:, J], mask (..., k) multiplies z (dropout). Returns (..., m).
+    x and kernel share one dtype.
     """
-    return _CurLinear.apply(x, kernel, bias, rows, bias_rows, middle, columns, mask)
+    return _CurLinear.apply(x, kernel, bias, rows, cols, bias_rows, middle, columns, mask)
 
 
 def cur_residual(
@@ -68,38 +73,48 @@ def _through(z: Tensor, middle: Tensor) -> Tensor:
     return (z.to(middle.dtype) @ middle.t()).to(z.dtype)
 
 
-def _gradients(grad: Tensor, z: Tensor, middle: Tensor, columns: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """∂L/∂M = (Cᵀ G) Zᵀ and ∂L/∂z from G = ∂L/∂y (tokens, m)."""
-    inner = (grad @ columns).to(middle.dtype)
-    grad_middle = inner.t() @ z.to(middle.dtype)
-    grad_z = (inner @ middle).to(grad.dtype)
-    return grad_middle, grad_z if mask is None else grad_z * mask
+def _gradients(
+    inner: Tensor, z: Tensor, middle: Tensor, mask: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """∂L/∂M = c zᵀ and ∂L/∂z = Mᵀ c, the latter in the given dtype, from c = Cᵀ ∂y (tokens, k)."""
+    inner = inner.to(middle.dtype)
+    grad_z = (inner @ middle).to(dtype)
+    return inner.t() @ z.to(middle.dtype), grad_z if mask is None else grad_z * mask
+
+
+def _rows_of(kernel: Tensor, rows: Tensor) -> Tensor:
+    """R = W[I, :] (k, n) from kernel (n, m) = Wᵀ; selecting along the strided dimension would copy all of W."""
+    if kernel.is_contiguous():
+        return kernel.index_select(1, rows).t()
+    return kernel.t().index_select(0, rows)
 
 
 class _CurLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, kernel, bias, rows, bias_rows, middle, columns, mask):
+    def forward(ctx, x, kernel, bias, rows, cols, bias_rows, middle, columns, mask):
         flat = x.reshape(-1, x.shape[-1])
         y = flat @ kernel if bias is None else torch.addmm(bias, flat, kernel)
         mask = None if mask is None else mask.reshape(-1, mask.shape[-1])
         z = _gather(y, rows, bias_rows, mask)
         y.addmm_(_through(z, middle), columns.t())
-        ctx.save_for_backward(kernel, rows, middle, columns, z, mask)
+        ctx.save_for_backward(kernel, rows, cols, middle, columns, z, mask)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        kernel, rows, middle, columns, z, mask = ctx.saved_tensors
+        kernel, rows, cols, middle, columns, z, mask = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_middle, grad_z = _gradients(flat, z, middle, columns, mask)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = flat @ kernel.t()
-            # The scatter into ∂L/∂y would copy all of it; R is k gathered rows of W, much less to read.
-            grad_x.addmm_(grad_z, kernel.index_select(1, rows).t())
+            grad_middle, grad_z = _gradients(grad_x.index_select(1, cols), z, middle, mask, flat.dtype)
+            # A scatter of ∂z into ∂y would copy all of ∂y; R is k gathered rows of W, much less to read.
+            grad_x.addmm_(grad_z, _rows_of(kernel, rows))
             grad_x = grad_x.view(*grad.shape[:-1], -1)
-        return grad_x, None, None, None, None, grad_middle, None, None
+        else:
+            grad_middle, _ = _gradients(flat @ columns, z, middle, mask, flat.dtype)
+        return grad_x, None, None, None, None, None, grad_middle, None, None
 
 
 class _CurResidual(torch.autograd.Function):
@@ -117,7 +132,7 @@ class _CurResidual(torch.autograd.Function):
     def backward(ctx, grad):
         rows, middle, columns, z, mask = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_middle, grad_z = _gradients(flat, z, middle, columns, mask)
+        grad_middle, grad_z = _gradients(flat @ columns, z, middle, mask, flat.dtype)
         grad_y = None
         if ctx.needs_input_grad[0]:
             grad_y = flat.index_add(1, rows, grad_z).view(grad.shape)

@@ -69,12 +69,12 @@ class CurloraCore(nn.Module):
     columns (k), fingerprint (blocks, 3) as float bits and a checksum, k = blocks·r. One integer tensor, because a
     header entry costs more bytes than the numbers and because casting a model to bf16 leaves integers alone.
 
-    Derived, not saved: ``rows`` (k), ``columns`` C (m, k), ``bias_rows`` b[I] (k), and in fp32 whatever the dtype of
-    the model ``left``, ``right`` (M = left · U · right) and ``norm_left``, ``norm_right`` (‖ΔW‖_F = ‖norm_left · U ·
-    norm_right‖_F).
+    Derived, not saved: ``rows`` I and ``cols`` J (k), ``columns`` C (m, k), ``bias_rows`` b[I] (k), and in fp32
+    whatever the dtype of the model ``left``, ``right`` (M = left · U · right) and ``norm_left``, ``norm_right``
+    (‖ΔW‖_F = ‖norm_left · U · norm_right‖_F).
     """
 
-    DERIVED = ("rows", "columns", "bias_rows", "left", "right", "norm_left", "norm_right")
+    DERIVED = ("rows", "cols", "columns", "bias_rows", "left", "right", "norm_left", "norm_right")
     EXACT = ("left", "right", "norm_left", "norm_right")
 
     def __init__(self, settings: CoreSettings, device: torch.device) -> None:
@@ -123,8 +123,9 @@ class CurloraCore(nn.Module):
     def derive(self, rows: cur.Factor, columns: cur.Factor, weight: Tensor, bias: Tensor | None) -> None:
         """Set everything that is derived from the base weight (m, n) and bias (m) for the chosen factors."""
         device = weight.device
-        self.rows = rows.indices.to(device)
-        self.columns = weight[:, columns.indices.to(device)].detach().contiguous()
+        self.rows, self.cols = rows.indices.to(device), columns.indices.to(device)
+        # (m, k) over contiguous columns: both skinny products with C run faster that way than over contiguous rows.
+        self.columns = weight[:, self.cols].detach().t().contiguous().t()
         self.bias_rows = None if bias is None else bias[self.rows].detach().clone()
         scales = torch.diag(self._scales(rows, columns, weight.shape[0]))
         if self.settings.config.whiten:
@@ -145,7 +146,7 @@ class CurloraCore(nn.Module):
     def derive_on_meta(self, weight: Tensor, bias: Tensor | None) -> None:
         """Shapes only, for a model on the meta device: nothing is read, the indices mean nothing."""
         k = self.size
-        self.rows = torch.empty(k, dtype=torch.int64, device="meta")
+        self.rows = self.cols = torch.empty(k, dtype=torch.int64, device="meta")
         self.columns = torch.empty(weight.shape[0], k, dtype=weight.dtype, device="meta")
         self.bias_rows = None if bias is None else torch.empty(k, dtype=bias.dtype, device="meta")
         for name in self.EXACT:
@@ -481,14 +482,14 @@ class Linear(nn.Module, CurloraLayer):
             return self.base_layer(x, *args, **kwargs)
         # Called before the base layer, and through __call__, so that ZeRO-3's hooks gather each U.
         middles = [core() for core in cores]
-        rows, bias_rows, middle, columns = _joined(cores, middles)
+        rows, cols, bias_rows, middle, columns = _joined(cores, middles)
         mask = _joined_mask(cores, x)
         base = self.base_layer
         if self.training and self.quantization_backend is not None:
             self._unpack()
         if not args and not kwargs and _plain(base, x):
             kernel = base.weight if self.fan_in_fan_out else base.weight.t()
-            return cur_linear(x, kernel, base.bias, rows, bias_rows, middle, columns, mask)
+            return cur_linear(x, kernel, base.bias, rows, cols, bias_rows, middle, columns, mask)
         return cur_residual(base(x, *args, **kwargs), rows, bias_rows, middle, columns, mask)
 
     # ------------------------------------------------------------------------------------------------- merge
@@ -677,14 +678,15 @@ def _product(factors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return columns @ (middle @ rows)
 
 
-def _joined(cores: list[CurloraCore], middles: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Rows, b[I], M and C of all active adapters side by side: one gather serves them all, before any update."""
+def _joined(cores: list[CurloraCore], middles: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """I, J, b[I], M and C of all active adapters side by side: one gather serves them all, before any update."""
     if len(cores) == 1:
         core = cores[0]
-        return core.rows, core.bias_rows, middles[0], core.columns
-    rows = torch.cat([core.rows for core in cores])
+        return core.rows, core.cols, core.bias_rows, middles[0], core.columns
+    rows, cols = torch.cat([core.rows for core in cores]), torch.cat([core.cols for core in cores])
     bias_rows = None if cores[0].bias_rows is None else torch.cat([core.bias_rows for core in cores])
-    return rows, bias_rows, torch.block_diag(*middles), torch.cat([core.columns for core in cores], dim=1)
+    columns = torch.cat([core.columns for core in cores], dim=1)
+    return rows, cols, bias_rows, torch.block_diag(*middles), columns
 
 
 def _joined_mask(cores: list[CurloraCore], x: Tensor) -> Tensor | None:
