@@ -285,9 +285,9 @@ def ui(run: str | None, storage: str, port: int) -> None:
     \b
     Example:  curlora ui demo
     """
-    from pipelines.lineage import LineageError, ui_command, ui_environment
+    from pipelines.lineage import LineageError, page_url, ui_command, ui_environment
 
-    uri = "sqlite:///mlflow.db"
+    uri, page = "sqlite:///mlflow.db", f"http://127.0.0.1:{port}"
     if run:
         tracking = _open(run, storage).config().tracking
         if tracking is None:
@@ -295,10 +295,11 @@ def ui(run: str | None, storage: str, port: int) -> None:
         uri = tracking.uri
     try:
         command = ui_command(uri, port)
+        page = page_url(uri, tracking.experiment, page) if run else page
     except LineageError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
-    click.echo(f"MLflow on http://127.0.0.1:{port} over {uri}; Ctrl-C ends it")
+    click.echo(f"{page}  (MLflow over {uri}; Ctrl-C ends it)")
     sys.exit(subprocess.run(command, env=ui_environment(), check=False).returncode)
 
 

@@ -290,6 +290,8 @@ def _publish(run: RunDirectory, config: PipelineConfig, results: dict, projector
     runs, warning = projector.finish()
     results["steps"] = _with_run_ids(results["steps"], runs)
     run.write_json("results.json", results)
+    if runs and warning is None:
+        runs, warning = projector.finish()  # once more: now results.json names the MLflow runs
     run.write_json("published.json", {"identity": identity, "lineage": warning is None, "runs": runs})
     if warning:
         on_event({"kind": "warning", "text": warning})
@@ -496,9 +498,7 @@ class Projector:
         self.runs: dict[str, str] = {}
         self.warning: str | None = None
         self._wanted = threading.Event()
-        self._stop = False
-        self._thread = threading.Thread(target=self._loop, daemon=True, name="lineage")
-        self._started = False
+        self._stop = self._started = False
 
     def poke(self) -> None:
         """There is something new to send."""
@@ -506,6 +506,7 @@ class Projector:
             return
         if not self._started:
             self._started = True
+            self._thread = threading.Thread(target=self._loop, daemon=True, name="lineage")
             self._thread.start()
         self._wanted.set()
 
@@ -516,6 +517,7 @@ class Projector:
         self._stop = True
         self.poke()
         self._thread.join()
+        self._started = self._stop = False
         return self.runs, self.warning
 
     def _loop(self) -> None:
@@ -530,5 +532,9 @@ class Projector:
                 self.warning = None
             except LineageError as error:
                 self.warning = str(error)
+            except Exception as error:  # a fault in the projection must not cost the user a finished chain
+                self.warning = (
+                    f"lineage failed ({type(error).__name__}: {error}); send it later: curlora sync {self.run.uri}"
+                )
             if last:
                 return

@@ -1,0 +1,170 @@
+"""The chain on real Ray, real DeepSpeed, a real model and real text."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipelines import metrics
+
+TEXT_LEARNING = 0.005  # nats a token in 24 steps of a model of 30 thousand parameters
+
+
+def test_results_follow_from_their_own_matrix(reference):
+    assert reference["status"] == "finished"
+    assert [len(row) for row in reference["scores"]] == [3, 3, 3, 3]
+    names = [reference["metric"][task] for task in reference["tasks"]]
+    again = metrics.aggregates(reference["scores"], names, reference["nll"])
+    assert {key: reference[key] for key in again} == again
+    nulls = [[cell is None for cell in row] for row in reference["scores"]]
+    assert nulls == [[True, False, False], [False, False, True], [False] * 3, [False] * 3]
+    assert reference["trainable_parameters"] == 14 * 8 * 8
+    assert reference["seconds"]["total"] >= reference["seconds"]["train"] + reference["seconds"]["evaluate"]
+
+
+def test_the_text_task_is_learned(reference):
+    assert reference["nll_learning"] > TEXT_LEARNING
+
+
+def test_doing_it_again_does_nothing(bench, reference):
+    before = bench.metrics(reference, 0)
+    again = bench.run(bench.root / "reference.yaml")
+    assert again["ran"] is False
+    assert again["scores"] == reference["scores"]
+    assert bench.metrics(again, 0) == before
+    assert [s["mlflow_run_id"] for s in again["steps"]] == [s["mlflow_run_id"] for s in reference["steps"]]
+
+
+def test_lineage_has_a_child_for_every_task(bench, reference):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{bench.root}/mlflow.db")
+    experiment = client.get_experiment_by_name("integration")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parents) == 1
+    children = {run.info.run_id for run in runs} - {parents[0].info.run_id}
+    assert children == {step["mlflow_run_id"] for step in reference["steps"]}
+    assert client.list_artifacts(parents[0].info.run_id)
+
+
+def test_report_is_written(bench, reference):
+    page = (bench.root / "runs" / "reference" / "report.html").read_text()
+    assert all(task in page for task in reference["tasks"])
+
+
+def test_the_adapter_gives_the_workers_logits_in_a_bare_process(bench, reference):
+    step = bench.root / "runs" / "reference" / reference["steps"][-1]["directory"]
+    code = (
+        "import json, sys, torch, curlora, peft, transformers\n"
+        "base, step = sys.argv[1:]\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)\n"
+        "model = peft.PeftModel.from_pretrained(model, step + '/adapter').eval()\n"
+        "test = json.load(open(step + '/metrics.json'))['self_test']\n"
+        "with torch.no_grad(): logits = model(input_ids=torch.tensor([test['input_ids']])).logits[0, -1]\n"
+        "wanted = torch.tensor(test['last_logits'])\n"
+        "with model.disable_adapter(), torch.no_grad():\n"
+        "    bare = model(input_ids=torch.tensor([test['input_ids']])).logits[0, -1]\n"
+        "print((logits[:len(wanted)] - wanted).abs().max().item(), (bare[:len(wanted)] - wanted).abs().max().item())\n"
+        "assert not {'ray', 'mlflow', 'deepspeed'} & set(sys.modules), 'more than curlora and peft was needed'\n"
+    )
+    base = bench.raw["base_model"]["path"]
+    out = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code, base, str(step)], text=True)
+    with_adapter, without = map(float, out.split())
+    assert with_adapter <= 1e-5
+    assert without > 1e-3  # the adapter does something, so the agreement says something
+
+
+def curve(bench, results: dict, step: int) -> list[float]:
+    return [loss for _, loss, _, _ in bench.metrics(results, step)["training"]["curve"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("zero3", ["--set", "deepspeed=zero3"]), ("alone", ["--set", "resources.workers=1"])],
+)
+def test_losses_and_scores_do_not_depend_on_stage_or_workers(bench, reference, name, arguments):
+    other = bench.run(bench.config(name), *arguments)
+    for step in range(3):
+        assert curve(bench, other, step)[:20] == pytest.approx(curve(bench, reference, step)[:20], rel=1e-4)
+    for row, wanted in zip(other["scores"], reference["scores"], strict=True):
+        for task, score, expected in zip(reference["tasks"], row, wanted, strict=True):
+            assert (score is None) == (expected is None)
+            if score is not None:
+                bound = 0.01 if reference["metric"][task] == "nll" else 2 * (0.25 / 64) ** 0.5
+                assert abs(score - expected) <= bound
+    environment = bench.metrics(other, 0)["environment"]
+    whole, held = environment["base_numbers"], environment["base_numbers_held"]
+    assert held == whole if name == "alone" else held <= 0.51 * whole
+
+
+def test_one_segment_a_step_gives_the_same_bits(bench, reference):
+    other = bench.run(bench.config("segments"), "--segment-length", "1")
+    assert other["scores"] == reference["scores"]
+    for step in range(3):
+        assert bench.adapter_bytes(other, step) == bench.adapter_bytes(reference, step)
+
+
+def test_killed_driver_goes_on_from_the_last_finished_step(bench, reference):
+    config = bench.config("killed")
+    process = bench.start(config)
+    first = bench.root / "runs" / "killed" / reference["steps"][0]["directory"] / "metrics.json"
+    deadline = time.time() + 300
+    while not first.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.time() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = first.read_bytes()
+    results = bench.run(config)
+    assert first.read_bytes() == before
+    assert results["scores"] == reference["scores"]
+    assert bench.adapter_bytes(results, 2) == bench.adapter_bytes(reference, 2)
+
+
+def test_a_corpus_added_later_costs_only_its_cells(bench, reference):
+    extra = bench.raw["retention"] + [bench.raw["retention"][0] | {"name": "again", "window": 32}]
+    store = {"uri": "sqlite:///mlflow.db", "experiment": "integration"}
+    results = bench.run(bench.config("reference", retention=extra, tracking=store))
+    assert [s["fingerprint"] for s in results["steps"]] == [s["fingerprint"] for s in reference["steps"]]
+    assert len(results["perplexity"]["again"]) == 4
+    assert None not in results["perplexity"]["again"]
+    assert results["scores"] == reference["scores"]
+
+
+def test_more_workers_than_the_cluster_has_is_refused(bench):
+    many = (os.cpu_count() or 1) + 1
+    err = bench.run(bench.config("crowd"), "--set", f"resources.workers={many}", code=2, timeout=120)
+    assert f"{many} workers need {many} CPU" in err
+
+
+def test_divergence_stops_with_the_step_and_keeps_what_was_finished(bench):
+    training = bench.raw["training"] | {"learning_rate": 1e30, "max_grad_norm": 0}
+    err = bench.run(bench.config("diverged", training=training), code=1)
+    assert "the loss is not finite at optimizer step" in err
+    status = json.loads((bench.root / "runs" / "diverged" / "results.json").read_text())
+    assert status["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("probe", {"adapter": {"type": "none"}}),
+        ("joint", {"strategy": {"name": "joint"}}),
+        ("lora", {"adapter": {"type": "lora", "r": 4, "alpha": 8}}),
+    ],
+)
+def test_other_methods_run_in_the_same_chain(bench, name, changes):
+    results = bench.run(bench.config(name, **changes), "--set", "training.max_steps=4")
+    assert results["status"] == "finished"
+    assert len(results["scores"]) == (2 if name == "joint" else 4)
+    assert None not in results["scores"][-1]
+    if name == "probe":
+        assert results["trainable_parameters"] == 0
+        assert results["adapter_bytes"] == 0
+        assert results["perplexity_ratio"] == 1.0  # heads do not touch the language model
