@@ -7,7 +7,10 @@ a fingerprint, and `demo.json`, written last, marks a folder as complete. This m
 
 One record of a classification task (`<task>/train.jsonl`, the label is an index into `labels.json`):
 
-    {"text": "Minimize a scalar function of one or more variables using Newton-CG ...", "label": 1}
+    {"text": "Minimize a scalar function of one or more variables ...\nModule:", "label": 1}
+
+The base model is pretrained on passages that end with the module they come from ("...\nModule: numpy.linalg"), so its
+state at `Module:` sums a passage up, and a classifier that reads the last token of a task's text has a fair start.
 """
 
 import ast
@@ -22,6 +25,7 @@ import os
 import re
 import shutil
 import tempfile
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -79,6 +83,8 @@ class Preset:
     learning_rate: float
     min_gain: float
     """How many nats per token the model must beat the unigram by, on held-out text."""
+    threads: int | None = None
+    """Threads to train with, by default as many as torch has; more than one only hinders a tiny model."""
 
 
 PRETRAINING = (
@@ -110,10 +116,10 @@ PRESETS = {
         pretraining=PRETRAINING,
         classification=(RAY, SCIPY, SYMPY),
         language_modeling=SQLALCHEMY,
-        classes=4,
+        classes=3,
         train_per_class=250,
         validation_per_class=40,
-        test_per_class=80,
+        test_per_class=100,
         language_modeling_characters=(300_000, 30_000, 60_000),
         retention_characters=60_000,
         vocabulary=2048,
@@ -139,17 +145,18 @@ PRESETS = {
         test_per_class=32,
         language_modeling_characters=(20_000, 4_000, 4_000),
         retention_characters=8_000,
-        vocabulary=512,
+        vocabulary=1024,
         hidden=32,
         intermediate=64,
         layers=2,
         heads=2,
         key_value_heads=1,
-        context=64,
+        context=128,
         batch=8,
-        steps=100,
+        steps=150,
         learning_rate=1e-2,
-        min_gain=0.05,
+        min_gain=0.1,
+        threads=1,
     ),
 }
 
@@ -252,8 +259,9 @@ def build_demo(folder: Path, preset: Preset, progress: Progress) -> None:
     tasks = write_tasks(folder / "tasks", corpus, preset)
     pretraining = [passage for library in preset.pretraining for passage in corpus.get(library.package, [])]
     held_out, train = take_characters(by_hash(pretraining), preset.retention_characters)
-    write_jsonl(folder / "retention" / "test.jsonl", [{"text": passage.text} for passage in held_out])
-    model = pretrain(folder / "model", [p.text for p in train], [p.text for p in held_out], preset, progress)
+    write_jsonl(folder / "retention" / "test.jsonl", [{"text": with_origin(passage)} for passage in held_out])
+    texts = [with_origin(passage) for passage in train], [with_origin(passage) for passage in held_out]
+    model = pretrain(folder / "model", *texts, preset, progress)
     manifest = {
         "preset": preset.name,
         "fingerprint": fingerprint(preset),
@@ -261,7 +269,7 @@ def build_demo(folder: Path, preset: Preset, progress: Progress) -> None:
         "libraries": {name: len(passages) for name, passages in corpus.items()},
         "model": model,
         "tasks": tasks,
-        "retention": {"examples": len(held_out), "characters": sum(len(p.text) for p in held_out)},
+        "retention": {"examples": len(held_out), "characters": sum(len(text) for text in texts[1])},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
@@ -527,10 +535,19 @@ def _run_key(words: list[str]) -> int:
 
 # ----------------------------------------------------------------------------------------------------------- tasks
 
-SNIPPET_WORDS = 40
-"""Length of a passage to classify: about 60 tokens."""
+SNIPPET_CHARACTERS = 220
+"""Length of a passage to classify: some 60 tokens, well within the context."""
 SNIPPET_MIN_WORDS = 10
 SNIPPETS_PER_DOCSTRING = 3
+
+
+ORIGIN = "\nModule:"
+"""What stands between a passage and the module that it comes from."""
+
+
+def with_origin(passage: Passage) -> str:
+    """A passage as it is pretrained on: followed by its library and part, which the model learns to tell."""
+    return f"{passage.text}{ORIGIN} {passage.library}.{passage.part}"
 
 
 def by_hash(passages: Iterable[Passage]) -> list[Passage]:
@@ -549,14 +566,13 @@ def take_characters(passages: list[Passage], characters: int) -> tuple[list[Pass
 
 
 def write_tasks(folder: Path, corpus: dict[str, list[Passage]], preset: Preset) -> dict[str, Any]:
-    """Write every task's folder; return what the manifest says about each."""
+    """Write a folder for every task, named after its library; return what the manifest says about each."""
     described = {}
     for library in preset.classification:
-        name = f"{library.package}-part"
-        described[name] = write_classification(folder / name, corpus[library.package], preset)
-    package = preset.language_modeling.package
-    name = f"{package}-text"
-    described[name] = write_language_modeling(folder / name, corpus[package], preset)
+        name = library.package
+        described[name] = write_classification(folder / name, corpus[name], preset)
+    name = preset.language_modeling.package
+    described[name] = write_language_modeling(folder / name, corpus[name], preset)
     return described
 
 
@@ -616,10 +632,9 @@ def take_snippets(passages: list[Passage], count: int) -> tuple[list[str], list[
 
 
 def snippets(text: str) -> list[str]:
-    """Up to three pieces of a passage, each short enough to classify and long enough to be classified."""
-    words = text.split()
-    pieces = [words[i : i + SNIPPET_WORDS] for i in range(0, len(words), SNIPPET_WORDS)]
-    return [" ".join(p) for p in pieces[:SNIPPETS_PER_DOCSTRING] if len(p) >= SNIPPET_MIN_WORDS]
+    """Up to three pieces of a passage, short enough for the context and long enough to be classified."""
+    pieces = textwrap.wrap(text, SNIPPET_CHARACTERS, break_on_hyphens=False)[:SNIPPETS_PER_DOCSTRING]
+    return [piece + ORIGIN for piece in pieces if len(piece.split()) >= SNIPPET_MIN_WORDS]
 
 
 def _example_key(example: dict[str, Any]) -> bytes:
@@ -662,8 +677,9 @@ def pretrain(
     tokenizer = train_tokenizer(train, preset)
     tokenizer.save_pretrained(folder)
     train_ids, held_out_ids = encode(tokenizer, train), encode(tokenizer, held_out)
-    model = train_model(train_ids, tokenizer, preset, progress)
-    nll = model_nll(model, held_out_ids, preset.context)
+    with torch_threads(preset.threads):
+        model = train_model(train_ids, tokenizer, preset, progress)
+        nll = model_nll(model, held_out_ids, preset.context)
     unigram = unigram_nll(train_ids, held_out_ids, len(tokenizer))
     if unigram - nll < preset.min_gain:
         raise DemoError(
@@ -720,6 +736,19 @@ def encode(tokenizer: Any, texts: list[str]) -> Any:
     eos = tokenizer.eos_token_id
     encoded = tokenizer.backend_tokenizer.encode_batch(texts)
     return torch.tensor([token for text in encoded for token in (*text.ids, eos)])
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Compute with `count` threads, then with as many as before; None changes nothing."""
+    import torch  # slow, and only needed when the demo is built
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def train_model(ids: Any, tokenizer: Any, preset: Preset, progress: Progress) -> Any:

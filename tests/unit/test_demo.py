@@ -106,11 +106,22 @@ def test_task_splits_are_disjoint_and_balanced(cache):
                 assert len(set(counts)) == 1 and counts[0] > 0
 
 
-def test_retention_text_is_in_no_task(cache):
+def test_passages_to_classify_end_with_the_question_and_fit_the_context(cache):
+    from transformers import AutoTokenizer
+
     assets = prepare_demo(cache, preset="test")
-    retained = {record["text"] for record in _records(assets.retention / "test.jsonl")}
+    tokenizer = AutoTokenizer.from_pretrained(assets.base_model)
+    texts = [record["text"] for record in _records(assets.tasks["huggingface_hub"] / "train.jsonl")]
+    assert all(text.endswith(demo.ORIGIN) for text in texts)
+    assert max(len(ids) for ids in tokenizer(texts)["input_ids"]) <= assets.manifest["model"]["context"]
+
+
+def test_retention_text_is_in_no_task_and_of_no_library_of_a_task(cache):
+    assets = prepare_demo(cache, preset="test")
+    retained = [record["text"].split(demo.ORIGIN) for record in _records(assets.retention / "test.jsonl")]
+    assert not {origin.split(".")[0].strip() for _, origin in retained} & set(assets.tasks)
     for folder in assets.tasks.values():
-        assert retained.isdisjoint(record["text"] for record in _records(folder / "train.jsonl"))
+        assert {text for text, _ in retained}.isdisjoint(r["text"] for r in _records(folder / "train.jsonl"))
 
 
 def test_model_and_tokenizer_load_and_tokenizer_round_trips(cache):
