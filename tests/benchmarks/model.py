@@ -69,9 +69,8 @@ def timing_table(rounds: int, tokens: int, dtype: torch.dtype, device: str) -> N
     seconds = interleaved(functions, rounds, device)
     base = seconds["frozen base"]
     size = sum(p.numel() for p in models["frozen base"].parameters())
-    print(
-        f"\n### Forward + backward of a {size / 1e6:.0f} M model: {tokens} tokens, r = {R}, {dtype}, {hardware(device)}\n"
-    )
+    setting = f"{tokens} tokens, r = {R}, {dtype}, {hardware(device)}"
+    print(f"\n### Forward + backward of a {size / 1e6:.0f} M model: {setting}\n")
     print("| variant | ratio to the frozen base, median (quartiles) | trainable numbers |\n|---|---|---|")
     for name, values in seconds.items():
         ratios = [value / reference for value, reference in zip(values, base, strict=True)]

@@ -65,6 +65,22 @@ def snapshot(model):
     return result
 
 
+def check_merge(model):
+    """Merging writes W + ΔW into the shards, unmerging takes it out again."""
+    _, layer, _ = model.base_model.cores("default")[0]
+
+    def weight():
+        with layer.base_tensors() as (tensor, _):
+            return tensor.clone()
+
+    before, (columns, middle, rows) = weight(), layer.factors("default")
+    model.merge_adapter()
+    assert torch.allclose(weight(), before + columns @ middle @ rows, atol=1e-6)
+    assert not torch.allclose(weight(), before, atol=1e-6)
+    model.unmerge_adapter()
+    assert torch.allclose(weight(), before, atol=1e-6)
+
+
 def main(stage, base_directory, out):
     if stage:
         start_deepspeed()
@@ -90,6 +106,7 @@ def main(stage, base_directory, out):
         again = snapshot(reloaded)
         assert all(again[n]["rows"] == seen[n]["rows"] for n in seen), "the saved indices load on a partitioned base"
         assert all(torch.allclose(torch.tensor(again[n]["U"]), torch.tensor(seen[n]["U"])) for n in seen)
+        check_merge(reloaded)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""What an adapter file will weigh, by arithmetic: works on the meta device, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+}
+"""How safetensors names the dtypes that adapters are made of."""
+
+
+def adapter_file_bytes(model: PeftModel, adapter_name: str = "default") -> int:
+    """Size in bytes of the ``adapter_model.safetensors`` that `save_pretrained` writes for an adapter of any type."""
+    return safetensors_bytes(get_peft_model_state_dict(model, adapter_name=adapter_name))
+
+
+def safetensors_bytes(state: dict[str, Tensor]) -> int:
+    """Size of a safetensors file: 8 bytes, a JSON header padded to a multiple of 8, then the numbers."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, tensor in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + length + (-length) % 8 + end
