@@ -146,12 +146,13 @@ class Worker:
 
     def _evaluate_finished(self) -> None:
         """Row 0, and cells that finished steps lack (a task or a corpus was added later)."""
-        planned = {plan.directory for plan in self.assignment.steps}
         for directory, names in self.assignment.missing.items():
-            if directory in planned or not names:
-                continue
             begun = time.time()
-            metrics = self.run_directory.metrics(directory) or self._base_metrics()
+            metrics = self.run_directory.metrics(directory)
+            if metrics is None and directory == self.assignment.base_directory:
+                metrics = self._base_metrics()
+            if metrics is None or not names:
+                continue  # a step that is still to be trained brings its own row
             model = self._model_of(metrics)
             cells = self._evaluate(model, directory, names)
             self.base = adapters.detach_adapter(model)

@@ -351,12 +351,10 @@ def fit_segment(assignment: dict, name: str, gpus: float) -> dict:
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from pipelines.worker import train_steps
-
     config = PipelineConfig.model_validate(assignment["config"])
     resources = {"CPU": config.resources.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     trainer = TorchTrainer(
-        train_steps,
+        work,
         train_loop_config=assignment,
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.resources.workers, use_gpu=bool(gpus), resources_per_worker=resources
@@ -369,6 +367,14 @@ def fit_segment(assignment: dict, name: str, gpus: float) -> dict:
         ),
     )
     return trainer.fit().return_value
+
+
+def work(assignment: dict) -> dict:
+    """What Ray Train calls in a worker. Imports there, so that the processes around it stay small."""
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    from pipelines.worker import train_steps
+
+    return train_steps(assignment)
 
 
 def _watch(reference, run: RunDirectory, config, plan: Plan, on_event, projector) -> None:
@@ -443,8 +449,6 @@ def connect(verbose: bool = False, address: str | None = None) -> None:
     """`ray.init`, without its plumbing on the user's terminal."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # workers start with the slow modules loaded, before a task needs them
-    os.environ.setdefault("RAY_preload_python_modules", "torch,transformers,deepspeed,peft")
     import ray
 
     ray.init(
@@ -452,8 +456,6 @@ def connect(verbose: bool = False, address: str | None = None) -> None:
         log_to_driver=verbose,
         logging_level="INFO" if verbose else "ERROR",
         include_dashboard=None if address else False,
-        configure_logging=True,
-        runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}},
     )
 
 
