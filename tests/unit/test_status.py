@@ -1,0 +1,60 @@
+"""What a user is told while a chain runs, and of a run that nobody drives any more."""
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from pipelines.doctor import examine
+from pipelines.progress import ChainProgress
+from pipelines.runs import RunDirectory
+from pipelines.status import run_status
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDirectory(str(tmp_path / "chain"))
+    steps = [{"seconds": {"train": 1.0}}, {"seconds": {}}]
+    run.write_json("results.json", {"status": "running", "steps": steps})
+    run.event("training", task="mrpc", step=3, steps=10, loss=0.5)
+    return run
+
+
+def test_running_means_that_somebody_drives_it(run):
+    with run.acquire_lease():
+        found = run_status(run)
+    assert (found["status"], found["steps_done"], found["steps"]) == ("running", 1, 2)
+    assert found["last"].startswith("training mrpc, step 3/10, loss 0.500")
+    assert run_status(run)["status"] == "interrupted"
+
+
+def test_a_silent_driver_is_no_driver(run):
+    run.write_json("lease.json", {"token": "t", "host": "h", "pid": 1, "started": 0, "heartbeat": time.time() - 60})
+    assert run_status(run)["status"] == "interrupted"
+
+
+def test_new_run_has_no_history(tmp_path):
+    assert run_status(RunDirectory(str(tmp_path / "new")))["last"] == "nothing has happened yet"
+
+
+def test_progress_without_a_terminal_is_plain_lines():
+    out = io.StringIO()
+    with ChainProgress(Console(file=out, width=200), 2, "chain") as progress:
+        progress({"kind": "started", "done": 0})
+        progress({"kind": "step_started", "position": 1, "task": "mrpc"})
+        progress.last_line = 0.0
+        fields = {"step": 5, "steps": 10, "loss": 0.7, "elapsed": 2.0, "tokens_per_second": 1234.5}
+        progress({"kind": "training", "task": "mrpc", **fields})
+        progress({"kind": "published", "position": 1, "task": "mrpc", "cells": [{"name": "mrpc", "value": 0.71}]})
+        progress({"kind": "something new"})
+    lines = out.getvalue().splitlines()
+    assert "mrpc: step 5/10 · loss 0.700 · 1,234 tokens/s · 2 s left" in lines
+    assert "task 1/2 mrpc done: mrpc 0.710" in lines
+    assert "\x1b" not in out.getvalue()
+
+
+def test_doctor_finds_this_environment_fit():
+    findings = {finding.subject: finding for finding in examine()}
+    assert not [f for f in findings.values() if f.level == "error"]
+    assert findings["CURLoRA in PEFT"].text == "registered"
