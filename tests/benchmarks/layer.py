@@ -5,6 +5,7 @@ variants of the same round, so that a busy machine slows both sides. Prints Mark
 
     python tests/benchmarks/layer.py [--sizes 1024 2048 4096] [--rounds 25] [--no-init]
 
+On a machine that others use, ``OMP_NUM_THREADS=1 … --cpu-time`` counts the processor time of this process instead.
 With a GPU it runs there in bf16 on the shapes of a 7B model.
 """
 
@@ -89,7 +90,9 @@ def step(model: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
     return run
 
 
-def interleaved(functions: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
+def interleaved(
+    functions: dict[str, Callable[[], None]], rounds: int, device: str, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds of each function in each round; every round has its own order."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
@@ -100,10 +103,10 @@ def interleaved(functions: dict[str, Callable[[], None]], rounds: int, device: s
         shuffle(order)
         for name in order:
             synchronise(device)
-            start = time.perf_counter()
+            start = clock()
             functions[name]()
             synchronise(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 
@@ -118,8 +121,11 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes of the tensors that autograd keeps, without parameters, buffers and the input itself."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    """Bytes of the tensors that autograd keeps besides parameters and buffers.
+
+    The input counts where a layer keeps it: in a model it is an activation that could be freed.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     own |= {t.untyped_storage().data_ptr() for t in vars(model).values() if torch.is_tensor(t)}
     kept = {}
 
@@ -134,7 +140,9 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def timing_table(sizes: list[int], tokens: int, rounds: int, dtype: torch.dtype, device: str) -> None:
+def timing_table(
+    sizes: list[int], tokens: int, rounds: int, dtype: torch.dtype, device: str, clock: Callable[[], float]
+) -> None:
     print(f"\n### Forward + backward of one layer: {tokens} tokens, r = {R}, {dtype}, {hardware(device)}\n")
     print("Ratio to the frozen base in the same round, median (quartiles); bytes kept for the backward pass.\n")
     print("| variant | " + " | ".join(f"{n}×{n}" for n in sizes) + f" | bytes kept at {sizes[-1]} |")
@@ -146,7 +154,7 @@ def timing_table(sizes: list[int], tokens: int, rounds: int, dtype: torch.dtype,
         x = torch.randn(tokens, size, dtype=dtype, device=device, requires_grad=True)
         grad = torch.randn(tokens, size, dtype=dtype, device=device)
         functions = {name: step(model, x, grad) for name, model in models.items()}
-        seconds = interleaved(functions, rounds, device)
+        seconds = interleaved(functions, rounds, device, clock)
         base = seconds["frozen base"]
         for name, values in seconds.items():
             ratios = [value / reference for value, reference in zip(values, base, strict=True)]
@@ -226,7 +234,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--tokens", type=int, default=None, help="512 on a CPU, 4096 on a GPU")
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=25, help="0 leaves the timing out")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time instead of elapsed time")
     parser.add_argument("--no-init", action="store_true", help="leave the initialisation out: it takes minutes")
     parser.add_argument("--one-init", nargs=2, metavar=("METHOD", "SIZE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -236,9 +245,10 @@ def main() -> None:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    timing_table(
-        arguments.sizes, arguments.tokens or (4096 if device == "cuda" else 512), arguments.rounds, dtype, device
-    )
+    tokens = arguments.tokens or (4096 if device == "cuda" else 512)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    if arguments.rounds:
+        timing_table(arguments.sizes, tokens, arguments.rounds, dtype, device, clock)
     file_table()
     if not arguments.no_init:
         initialisation_table(arguments.sizes)

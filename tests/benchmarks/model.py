@@ -3,7 +3,7 @@
 Forward + backward against the frozen base in the same round (see layer.py), then initialisation, adapter file and
 loading. Prints Markdown tables.
 
-    python tests/benchmarks/model.py [--rounds 11] [--tokens 512]
+    python tests/benchmarks/model.py [--rounds 11] [--tokens 512] [--cpu-time]
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def step(model: nn.Module, embeddings: Tensor, labels: Tensor) -> Callable[[], N
     return run
 
 
-def timing_table(rounds: int, tokens: int, dtype: torch.dtype, device: str) -> None:
+def timing_table(rounds: int, tokens: int, dtype: torch.dtype, device: str, clock: Callable[[], float]) -> None:
     models = {"frozen base": base_model(dtype, device)}
     models |= {name: get_peft_model(base_model(dtype, device), config()) for name, config in CONFIGS.items()}
     ids = torch.randint(0, 4096, (tokens // 128, 128), device=device)
     embeddings = models["frozen base"].get_input_embeddings()(ids).detach().requires_grad_()
     functions = {name: step(model, embeddings, ids) for name, model in models.items()}
-    seconds = interleaved(functions, rounds, device)
+    seconds = interleaved(functions, rounds, device, clock)
     base = seconds["frozen base"]
     size = sum(p.numel() for p in models["frozen base"].parameters())
     setting = f"{tokens} tokens, r = {R}, {dtype}, {hardware(device)}"
@@ -104,12 +104,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time instead of elapsed time")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    timing_table(arguments.rounds, arguments.tokens, dtype, device)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    timing_table(arguments.rounds, arguments.tokens, dtype, device, clock)
     file_table(dtype, device)
 
 
