@@ -535,7 +535,7 @@ def _run_key(words: list[str]) -> int:
 
 # ----------------------------------------------------------------------------------------------------------- tasks
 
-SNIPPET_CHARACTERS = 220
+SNIPPET_CHARACTERS = 200
 """Length of a passage to classify: some 60 tokens, well within the context."""
 SNIPPET_MIN_WORDS = 10
 SNIPPETS_PER_DOCSTRING = 3
