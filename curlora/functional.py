@@ -68,6 +68,11 @@ def _gather(y: Tensor, rows: Tensor, bias_rows: Tensor | None, mask: Tensor | No
     return z
 
 
+def _flat_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask as (tokens, k) in the dtype of the output, which under autocast is not that of the input."""
+    return None if mask is None else mask.reshape(-1, mask.shape[-1]).to(dtype)
+
+
 def _through(z: Tensor, middle: Tensor) -> Tensor:
     """M z for z (tokens, k), computed in the precision of M: whitening must not happen in half precision."""
     return (z.to(middle.dtype) @ middle.t()).to(z.dtype)
@@ -94,7 +99,7 @@ class _CurLinear(torch.autograd.Function):
     def forward(ctx, x, kernel, bias, rows, cols, bias_rows, middle, columns, mask):
         flat = x.reshape(-1, x.shape[-1])
         y = flat @ kernel if bias is None else torch.addmm(bias, flat, kernel)
-        mask = None if mask is None else mask.reshape(-1, mask.shape[-1])
+        mask = _flat_mask(mask, y.dtype)
         z = _gather(y, rows, bias_rows, mask)
         y.addmm_(_through(z, middle), columns.t())
         ctx.save_for_backward(kernel, rows, cols, middle, columns, z, mask)
@@ -121,7 +126,7 @@ class _CurResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, rows, bias_rows, middle, columns, mask):
         flat = y.reshape(-1, y.shape[-1])
-        mask = None if mask is None else mask.reshape(-1, mask.shape[-1])
+        mask = _flat_mask(mask, y.dtype)
         columns = columns.to(y.dtype)
         z = _gather(flat, rows, bias_rows if bias_rows is None else bias_rows.to(y.dtype), mask)
         ctx.save_for_backward(rows, middle, columns, z, mask)

@@ -181,6 +181,14 @@ def test_dropout_acts_on_z_in_training_only_and_its_gradient_matches():
     assert not torch.allclose(noisy, quiet)
 
 
+def test_dropout_works_where_the_output_has_another_dtype_than_the_input():
+    model = adapted(one_layer(16, 14), r=4, dropout=0.5).train()
+    x = torch.randn(6, 14, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x.relu()).float().sum().backward()
+    assert x.grad.dtype == torch.float32 and core_of(model).U.grad.abs().max() > 0
+
+
 def test_only_z_is_kept_for_the_backward_pass():
     """tokens·r + O(r²) numbers a layer: neither the input nor the output of the layer, nor anything of its size."""
     tokens, m, n, r = 64, 48, 40, 4
