@@ -292,11 +292,12 @@ def seal(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if not key.endswith(".record"):
             continue
         stem = key.removesuffix("record")
-        current, frozen = state[stem + "U"], state.get(stem + "frozen")
-        if current.dim() != 2 or current.numel() == 0:
+        current, frozen = state.get(stem + "U"), state.get(stem + "frozen")
+        if current is None or current.dim() != 2 or current.numel() == 0:
+            shape = None if current is None else tuple(current.shape)
             raise ValueError(
-                f"{stem}U has shape {tuple(current.shape)}: ZeRO-3 has partitioned it. Save through "
-                "Trainer.save_model, or pass the gathered state_dict to save_pretrained."
+                f"{stem}U has shape {shape}: ZeRO-3 has partitioned or dropped it. Save through Trainer.save_model, or "
+                "pass a state_dict with the gathered parameters to save_pretrained."
             )
         record = state[key].clone()
         if not record.is_meta:
