@@ -296,8 +296,8 @@ def seal(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if current is None or current.dim() != 2 or current.numel() == 0:
             shape = None if current is None else tuple(current.shape)
             raise ValueError(
-                f"{stem}U has shape {shape}: ZeRO-3 has partitioned or dropped it. Save through Trainer.save_model, or "
-                "pass a state_dict with the gathered parameters to save_pretrained."
+                f"{stem}U has shape {shape}: ZeRO-3 has partitioned or dropped it. Save through Trainer.save_model, "
+                "or pass a state_dict with the gathered parameters to save_pretrained."
             )
         record = state[key].clone()
         if not record.is_meta:
