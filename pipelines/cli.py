@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 CONFIGS = Path(__file__).parent / "configs"
+LINE_SECONDS = 10.0
 
 
 class _Commands(click.Group):
@@ -64,6 +65,7 @@ def demo(overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
     \b
     Example:  curlora demo
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve each other on a busy machine
     from pipelines.demo import DemoError, prepare_demo
 
     try:
@@ -76,15 +78,23 @@ def demo(overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
 
 
 def _with_bar(title: str, work):
-    """Run `work(progress=…)` under a progress bar that shows nothing where nothing has to be done."""
+    """Run `work(progress=…)` under a progress bar (lines where there is no terminal); silent if nothing is to do."""
+    import time
+
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    console = _console(err=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
-    with Progress(*columns, console=_console(err=True), transient=True) as bars:
+    last = 0.0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task(title, text="", visible=False)
 
         def progress(done: int, total: int, text: str) -> None:
+            nonlocal last
             bars.update(bar, completed=done, total=total, text=text, visible=True)
+            if not console.is_terminal and time.time() - last > LINE_SECONDS:
+                last = time.time()
+                console.print(f"{title}: {text} {done}/{total}", highlight=False)
 
         return work(progress=progress)
 
