@@ -9,14 +9,14 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 CODES = {
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
 }
-"""How safetensors names the dtypes that adapters are made of."""
+"""How safetensors names the dtypes that adapters are made of, in the order in which it writes them."""
 
 
 def adapter_file_bytes(model: PeftModel, adapter_name: str = "default") -> int:
@@ -28,7 +28,8 @@ def safetensors_bytes(state: dict[str, Tensor]) -> int:
     """Size of a safetensors file: 8 bytes, a JSON header padded to a multiple of 8, then the numbers."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for key, tensor in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):
+    order = list(CODES)
+    for key, tensor in sorted(state.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[key] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())

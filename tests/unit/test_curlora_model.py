@@ -10,12 +10,12 @@ import pytest
 import torch
 from curlora_cases import logits, randomise, tiny_gpt2, tiny_llama, tokens
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
 import curlora
 from curlora import BaseMismatchError, CurloraConfig
-from curlora.sizes import adapter_file_bytes
+from curlora.sizes import adapter_file_bytes, safetensors_bytes
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 
@@ -278,6 +278,12 @@ def test_the_size_of_the_file_is_known_before_it_is_written(tmp_path, config):
         model.base_model.add_block()
     model.save_pretrained(tmp_path)
     assert adapter_file_bytes(model) == (tmp_path / "adapter_model.safetensors").stat().st_size
+
+
+def test_the_size_of_a_large_file_of_several_dtypes_is_exact():
+    dtypes = (torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.int64, torch.float64)
+    state = {f"layers.{i}.x{j}": torch.zeros(3, i + 1, dtype=d) for i in range(150) for j, d in enumerate(dtypes)}
+    assert safetensors_bytes(state) == len(save(state, metadata={"format": "pt"}))
 
 
 def test_the_meta_device_runs_shapes_without_reading_weights():
