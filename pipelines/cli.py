@@ -7,6 +7,7 @@ that help and bad input answer at once.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -26,7 +27,9 @@ class _Commands(click.Group):
         from pipelines.config import ConfigError
         from pipelines.runs import LeaseHeld, RunDirectoryError
 
-        warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing a user of this command can mend
+        if "--verbose" not in sys.argv:
+            warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing a user could mend
+            logging.disable(logging.WARNING)
         try:
             return super().invoke(ctx)
         except ConfigError as error:
@@ -39,6 +42,8 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("stopped; run the same command to go on from the last finished task", err=True)
             ctx.exit(1)
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -283,6 +288,23 @@ def sync(run: str, storage: str, uri: str | None) -> None:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     click.echo(f"{len(runs)} MLflow runs are up to date in {target}")
+
+
+@main.command()
+@click.argument("run")
+@click.option("--as", "form", type=click.Choice(["lora", "merged"]), required=True, help="LoRA adapter or full model.")
+@click.option("--to", "target", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--step", help="Task name, position or fingerprint; default: the last finished step.")
+@click.option("--storage", default="./runs", show_default=True)
+def export(run: str, form: str, target: Path, step: str | None, storage: str) -> None:
+    """Write an adapter of RUN as a plain PEFT LoRA adapter (exact; any LoRA server loads it) or as a merged model.
+
+    \b
+    Example:  curlora export demo --as lora --to ./demo-lora --step scipy
+    """
+    from pipelines.export import export_step
+
+    click.echo(export_step(_open(run, storage), step, form, target))
 
 
 @main.command()

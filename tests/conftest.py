@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-WORDS = "the a film story actor plot joke is was good bad dull warm bright slow review label and of with".split()
+WORDS = (
+    *("the", "a", "film", "story", "actor", "plot", "joke", "is", "was", "good", "bad", "dull", "warm"),
+    *("bright", "slow", "review", "label", "and", "of", "with"),
+)
 
 
 @pytest.fixture(scope="session")

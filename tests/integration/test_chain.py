@@ -168,3 +168,23 @@ def test_other_methods_run_in_the_same_chain(bench, name, changes):
         assert results["trainable_parameters"] == 0
         assert results["adapter_bytes"] == 0
         assert results["perplexity_ratio"] == 1.0  # heads do not touch the language model
+
+
+@pytest.mark.parametrize("form", ["lora", "merged"])
+def test_exported_step_gives_the_workers_logits_without_curlora(bench, reference, tmp_path, form):
+    step = bench.metrics(reference, 2)["self_test"]
+    target = tmp_path / form
+    command = [sys.executable, "-m", "pipelines", "export", "reference", "--as", form, "--to", str(target)]
+    subprocess.run([*command, "--step", "text"], cwd=bench.root, check=True)
+    code = (
+        "import json, sys, torch, peft, transformers\n"
+        "sys.modules['curlora'] = None  # any import of it fails\n"
+        "form, base, target, ids = sys.argv[1:]\n"
+        "path = base if form == 'lora' else target\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)\n"
+        "model = (peft.PeftModel.from_pretrained(model, target) if form == 'lora' else model).eval()\n"
+        "with torch.no_grad(): print(json.dumps(model(torch.tensor([json.loads(ids)])).logits[0, -1].tolist()))\n"
+    )
+    arguments = [form, bench.raw["base_model"]["path"], str(target), json.dumps(step["input_ids"])]
+    out = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code, *arguments], text=True)
+    assert json.loads(out)[: len(step["last_logits"])] == pytest.approx(step["last_logits"], abs=1e-4)
