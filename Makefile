@@ -21,11 +21,11 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/curlora demo
 
-test: $(READY)
-	$(BIN)/python -m pytest tests
+test: unit
+	$(BIN)/python -m pytest tests --ignore=tests/unit
 
 unit: $(READY)
-	$(BIN)/python -m pytest tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
