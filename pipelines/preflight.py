@@ -103,30 +103,23 @@ def model_facts(config: PipelineConfig) -> ModelFacts:
     Raises:
         ConfigError: the base cannot be described, or the adapter does not fit it.
     """
-    from pipelines.adapters import adapter_parameters, adapter_prefix, attach_adapter
+    from curlora.sizes import adapter_file_bytes
+    from pipelines.adapters import adapter_parameters, attach_adapter
 
     base = base_on_meta(config)
     base_parameters = sum(p.numel() for p in base.parameters())
     text = base.config.get_text_config()
     model = attach_adapter(base, config.adapter, config.training.seed)
-    prefix = adapter_prefix(model)
-    saved = {name: t for name, t in model.state_dict().items() if prefix in name}
+    adapted = config.adapter.type != "none"
     return ModelFacts(
         base_parameters=base_parameters,
-        trainable_parameters=adapter_parameters(model) if saved else 0,
-        adapter_bytes=_file_bytes(saved),
+        trainable_parameters=adapter_parameters(model),
+        adapter_bytes=adapter_file_bytes(model) if adapted else 0,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
         context=getattr(text, "max_position_embeddings", 0) or 0,
     )
-
-
-def _file_bytes(tensors: dict) -> int:
-    """Size of a safetensors file with these tensors: data, and a JSON header that names each."""
-    data = sum(t.numel() * t.element_size() for t in tensors.values())
-    header = sum(len(name.replace(".default", "")) + 62 + 4 * t.dim() for name, t in tensors.items())
-    return data + header
 
 
 def memory_by_stage(facts: ModelFacts, config: PipelineConfig) -> dict[str, dict[str, float]]:
