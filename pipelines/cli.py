@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -27,6 +28,7 @@ class _Commands(click.Group):
         from pipelines.config import ConfigError
         from pipelines.runs import LeaseHeld, RunDirectoryError
 
+        signal.signal(signal.SIGTERM, _interrupt)  # what a scheduler sends means the same as Ctrl-C
         if "--verbose" not in sys.argv:
             warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing a user could mend
             logging.disable(logging.WARNING)
@@ -40,10 +42,14 @@ class _Commands(click.Group):
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("stopped; run the same command to go on from the last finished task", err=True)
+            click.echo("stopped; run the same command to go on from there", err=True)
             ctx.exit(1)
         finally:
             logging.disable(logging.NOTSET)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt("SIGTERM")
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -110,10 +116,11 @@ def _with_bar(title: str, work):
 @click.option("--dry-run", is_flag=True, help="Check everything, print sizes and memory, train nothing.")
 @click.option("--address", help="Ray cluster; default: RAY_ADDRESS, else a local one.")
 @click.option("--segment-length", type=click.IntRange(1), help="Tasks a worker group trains before it is renewed.")
+@click.option("--redo", multiple=True, metavar="TASK", help="Train this finished step again (name or position).")
 @click.option("--json", "as_json", is_flag=True, help="Print results.json instead of tables.")
 @click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
-def run(config, overrides, dry_run, address, segment_length, as_json, verbose) -> None:
-    """Train the chain of CONFIG, or what is missing of it.
+def run(config, overrides, dry_run, address, segment_length, redo, as_json, verbose) -> None:
+    """Train the chain of CONFIG, or what is missing of it. Ctrl-C and SIGTERM leave a run that goes on.
 
     \b
     Example:  curlora run pipelines/configs/paper-tiny.yaml --set deepspeed=zero3 --dry-run
@@ -121,10 +128,10 @@ def run(config, overrides, dry_run, address, segment_length, as_json, verbose) -
     if dry_run:
         _dry_run(config, overrides, as_json)
     else:
-        _run(config, overrides, as_json, verbose, address, segment_length)
+        _run(config, overrides, as_json, verbose, address, segment_length, redo)
 
 
-def _run(path, overrides, as_json, verbose, address=None, segment_length=None) -> None:
+def _run(path, overrides, as_json, verbose, address=None, segment_length=None, redo=()) -> None:
     from pipelines.config import load_config
     from pipelines.progress import ChainProgress
 
@@ -132,15 +139,18 @@ def _run(path, overrides, as_json, verbose, address=None, segment_length=None) -
     from pipelines.hub import hub_available
 
     hub_available(config)
-    from pipelines.workflow import RunFailed, run_chain
+    from pipelines.workflow import RunFailed, RunStopped, run_chain
 
     console = _console(err=as_json)
     steps = 1 if config.is_joint else len(config.tasks)
     try:
         with ChainProgress(console, steps, config.name) as progress:
-            results = run_chain(config, progress, verbose, segment_length, address)
+            results = run_chain(config, progress, verbose, segment_length, address, redo)
     except RunFailed as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except RunStopped as stop:
+        click.echo(f"stopped ({stop}); run the same command to go on from there", err=True)
         sys.exit(1)
     if as_json:
         click.echo(json.dumps(results, indent=1))
@@ -243,6 +253,47 @@ def status(run: str | None, storage: str, as_json: bool) -> None:
         from pipelines.report import print_summary
 
         print_summary(directories[0].results(), _console())
+
+
+@main.command()
+@click.argument("run")
+@click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
+@click.option("--wait", default=15.0, show_default=True, help="Seconds to wait for its end.")
+def cancel(run: str, storage: str, wait: float) -> None:
+    """Ask RUN to write a checkpoint and end, wherever its driver is; the same configuration goes on from there.
+
+    \b
+    Example:  curlora cancel demo
+    """
+    from pipelines.status import cancel_run
+
+    ended = cancel_run(_open(run, storage), wait)
+    if ended is None:
+        click.echo("nobody is working on this run")
+    elif ended:
+        click.echo("stopped; run the same configuration to go on from there")
+    else:
+        click.echo(f"error: asked to stop, but its driver is still there after {wait:g} s", err=True)
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def delete(run: str, storage: str, yes: bool) -> None:
+    """Delete RUN with its adapters and results. What it sent to MLflow stays there.
+
+    \b
+    Example:  curlora delete demo
+    """
+    directory = _open(run, storage)
+    if not yes:
+        click.confirm(f"Delete {directory.uri} with all its adapters?", abort=True)
+    with directory.acquire_lease():
+        directory.remove("config.yaml")  # first: from here on it is no run
+    directory.remove("")
+    click.echo(f"deleted {directory.uri}")
 
 
 @main.command()

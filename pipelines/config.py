@@ -228,6 +228,19 @@ class RetentionCorpus(Source):
         return self
 
 
+class DurabilityConfig(Section):
+    """What a run does against loss. Recorded, but no part of a step's identity: it changes no result."""
+
+    checkpoint_seconds: float = Field(30.0, ge=0, description="between two checkpoints in the middle of a step")
+    hang_timeout: float = Field(
+        600.0, gt=0, description="seconds without a forward pass after which a worker ends itself and is restarted"
+    )
+    start_timeout: float = Field(
+        600.0, gt=0, description="seconds without a sign of life from the workers after which the run fails"
+    )
+    max_failures: int = Field(3, ge=0, description="restarts without any progress between them")
+
+
 class TrackingConfig(Section):
     uri: str = "sqlite:///mlflow.db"
     experiment: str | None = Field(None, description="default: the run's name")
@@ -253,6 +266,7 @@ class PipelineConfig(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    durability: DurabilityConfig = DurabilityConfig()
     deepspeed: str | dict[str, Any] = Field("zero2", description="zero1 | zero2 | zero3 | zero3-offload | path | map")
     tasks: list[Task] = Field(min_length=1)
     retention: list[RetentionCorpus] = Field(default_factory=list)

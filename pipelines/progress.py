@@ -58,7 +58,7 @@ class ChainProgress:
 
     def _on_training(self, event: dict) -> None:
         step, steps = event["step"], event["steps"]
-        left = event["elapsed"] / step * (steps - step)
+        left = event["seconds_left"]
         speed = f" · {event['tokens_per_second']:,.0f} tokens/s" if event.get("tokens_per_second") else ""
         text = f"step {step}/{steps} · loss {event['loss']:.3f}{speed} · {left:.0f} s left"
         if self.bars:
@@ -68,6 +68,15 @@ class ChainProgress:
 
     def _on_evaluating(self, event: dict) -> None:
         self._chain(f"evaluating {event['name']}")
+
+    def _on_resumed(self, event: dict) -> None:
+        self._line(f"{event['task']}: goes on from the checkpoint after step {event['step']}", always=True)
+
+    def _on_segment_lost(self, event: dict) -> None:
+        self._line(f"workers lost ({event['error']}); starting them again", always=True)
+
+    def _on_hang(self, event: dict) -> None:
+        self._line(event["error"], always=True)
 
     def _on_published(self, event: dict) -> None:
         self.done = event["position"]

@@ -6,12 +6,15 @@ Works on any fsspec URI without append or rename (object stores have neither). A
     config.yaml                      resolved configuration
     steps/<k>-<task>-<fp8>/          adapter/, heads.safetensors, strategy/, predictions/<name>.jsonl, metrics.json
     steps/0-base-<fp8>/              the untouched base: predictions/ and metrics.json only (row 0)
+    train/<fp8>/                     checkpoints in the middle of a step; deleted when it is done
     events/<time>-<id>.json          immutable, one a file
-    results.json, report.html, figures/*.png, lease.json
+    results.json, report.html, figures/*.png
+    lease.json, progress.json, stop.json   who drives it, where it is, who wants it to stop
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,7 +23,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from pipelines.config import PipelineConfig, is_uri
 
 FORMAT = 1
 LEASE_SECONDS = 15.0
+BEAT_SECONDS = 3.0
 
 
 class LeaseHeld(RuntimeError):
@@ -67,6 +71,11 @@ class StepPlan:
     @property
     def directory(self) -> str:
         return f"steps/{self.position}-{self.label}-{self.fingerprint[:8]}"
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder of its checkpoints, while it is being trained."""
+        return f"train/{self.fingerprint[:8]}"
 
     def to_json(self) -> dict:
         return {
@@ -155,6 +164,11 @@ class RunDirectory:
             target.write_bytes(self.fs.cat_file(file))
         return Path(local)
 
+    def remove(self, relative: str) -> None:
+        """Delete a file or folder; nothing happens where there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm(self.path(relative), recursive=True)
+
     # -- configuration and results
 
     def open_for_writing(self, config: PipelineConfig) -> None:
@@ -199,19 +213,45 @@ class RunDirectory:
                 finished[metrics["fingerprint"]] = f"steps/{entry}"
         return finished
 
+    def damaged_files(self, directory: str, files: dict[str, dict]) -> list[str]:
+        """Published files that are missing or of another size (their contents are compared when they are loaded)."""
+        damaged = []
+        for name, published in files.items():
+            try:
+                size = self.fs.size(self.path(f"{directory}/{name}"))
+            except FileNotFoundError:
+                size = None
+            if size != published["bytes"]:
+                damaged.append(name)
+        return damaged
+
     # -- events
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Write one immutable event; `kind`: started, step_started, training, evaluated, published, finished, …"""
+        """Write one immutable event; `kind`: started, step_started, checkpoint, published, failed, finished, …"""
         now = time.time()
         name = f"{int(now * 1e6):017d}-{uuid.uuid4().hex[:8]}"
         self.write_json(f"events/{name}.json", {"kind": kind, "time": now, **fields})
 
-    def events(self, after: str = "") -> Iterator[tuple[str, dict]]:
-        """(name, event) in order of time, from the first whose name is greater than `after`."""
+    def events(self, known: Collection[str] = ()) -> Iterator[tuple[str, dict]]:
+        """(name, event) in order of time, without those whose names are `known`.
+
+        Not "later than": after a clock was set back, new events have older names.
+        """
         for name in self.list("events"):
-            if name > after and (event := self.read_json(f"events/{name}")) is not None:
+            if name not in known and (event := self.read_json(f"events/{name}")) is not None:
                 yield name, event
+
+    # -- a request to stop
+
+    def request_stop(self, reason: str) -> None:
+        """Ask driver and workers to write a checkpoint and end."""
+        self.write_json("stop.json", {"reason": reason, "time": time.time()})
+
+    def stop_requested(self) -> str | None:
+        """The reason, or None."""
+        request = self.read_json("stop.json")
+        return request["reason"] if request else None
 
     # -- lease: one driver at a time
 
@@ -219,31 +259,58 @@ class RunDirectory:
         """Raises `LeaseHeld` while another driver is alive (a heartbeat within 15 s; a dead process here is none)."""
         return Lease(self)
 
+    def driver(self) -> dict | None:
+        """The lease of a driver that may be alive: its `host`, `pid`, `token`; None if surely nobody drives."""
+        holder = self.read_json("lease.json")
+        return holder if holder and not _is_dead(holder) else None
+
 
 class Lease:
-    """A heartbeat file. Stolen at once from a dead process of this host, else after 15 s of silence."""
+    """A heartbeat file. Stolen at once from a dead process of this host, else after 15 s without a new beat.
+
+    Beats are counted and watched, never compared with a clock: clocks of two hosts differ, and clocks are set back.
+    """
 
     def __init__(self, run: RunDirectory):
         self.run = run
         self.token = uuid.uuid4().hex
-        holder = run.read_json("lease.json")
-        if holder and self._alive(holder):
-            raise LeaseHeld(
-                f"run '{run.name}' is being worked on by process {holder['pid']} on {holder['host']}; "
-                "wait for it, or stop it first"
-            )
-        self._beat()
+        self.lost = False
+        self._beats = 0
+        self._take()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True, name="lease")
         self._thread.start()
 
-    @staticmethod
-    def _alive(holder: dict) -> bool:
-        if holder["host"] == socket.gethostname() and not _same_process(holder["pid"], holder["started"]):
-            return False
-        return abs(time.time() - holder["heartbeat"]) < LEASE_SECONDS
+    def _take(self) -> None:
+        holder = self.run.driver()
+        if holder and self._beats_on(holder):
+            raise LeaseHeld(
+                f"run '{self.run.name}' is being worked on by process {holder['pid']} on {holder['host']}; "
+                f"wait for it, or stop it: curlora cancel {self.run.uri}"
+            )
+        self._beat()
+        if self._holder_token() != self.token:
+            raise LeaseHeld(f"run '{self.run.name}' was taken by another driver at this moment; try again later")
+
+    def _beats_on(self, holder: dict) -> bool:
+        """Watch the lease until it changes (True) or has been silent for long enough (False)."""
+        if holder["host"] == socket.gethostname():
+            return True  # `driver` has seen the process
+        end = time.monotonic() + LEASE_SECONDS
+        while time.monotonic() < end:
+            time.sleep(0.25)
+            now = self.run.read_json("lease.json")
+            if now is None:
+                return False
+            if (now["token"], now["beats"]) != (holder["token"], holder["beats"]):
+                return True
+        return False
+
+    def _holder_token(self) -> str | None:
+        return (self.run.read_json("lease.json") or {}).get("token")
 
     def _beat(self) -> None:
+        self._beats += 1
         self.run.write_json(
             "lease.json",
             {
@@ -251,26 +318,38 @@ class Lease:
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "started": _process_start(os.getpid()),
-                "heartbeat": time.time(),
+                "beats": self._beats,
+                "time": time.time(),  # for people who look at it
             },
         )
 
     def _loop(self) -> None:
-        while not self._stop.wait(LEASE_SECONDS / 5):
-            self._beat()
+        while not self._stop.wait(BEAT_SECONDS):
+            try:
+                if self._holder_token() != self.token:
+                    self.lost = True
+                    return
+                self._beat()
+            except OSError:
+                continue  # a full or absent disk may come back; whoever takes over meanwhile is seen above
 
     def release(self) -> None:
         self._stop.set()
         self._thread.join()
-        holder = self.run.read_json("lease.json")
-        if holder and holder["token"] == self.token:
-            self.run.fs.rm(self.run.path("lease.json"))
+        with contextlib.suppress(OSError):
+            if self._holder_token() == self.token:
+                self.run.remove("lease.json")
 
     def __enter__(self) -> Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _is_dead(holder: dict) -> bool:
+    """Whether a lease's process was one of this host and is no more."""
+    return holder["host"] == socket.gethostname() and not _same_process(holder["pid"], holder["started"])
 
 
 def _process_start(pid: int) -> float | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,46 +18,71 @@ import transformers
 from torch import nn
 
 from curlora.continual import Example, StepOutput, Strategy
+from pipelines import engine
+from pipelines.checkpoint import Checkpoint
 from pipelines.config import TrainingConfig
 from pipelines.data import IGNORE
 from pipelines.evaluation import World, keep_logits, last_token_features, pad
 from pipelines.heads import trainable_heads
 
-CURVE_EVERY = 10  # optimizer steps between two looks at the loss: each look waits for the device
+LOOK_SECONDS = 1.0  # about so long between two looks at the loss: each look waits for the device and for all ranks
+MOST_STEPS_BETWEEN_LOOKS = 50
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss or a weight is no longer a number."""
+
+
+class Stopped(RuntimeError):
+    """Training ended early because the driver asked for it; a checkpoint was written."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a rank wants at a look; what one rank wants, all ranks do together."""
+
+    checkpoint: bool = False
+    stop: bool = False
 
 
 class GlobalBatches:
-    """Micro-batches of a task: the same global order on every rank, this rank's part of each.
+    """An endless stream of a task's micro-batches: the same global order on every rank, this rank's part of each.
 
     Args:
         examples: the training set.
         batch_size: examples a micro-batch over all ranks; the last one of an epoch may be smaller.
         transform: the strategy's `batch` hook, applied to the global micro-batch.
+        position: micro-batches that were seen before (a resumed step goes on with the next one).
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, world: World, transform: Callable):
-        self.dataset = examples  # the name that Trainer.num_examples looks for
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        seed: int,
+        world: World,
+        transform: Callable,
+        position: int = 0,
+    ):
+        self.dataset = examples
         self.batch_size = batch_size
         self.seed = seed
         self.world = world
         self.transform = transform
-        self.epoch = 0
+        self.position = position
 
-    def __len__(self) -> int:
+    @property
+    def per_epoch(self) -> int:
         return math.ceil(len(self.dataset) / self.batch_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def __iter__(self) -> Iterator[dict]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.dataset))
-        for start in range(0, len(order), self.batch_size):
-            batch = self.transform([self.dataset[i] for i in order[start : start + self.batch_size]])
-            yield collate(batch, self.world)
+        while True:
+            epoch, index = divmod(self.position, self.per_epoch)
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+            for start in range(index * self.batch_size, len(order), self.batch_size):
+                batch = self.transform([self.dataset[i] for i in order[start : start + self.batch_size]])
+                self.position += 1
+                yield collate(batch, self.world)
 
 
 def collate(batch: list[Example], world: World) -> dict:
@@ -121,16 +147,22 @@ def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class ContinualTrainer(transformers.Trainer):
-    """Trains one step of the chain.
+    """Trains one step of the chain, from its beginning or from a checkpoint.
 
     Args:
-        model: PeftModel (or bare model with heads); what requires gradients trains.
+        model: PeftModel (or bare model with heads); what requires gradients trains. When resuming it must hold the
+            checkpoint's weights.
         examples: the step's training set.
-        strategy: its hooks are called as `Strategy` documents.
+        strategy: its hooks are called as `Strategy` documents; when resuming its state must be loaded.
+        steps: optimizer steps of the whole step.
         on_points: called on every rank with [(step, loss, learning rate, unix time), …] now and then.
+        wishes: asked on every rank at each look.
+        on_checkpoint: called on every rank where a checkpoint is to be kept, with the function that takes it.
+        resume: the checkpoint to go on from.
 
     Raises:
-        DivergedError: the loss became NaN or infinite; names the optimizer step.
+        DivergedError: the loss or a weight became NaN or infinite; names the optimizer step and the batch.
+        Stopped: some rank wished to stop; a checkpoint was handed out before.
     """
 
     def __init__(
@@ -141,7 +173,11 @@ class ContinualTrainer(transformers.Trainer):
         strategy: Strategy,
         training: TrainingConfig,
         world: World,
+        steps: int,
         on_points: Callable[[list[tuple[int, float, float, float]]], None],
+        wishes: Callable[[], Wishes] = Wishes,
+        on_checkpoint: Callable[[Callable[[], Checkpoint]], None] = lambda take: None,
+        resume: Checkpoint | None = None,
     ):
         super().__init__(model=model, args=arguments, train_dataset=None)
         self.loss_is_scaled_for_ga = True  # `scale` below is over the whole global batch
@@ -149,16 +185,34 @@ class ContinualTrainer(transformers.Trainer):
         self.training = training
         self.world = world
         self.examples = examples
-        self.on_points = on_points
-        self.tokens = 0
+        self.total_steps = steps
+        self.on_points, self.wishes, self.on_checkpoint = on_points, wishes, on_checkpoint
+        self.resume = resume
+        self.first_step = resume.step if resume else 0
+        self.tokens = 0  # of this rank, since this process began
         self._losses: list[torch.Tensor] = []  # of this step's micro-batches
         self._step_losses: list[torch.Tensor] = []  # of the steps since the last look
         self._pending: list[tuple[int, float, float]] = []
+        self._next_look = self.first_step + 1
+        self._last_look = time.monotonic()
         self.add_callback(_StrategyCallback(self))
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, those before an interruption included."""
+        return self.first_step + self.state.global_step
 
     def get_train_dataloader(self) -> GlobalBatches:
         micro = self.training.batch_size // self.training.gradient_accumulation
-        return GlobalBatches(self.examples, micro, self.training.seed, self.world, self.strategy.batch)
+        self.batches = GlobalBatches(
+            self.examples,
+            micro,
+            self.training.seed,
+            self.world,
+            self.strategy.batch,
+            self.resume.values["micro_batches"] if self.resume else 0,
+        )
+        return self.batches
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a learning rate of its own for the heads."""
@@ -171,6 +225,17 @@ class ContinualTrainer(transformers.Trainer):
         ]
         self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The schedule of the whole step, moved on to where a checkpoint was made."""
+        if self.lr_scheduler is None:
+            scheduler = super().create_scheduler(self.total_steps, optimizer)
+            if self.resume:
+                scheduler.last_epoch = self.resume.values["scheduler_step"]
+                for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
+                    group["lr"] = rate
+                scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+        return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         losses, output = example_losses(model, inputs)
@@ -185,39 +250,118 @@ class ContinualTrainer(transformers.Trainer):
     def floating_point_ops(self, inputs) -> int:
         return 0  # Trainer would count the parameters anew at every step
 
-    def end_step(self) -> None:
-        """Book-keeping after an optimizer step; looks at the loss only every `CURVE_EVERY` steps."""
-        step = self.state.global_step
-        self.strategy.after_step(self.model, step)
-        self._pending.append((step, self._learning_rate, time.time()))
-        self._step_losses.append(torch.stack(self._losses).sum())
-        self._losses.clear()
-        if step % CURVE_EVERY == 0 or step == 1 or step == self.state.max_steps:
-            self._flush()
+    # -- around an optimizer step
 
-    def _flush(self) -> None:
-        losses = torch.stack(self._step_losses)
-        if self.world.size > 1:
-            torch.distributed.all_reduce(losses)
-        points = [(s, v, lr, t) for (s, lr, t), v in zip(self._pending, losses.tolist(), strict=True)]
-        self._pending, self._step_losses = [], []
-        bad = next((step for step, loss, _, _ in points if not math.isfinite(loss)), None)
-        if bad is not None:
-            raise DivergedError(
-                f"the loss is not finite at optimizer step {bad} of {self.state.max_steps}; "
-                "lower training.learning_rate or training.max_grad_norm"
-            )
-        self.on_points(points)
+    def begin_training(self) -> None:
+        """The engine stands: give it what the checkpoint holds."""
+        if self.resume is None:
+            return
+        state = self.resume.tensors
+        engine.restore_training_state(self.model_wrapped, self._trainables(), state, self.resume.values["adam_step"])
+        engine.restore_loss_scale(self.model_wrapped, self.resume.values["loss_scale"])
+        if self.resume.values["world_size"] == self.world.size:
+            _set_rng(self.resume.part("rng")[str(self.world.rank)])
 
     def begin_step(self) -> None:
         self._learning_rate = float(self.lr_scheduler.get_last_lr()[0])  # Trainer moves it on before the step ends
 
+    def end_step(self) -> None:
+        """Book-keeping after an optimizer step; looks at the loss only about once a second."""
+        self.strategy.after_step(self.model, self.step)
+        self._pending.append((self.step, self._learning_rate, time.time()))
+        self._step_losses.append(torch.stack(self._losses).sum())
+        self._losses.clear()
+        if self.step >= self._next_look or self.step == self.total_steps:
+            self._look()
+
+    def _look(self) -> None:
+        """All ranks together: the losses so far, and whether to keep a checkpoint or to stop."""
+        wishes = self.wishes()
+        # rank 0 chooses the distance to the next look, by its own clock
+        seconds = max(time.monotonic() - self._last_look, 1e-6) / len(self._step_losses)
+        distance = min(max(round(LOOK_SECONDS / seconds), 1), MOST_STEPS_BETWEEN_LOOKS) if self.world.rank == 0 else 0
+        losses = torch.stack(self._step_losses)
+        told = torch.cat([losses, losses.new_tensor([wishes.checkpoint, wishes.stop, distance])])
+        if self.world.size > 1:
+            torch.distributed.all_reduce(told)
+        *values, checkpoint, stop, distance = told.tolist()
+        points = [(s, v, lr, t) for (s, lr, t), v in zip(self._pending, values, strict=True)]
+        self._pending, self._step_losses = [], []
+        self._next_look, self._last_look = self.step + int(distance), time.monotonic()
+        bad = next((step for step, loss, _, _ in points if not math.isfinite(loss)), None)
+        if bad is not None:
+            raise DivergedError(f"the loss is not finite at {self._where(bad)}; {_REMEDY}")
+        self.on_points(points)
+        if self.step == self.total_steps:
+            return  # the adapter is about to be saved
+        if checkpoint or stop:
+            self.on_checkpoint(self.checkpoint)
+        if stop:
+            raise Stopped(f"stopped after optimizer step {self.step} of {self.total_steps}")
+
+    def _where(self, step: int) -> str:
+        """An optimizer step in the words of a user who looks for its rows."""
+        first = (step - 1) * self.training.gradient_accumulation
+        epoch, batch = divmod(first, self.batches.per_epoch)
+        return f"optimizer step {step} of {self.total_steps} (epoch {epoch + 1}, batch {batch + 1})"
+
+    # -- checkpoints
+
+    def checkpoint(self) -> Checkpoint:
+        """The state after the current optimizer step. Every rank must call it; all get the same."""
+        state = engine.training_state(self.model_wrapped, self._trainables())
+        broken = next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
+        if broken:
+            raise DivergedError(f"{broken} is not finite after {self._where(self.step)}; {_REMEDY}")
+        strategy_tensors, strategy_values = self.strategy.state()
+        state |= {f"strategy/{name}": tensor for name, tensor in strategy_tensors.items()}
+        state |= {f"rng/{rank}": rng for rank, rng in enumerate(self._gather(_rng()))}
+        values = {
+            "micro_batches": self.step * self.training.gradient_accumulation,
+            "adam_step": engine.adam_step(self.model_wrapped),
+            "scheduler_step": self.lr_scheduler.last_epoch,
+            "loss_scale": engine.loss_scale(self.model_wrapped),
+            "world_size": self.world.size,
+            "tokens": sum(self._gather(self.tokens)) + (self.resume.values["tokens"] if self.resume else 0),
+            "strategy": strategy_values,
+        }
+        return Checkpoint(self.step, state, values)
+
+    def _trainables(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _gather(self, value) -> list:
+        if self.world.size == 1:
+            return [value]
+        values: list = [None] * self.world.size
+        torch.distributed.all_gather_object(values, value, group=self.world.group)
+        return values
+
+
+_REMEDY = "lower training.learning_rate or training.max_grad_norm"
+
+
+def _rng() -> torch.Tensor:
+    """Bytes: this process's torch generators, the CPU's and then its GPU's."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+    return torch.cat(states)
+
+
+def _set_rng(state: torch.Tensor) -> None:
+    here = torch.get_rng_state().numel()
+    torch.set_rng_state(state[:here])
+    if torch.cuda.is_available() and state.numel() > here:
+        torch.cuda.set_rng_state(state[here:])
+
 
 class _StrategyCallback(transformers.TrainerCallback):
-    """Tells the trainer when an optimizer step begins and ends."""
+    """Tells the trainer when training and each optimizer step begin and end."""
 
     def __init__(self, trainer: ContinualTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_training()
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.begin_step()
@@ -227,13 +371,20 @@ class _StrategyCallback(transformers.TrainerCallback):
 
 
 def training_arguments(
-    training: TrainingConfig, steps: int, deepspeed: dict, output_dir: str, cpu: bool, bf16: bool, world_size: int
+    training: TrainingConfig,
+    steps: int,
+    deepspeed: dict,
+    output_dir: str,
+    cpu: bool,
+    bf16: bool,
+    world_size: int,
+    done: int = 0,
 ) -> transformers.TrainingArguments:
-    """What Trainer needs to know; saving, logging and evaluation are ours."""
+    """What Trainer needs to know; saving, logging and evaluation are ours. `done` steps of `steps` lie behind."""
     return transformers.TrainingArguments(
         output_dir=output_dir,
         deepspeed=deepspeed,
-        max_steps=steps,
+        max_steps=steps - done,
         per_device_train_batch_size=micro_batch(training, world_size),
         gradient_accumulation_steps=training.gradient_accumulation,
         learning_rate=training.learning_rate,
@@ -264,4 +415,4 @@ def optimizer_steps(training: TrainingConfig, examples: int) -> int:
     if training.max_steps:
         return training.max_steps
     micro_batches = math.ceil(examples / (training.batch_size // training.gradient_accumulation))
-    return max(1, math.ceil(training.epochs * math.ceil(micro_batches / training.gradient_accumulation)))
+    return max(1, math.ceil(training.epochs * micro_batches / training.gradient_accumulation))

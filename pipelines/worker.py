@@ -8,7 +8,10 @@ writes it, `metrics.json` last.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import gc
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -26,14 +29,24 @@ import torch
 from torch import nn
 
 from curlora.continual import TaskContext, make_strategy
-from pipelines import adapters, engine, heads
+from pipelines import adapters, checkpoint, engine, heads
+from pipelines.checkpoint import Checkpoint
 from pipelines.config import ClassificationTask, PipelineConfig
 from pipelines.data import EvaluationSet, digest_of, evaluation_set, label_set, load_split, training_examples
 from pipelines.evaluation import World, evaluate
+from pipelines.pulse import Pulse
 from pipelines.runs import RunDirectory, StepPlan
-from pipelines.trainer import ContinualTrainer, DivergedError, optimizer_steps, training_arguments
+from pipelines.trainer import (
+    ContinualTrainer,
+    DivergedError,
+    Stopped,
+    Wishes,
+    optimizer_steps,
+    training_arguments,
+)
 
-PROGRESS_SECONDS = 1.0
+ASK_SECONDS = 2.0  # between two looks at the run directory for a request to stop
+NOTICE_LOOKS = 5  # looks between two questions to Ray whether a node is about to be taken away
 SELF_TEST_TOKENS = 32
 SELF_TEST_LOGITS = 64
 
@@ -49,6 +62,7 @@ class Assignment:
     base_fingerprint: str
     missing: dict[str, list[str]]  # step directory → names of the cells to evaluate
     cell_keys: dict[str, str]
+    lease: str = ""  # token of the driver that sent this; another one in charge means: stop
     verbose: bool = False
 
     def to_json(self) -> dict:
@@ -59,27 +73,59 @@ class Assignment:
         return cls(**(raw | {"steps": tuple(StepPlan.from_json(step) for step in raw["steps"])}))
 
 
+class DamagedStepError(RuntimeError):
+    """A finished step lacks a file, or holds another one than it published."""
+
+
 def train_steps(raw: dict) -> dict:
-    """Entry point of a Ray Train worker. Returns the world it ran in (rank 0's value reaches the driver)."""
+    """Entry point of a Ray Train worker: `{"world_size", "stopped"}` (rank 0's value reaches the driver)."""
     assignment = Assignment.from_json(raw)
     _quiet(assignment.verbose)
+    worker = None
     try:
         worker = Worker(assignment)
         worker.run()
+    except Stopped:
+        return {"world_size": worker.world.size, "stopped": True}
     except Exception as error:
         if is_permanent(error):
             # Ray would start the worker group again, for the same error
-            text = f"{type(error).__name__}: {error}"
-            RunDirectory(assignment.run_uri).event("worker_error", error=text, traceback=traceback.format_exc())
+            with contextlib.suppress(OSError):  # a full disk does not take the event either; the error itself arrives
+                RunDirectory(assignment.run_uri).event(
+                    "worker_error", error=explain(error), traceback=traceback.format_exc()
+                )
         raise
-    return {"world_size": worker.world.size}
+    finally:
+        if worker is not None:
+            worker.pulse.close()
+    return {"world_size": worker.world.size, "stopped": False}
+
+
+PERMANENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def is_permanent(error: Exception) -> bool:
     """Whether trying again cannot help. A lost peer shows as a RuntimeError of the collective operation it left."""
-    if isinstance(error, DivergedError | torch.OutOfMemoryError):
+    if isinstance(error, DivergedError | DamagedStepError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno in PERMANENT_ERRNOS:
         return True
     return not isinstance(error, RuntimeError | OSError)
+
+
+def explain(error: Exception) -> str:
+    """The error as a user should read it, with what to do."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        first = str(error).splitlines()[0]
+        return (
+            f"out of GPU memory ({first}); raise training.gradient_accumulation (smaller passes, same batch), lower "
+            "training.max_length or evaluation.batch_tokens, set training.gradient_checkpointing: true, or use "
+            "deepspeed: zero3 with more workers"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{text}: the storage is full; free some space, then run the same command again"
+    return text
 
 
 def _quiet(verbose: bool) -> None:
@@ -105,9 +151,13 @@ class Worker:
         self.run_directory = RunDirectory(assignment.run_uri)
         engine.prepare_environment()
         self.world = _world(engine.deepspeed_settings(self.config.deepspeed))
+        self.pulse = Pulse(self.run_directory, self.world.rank == 0, self.config.durability.hang_timeout)
+        self._looks = 0
+        self._asked = self._kept = time.monotonic()
         self.settings = engine.complete_settings(self.config, self.world.size)
         self.finished = self.run_directory.finished_steps()
         self.base, self.tokenizer = self._load_base()
+        self.pulse.watch(self.base)
         self.context = int(getattr(self.base.config, "max_position_embeddings", None) or 1024)
         self.sets: dict[str, EvaluationSet] = {}
         self.classes = {
@@ -138,8 +188,10 @@ class Worker:
     # -- the segment
 
     def run(self) -> None:
+        self._event("segment_started", None, world_size=self.world.size)
         self._evaluate_finished()
         for plan in self.assignment.steps:
+            self._stop_if_asked()
             if self.run_directory.metrics(plan.directory) is None:
                 self._step(plan)
             self.finished[plan.fingerprint] = plan.directory
@@ -147,6 +199,7 @@ class Worker:
     def _evaluate_finished(self) -> None:
         """Row 0, and cells that finished steps lack (a task or a corpus was added later)."""
         for directory, names in self.assignment.missing.items():
+            self._stop_if_asked()
             begun = time.time()
             metrics = self.run_directory.metrics(directory)
             if metrics is None and directory == self.assignment.base_directory:
@@ -184,15 +237,17 @@ class Worker:
         if metrics["position"] == 0:
             heads.attach_heads(self.base, self.classes, self.config.training.seed)
             return self.base
-        return self._attach(metrics["fingerprint"])
+        return self._attach(self.finished[metrics["fingerprint"]])
 
-    def _attach(self, parent: str | None) -> nn.Module:
-        """Base, adapter and heads: those of the step `parent`, or new ones."""
+    def _attach(self, directory: str | None, with_adapter: bool = True) -> nn.Module:
+        """Base, adapter and heads: those of a step directory, or new ones.
+
+        Args:
+            with_adapter: False: a new adapter, only the heads are those of `directory`.
+        """
         with tempfile.TemporaryDirectory() as scratch:
-            folder = None
-            if parent is not None:
-                folder = self.run_directory.download(self.finished[parent], Path(scratch))
-            carried = folder / "adapter" if folder and self.config.adapter.carry == "continue" else None
+            folder = self._step_files(directory, Path(scratch)) if directory else None
+            carried = folder / "adapter" if folder and with_adapter else None
             if carried is not None and not carried.exists():
                 carried = None  # adapter: none has no file
             model = adapters.attach_adapter(self.base, self.config.adapter, self.config.training.seed, carried)
@@ -203,32 +258,45 @@ class Worker:
                 heads.load_heads(model, load_file(folder / "heads.safetensors"))
         return model if engine.is_partitioned(model) else model.to(self.world.device)
 
+    def _step_files(self, directory: str, scratch: Path) -> Path:
+        """A local folder with a step's files, each the one that was published.
+
+        Raises:
+            DamagedStepError: a file is missing or another one.
+        """
+        folder = self.run_directory.download(directory, scratch)
+        record = self.run_directory.metrics(directory) or self.run_directory.read_json(f"{directory}/trained.json")
+        for name, published in record.get("files", {}).items():
+            file = folder / name
+            if not file.exists() or _sha256(file) != published["sha256"]:
+                state = "differs from what was published" if file.exists() else "is missing"
+                raise DamagedStepError(
+                    f"{directory}/{name} {state}; restore it, or train that step again: curlora run … --redo "
+                    f"{directory.split('/')[-1].split('-')[0]}"
+                )
+        return folder
+
     # -- one step
 
     def _step(self, plan: StepPlan) -> None:
+        """Train, save, evaluate, publish; what an earlier worker group did of it is not done again."""
+        trained = self.run_directory.read_json(f"{plan.directory}/trained.json")
+        if trained is None:
+            self._event("step_started", plan)
+            model, trained = self._learn(plan)
+        else:
+            self._barrier()  # all ranks have read it
+            model = self._attach(plan.directory)
+        self._stop_if_asked()
         begun = time.time()
-        self._event("step_started", plan)
-        parent = plan.parent if plan.parent != self.assignment.base_fingerprint else None
-        model = self._attach(parent)
-        heads.train_heads(model, plan.tasks)
-        counts = {
-            "trainable_parameters": adapters.adapter_parameters(model),
-            "head_parameters": _head_parameters(model),
-        }
-        strategy = self._strategy(parent)
-        train_begun = time.time()
-        trained = self._train(model, plan, strategy)
-        train_seconds = time.time() - train_begun
-        with tempfile.TemporaryDirectory() as scratch:
-            adapter_bytes = self._save(model, strategy, trained.pop("weights"), Path(scratch), plan)
-        evaluate_begun = time.time()
         missing = self.assignment.missing.get(plan.directory, [])
         cells, self_test = self._evaluate(model, plan.directory, missing), self._self_test(model)
-        evaluate_seconds = time.time() - evaluate_begun
+        evaluate_seconds = time.time() - begun
         held, whole = engine.local_numbers(self.base)
         self.base = adapters.detach_adapter(model)
         gc.collect()
-        total = time.time() - begun
+        seconds = trained.pop("seconds")
+        total = seconds["total"] + time.time() - begun
         metrics = {
             "fingerprint": plan.fingerprint,
             "position": plan.position,
@@ -237,25 +305,65 @@ class Worker:
             "setting": setting(self.config),
             "data": {name: _data_identity(self.config, name) for name in plan.tasks},
             "cells": cells,
-            **counts,
-            "adapter_bytes": adapter_bytes,
-            "training": trained,
+            **trained,
             "seconds": {
-                "train": train_seconds,
+                "train": seconds["train"],
                 "evaluate": evaluate_seconds,
-                "overhead": total - train_seconds - evaluate_seconds,
+                "overhead": total - seconds["train"] - evaluate_seconds,
                 "total": total,
             },
             "peak_memory_bytes": _peak_memory(self.world.device),
-            "started": begun,
             "finished": time.time(),
             "environment": self._environment() | {"base_numbers_held": held, "base_numbers": whole},
             "self_test": self_test,
         }
+        self._must_be_in_charge()
         if self.world.rank == 0:
             self.run_directory.write_json(f"{plan.directory}/metrics.json", metrics)
             self._event("published", plan, cells=cells, seconds=metrics["seconds"])
+            self.run_directory.remove(f"{plan.directory}/trained.json")
         self._barrier()
+
+    def _learn(self, plan: StepPlan) -> tuple[nn.Module, dict]:
+        """Train a step and save what it trained; (model, what metrics.json will say of it)."""
+        begun = time.time()
+        parent = self.finished[plan.parent] if plan.parent != self.assignment.base_fingerprint else None
+        model = self._attach(parent, with_adapter=self.config.adapter.carry == "continue")
+        heads.train_heads(model, plan.tasks)
+        counts = {
+            "trainable_parameters": adapters.adapter_parameters(model),
+            "head_parameters": _head_parameters(model),
+        }
+        strategy = self._strategy(parent)
+        resume = self._newest_checkpoint(plan)
+        history = resume.values if resume else {"started": begun, "seconds": 0.0, "curve": [], "resumed_at": []}
+        training = self._train(model, plan, strategy, resume, history)
+        with tempfile.TemporaryDirectory() as scratch:
+            saved = self._save(model, strategy, training.pop("weights"), Path(scratch), plan)
+        train_seconds = training.pop("seconds")
+        trained = {
+            **counts,
+            **saved,
+            "training": training,
+            "started": history["started"],
+            "seconds": {"train": train_seconds, "total": history["seconds"] + time.time() - begun},
+        }
+        if self.world.rank == 0:
+            self.run_directory.write_json(f"{plan.directory}/trained.json", trained)
+            self.run_directory.remove(plan.checkpoints)
+        self._barrier()
+        return model, trained
+
+    def _newest_checkpoint(self, plan: StepPlan) -> Checkpoint | None:
+        """The one to go on from: rank 0 chooses, all load it."""
+        found, damaged = checkpoint.newest(self.run_directory, plan) if self.world.rank == 0 else (None, [])
+        for reason in damaged:
+            self._event("checkpoint_skipped", plan, reason=reason)
+        step = self._sum(found.step if found else 0)
+        if not step:
+            return None
+        self._event("resumed", plan, step=step)
+        return found or checkpoint.load(self.run_directory, plan, step)
 
     def _strategy(self, parent: str | None):
         strategy = make_strategy(self.config.strategy.name, **self.config.strategy.options)
@@ -263,7 +371,7 @@ class Worker:
             with tempfile.TemporaryDirectory() as scratch:
                 from safetensors.torch import load_file
 
-                folder = self.run_directory.download(self.finished[parent], Path(scratch)) / "strategy"
+                folder = self._step_files(parent, Path(scratch)) / "strategy"
                 if (folder / "state.json").exists():
                     tensors = folder / "state.safetensors"
                     strategy.load_state(
@@ -271,59 +379,82 @@ class Worker:
                     )
         return strategy
 
-    def _train(self, model: nn.Module, plan: StepPlan, strategy) -> dict:
-        """Train the step's tasks; returns what metrics.json says of it, and the full trained weights."""
-        training = self.config.training
-        tasks = [self.config.task(name) for name in plan.tasks]
-        max_length = min(training.max_length, self.context)
-        examples = [
-            example
-            for task in tasks
-            for example in training_examples(
-                task, self.tokenizer, max_length, training.max_train_examples, training.seed
-            )
-        ]
-        context = TaskContext(plan.label, plan.position, training.seed, examples)
+    def _train(self, model: nn.Module, plan: StepPlan, strategy, resume: Checkpoint | None, history: dict) -> dict:
+        """Train the step's tasks; what metrics.json says of it, the full trained weights and the seconds it took."""
+        self.pulse.say("preparing", task=plan.label)
+        begun = time.time()
+        examples = self._examples(plan)
+        context = TaskContext(plan.label, plan.position, self.config.training.seed, examples)
         strategy.before_task(model, context)
         if not any(p.requires_grad for p in model.parameters()):
-            return {"steps": 0, "tokens": 0, "tokens_per_second": 0.0, "final_loss": None, "curve": [], "weights": {}}
-        steps = optimizer_steps(training, len(examples))
-        curve = _Curve(self, plan, steps)
+            nothing = {"steps": 0, "tokens": 0, "tokens_per_second": 0.0, "final_loss": None, "curve": []}
+            return nothing | {"resumed_at": [], "weights": {}, "seconds": time.time() - begun}
+        if resume:
+            strategy.load_state(resume.part("strategy"), resume.values["strategy"])
+            _put_weights(model, resume.part("weight"))
+        steps = optimizer_steps(self.config.training, len(examples))
+        log = _TrainingLog(self, plan, steps, history, resume.step if resume else 0)
         with tempfile.TemporaryDirectory() as scratch, engine.hooks_restored(model):
-            trainer = self._trainer(model, examples, strategy, steps, scratch, curve)
-            curve.tokens = lambda: trainer.tokens
-            with _stdout_to_stderr():
-                begun = time.perf_counter()
+            trainer = self._trainer(model, examples, strategy, steps, scratch, log, resume)
+            log.tokens = lambda: trainer.tokens
+            with _stdout_to_stderr(), self.pulse.guard():
+                started = time.perf_counter()
                 trainer.train()
-                seconds = time.perf_counter() - begun
+                log.trained += time.perf_counter() - started
             strategy.after_task(trainer.model, context)
             weights = self._trained_weights(model, strategy)
-            tokens = self._sum(trainer.tokens)
+            tokens = self._sum(trainer.tokens) + (resume.values["tokens"] if resume else 0)
             _end(trainer)
-        curve.flush()
         return {
             "steps": steps,
             "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
-            "final_loss": curve.points[-1][1],
-            "curve": curve.points,
+            "tokens_per_second": tokens / log.trained,
+            "final_loss": log.points[-1][1],
+            "curve": log.points,
+            "resumed_at": log.resumed_at,
             "weights": weights,
+            "seconds": history["seconds"] + time.time() - begun,
         }
 
-    def _trainer(self, model, examples, strategy, steps: int, scratch: str, curve) -> ContinualTrainer:
+    def _examples(self, plan: StepPlan) -> list:
+        training = self.config.training
+        length = min(training.max_length, self.context)
+        return [
+            example
+            for name in plan.tasks
+            for example in training_examples(
+                self.config.task(name), self.tokenizer, length, training.max_train_examples, training.seed
+            )
+        ]
+
+    def _trainer(self, model, examples, strategy, steps: int, scratch: str, log, resume) -> ContinualTrainer:
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state()  # a process-wide singleton: a second step brings its own DeepSpeed plugin
+        training = self.config.training
         arguments = training_arguments(
-            self.config.training,
+            training,
             steps,
             self.settings,
             scratch,
             cpu=self.world.device.type == "cpu",
             bf16=self.config.base_model.dtype == "bfloat16",
             world_size=self.world.size,
+            done=resume.step if resume else 0,
         )
-        return ContinualTrainer(model, arguments, examples, strategy, self.config.training, self.world, curve.add)
+        return ContinualTrainer(
+            model,
+            arguments,
+            examples,
+            strategy,
+            training,
+            self.world,
+            steps,
+            on_points=log.add,
+            wishes=self._wishes,
+            on_checkpoint=log.keep,
+            resume=resume,
+        )
 
     def _trained_weights(self, model: nn.Module, strategy) -> dict[str, torch.Tensor]:
         """Full fp32 weights to publish, by parameter name, the adapter's buffers included.
@@ -345,30 +476,70 @@ class Worker:
         buffers = {name: b.detach().cpu().clone() for name, b in model.state_dict().items() if prefix in name}
         return {**{name: b for name, b in buffers.items() if name not in chosen}, **weights}
 
-    def _save(self, model, strategy, weights: dict, scratch: Path, plan: StepPlan) -> int:
-        """Upload adapter, heads and strategy state; returns the adapter's bytes."""
-        size = 0
+    def _save(self, model, strategy, weights: dict, scratch: Path, plan: StepPlan) -> dict:
+        """Upload adapter, heads and strategy state; the adapter's bytes and every file's digest (rank 0)."""
+        saved: dict = {"adapter_bytes": 0, "files": {}}
+        tensors, values = strategy.state()
+        self._must_be_in_charge()
         if self.world.rank == 0:
-            size = adapters.save_adapter(model, weights, scratch) if weights else 0
-            tensors, values = strategy.state()
+            if weights:
+                saved["adapter_bytes"] = adapters.save_adapter(model, weights, scratch)
             if tensors or values:
                 from safetensors.torch import save_file
 
                 (scratch / "strategy").mkdir()
                 save_file(tensors, scratch / "strategy" / "state.safetensors")
                 (scratch / "strategy" / "state.json").write_text(json.dumps(values))
+            for file in sorted(path for path in scratch.rglob("*") if path.is_file()):
+                identity = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+                saved["files"][file.relative_to(scratch).as_posix()] = identity
             self.run_directory.upload(scratch, plan.directory)
         self._barrier()
-        return size
+        return saved
+
+    # -- stopping
+
+    def _wishes(self) -> Wishes:
+        """Asked at every look of the trainer, on every rank."""
+        self._looks += 1
+        notice = self._looks % NOTICE_LOOKS == 0 and _node_is_leaving(self.world)
+        if self.world.rank != 0:
+            return Wishes(checkpoint=notice)
+        due = time.monotonic() - self._kept >= self.config.durability.checkpoint_seconds
+        return Wishes(checkpoint=due or notice, stop=self._asked_to_stop())
+
+    def _asked_to_stop(self) -> bool:
+        """Whether somebody wants the run to stop, or another driver is in charge of it now (rank 0)."""
+        if time.monotonic() - self._asked < ASK_SECONDS:
+            return False
+        self._asked = time.monotonic()
+        return self.run_directory.stop_requested() is not None or not self._in_charge()
+
+    def _stop_if_asked(self) -> None:
+        """Between two parts of the work; every rank must call it."""
+        stop = self.world.rank == 0 and (self.run_directory.stop_requested() is not None or not self._in_charge())
+        if self._sum(int(stop)):
+            raise Stopped("stopped between two steps")
+
+    def _in_charge(self) -> bool:
+        lease = self.run_directory.read_json("lease.json")
+        return not self.assignment.lease or (lease is not None and lease["token"] == self.assignment.lease)
+
+    def _must_be_in_charge(self) -> None:
+        """Raises Stopped on every rank if another driver has taken over: this one must not publish any more."""
+        if self._sum(int(self.world.rank == 0 and not self._in_charge())):
+            raise Stopped("another driver has taken over this run")
 
     # -- evaluation
 
     def _evaluate(self, model: nn.Module, directory: str, names: list[str]) -> list[dict]:
         """Score the named sets, write their predictions; the cells on rank 0."""
         cells: list[dict] = []
-        with engine.ready_for_inference(model, self.settings, self.world):
+        for name in names:
+            self._set(name)  # reading and encoding may take long; only what follows is guarded
+        with engine.ready_for_inference(model, self.settings, self.world), self.pulse.guard():
             for name in names:
-                self._event("evaluating", None, directory=directory, name=name)
+                self.pulse.say("evaluating", directory=directory, name=name)
                 result = evaluate(
                     model,
                     self._set(name),
@@ -404,8 +575,7 @@ class Worker:
 
     def _event(self, kind: str, plan: StepPlan | None, **fields) -> None:
         if self.world.rank == 0:
-            step = {"fingerprint": plan.fingerprint, "task": plan.label, "position": plan.position} if plan else {}
-            self.run_directory.event(kind, **step, **fields)
+            self.run_directory.event(kind, **(_identity(plan) if plan else {}), **fields)
 
     def _barrier(self) -> None:
         if self.world.size > 1:
@@ -427,29 +597,75 @@ class Worker:
         }
 
 
-class _Curve:
-    """The training curve of one step; tells the run directory about it once a second."""
+class _TrainingLog:
+    """Curve, progress and checkpoints of one step, over its interruptions."""
 
-    def __init__(self, worker: Worker, plan: StepPlan, steps: int):
-        self.worker, self.plan, self.steps = worker, plan, steps
-        self.points: list[list[float]] = []
-        self.sent = 0
-        self.tokens: Callable[[], int] = lambda: 0  # of this rank, so far
-        self.last = self.begun = time.time()
+    def __init__(self, worker: Worker, plan: StepPlan, steps: int, history: dict, first_step: int):
+        self.worker, self.plan, self.steps, self.first_step = worker, plan, steps, first_step
+        self.history = history
+        self.points: list[list[float]] = list(history["curve"])
+        self.trained: float = history.get("trained", 0.0)  # seconds inside the training loop
+        self.resumed_at = [*history["resumed_at"], *([first_step] if first_step else [])]
+        self.tokens: Callable[[], int] = lambda: 0  # of this rank, since this process began
+        self.begun = time.time()
 
     def add(self, points: list[tuple[int, float, float, float]]) -> None:
         self.points += [list(point) for point in points]
-        if time.time() - self.last >= PROGRESS_SECONDS or self.sent == 0:
-            self.flush()
+        step, loss, _, _ = self.points[-1]
+        elapsed = max(time.time() - self.begun, 1e-9)
+        self.worker.pulse.say(
+            "training",
+            **_identity(self.plan),
+            step=step,
+            steps=self.steps,
+            loss=loss,
+            seconds_left=elapsed / (step - self.first_step) * (self.steps - step),
+            tokens_per_second=self.worker.world.size * self.tokens() / elapsed,
+        )
 
-    def flush(self) -> None:
-        if self.sent < len(self.points):
-            step, loss, _, _ = self.points[-1]
-            elapsed = max(time.time() - self.begun, 1e-9)
-            speed = self.worker.world.size * self.tokens() / elapsed
-            progress = {"step": step, "steps": self.steps, "loss": loss, "elapsed": elapsed}
-            self.worker._event("training", self.plan, **progress, tokens_per_second=speed)
-            self.sent, self.last = len(self.points), time.time()
+    def keep(self, take: Callable[[], Checkpoint]) -> None:
+        """Write a checkpoint; `take` gathers it from all ranks."""
+        begun = time.perf_counter()
+        taken = take()
+        if self.worker.world.rank == 0:
+            elapsed = time.time() - self.begun
+            values = {
+                "started": self.history["started"],
+                "seconds": self.history["seconds"] + elapsed,
+                "trained": self.trained + elapsed,
+                "curve": self.points,
+                "resumed_at": self.resumed_at,
+            }
+            taken = dataclasses.replace(taken, values=taken.values | values)
+            size = checkpoint.save(self.worker.run_directory, self.plan, taken)
+            seconds = time.perf_counter() - begun
+            self.worker._event("checkpoint", self.plan, step=taken.step, bytes=size, seconds=seconds)
+        self.worker._kept = time.monotonic()
+
+
+def _identity(plan: StepPlan) -> dict:
+    return {"fingerprint": plan.fingerprint, "task": plan.label, "position": plan.position}
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _put_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Trainable weights of a checkpoint into a model that has no engine yet."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in weights.items():
+        with _writable(parameters[name]):
+            parameters[name].data.copy_(tensor)
+
+
+def _node_is_leaving(world: World) -> bool:
+    """Whether Ray was told that a node of this worker group will be taken away (all ranks must ask together)."""
+    if world.size == 1 and not torch.distributed.is_initialized():
+        return False
+    import ray.train
+
+    return ray.train.get_preemption_info() is not None
 
 
 def setting(config: PipelineConfig) -> dict:

@@ -6,27 +6,34 @@ does only what is missing, after a crash as after a change of the configuration.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipelines import metrics as formulas
 from pipelines.config import BaseModelConfig, ClassificationTask, ConfigError, PipelineConfig, Problem, looks_local
-from pipelines.runs import RunDirectory, StepPlan, fingerprint
+from pipelines.runs import Lease, RunDirectory, RunDirectoryError, StepPlan, fingerprint
 
 WHOLE_FILE = 1 << 30  # larger weight files are fingerprinted by samples
 POLL_SECONDS = 0.25
 TASK_IDENTITY = ("name", "kind", "head", "text", "label", "labels", "prompt", "verbalizer", "splits")
-WORKER_FAILURES = 2
+STOP_SECONDS = 4.0  # for workers to write a checkpoint after a request to stop, before they are ended
 
 
 class RunFailed(RuntimeError):
     """The chain stopped; what was finished stays, and the same command goes on from there."""
+
+
+class RunStopped(RuntimeError):
+    """Somebody asked the run to stop (Ctrl-C, SIGTERM, `curlora cancel`); the same command goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -234,12 +241,31 @@ def _seconds(run: RunDirectory, rows: list[dict]) -> dict:
 # -- running
 
 
+@dataclass
+class Drive:
+    """One call of `run_chain`: what its parts share.
+
+    Attributes:
+        known: names of the events that were reported already.
+    """
+
+    config: PipelineConfig
+    plan: Plan
+    run: RunDirectory
+    lease: Lease
+    projector: Projector
+    on_event: Callable[[dict], None]
+    verbose: bool = False
+    known: set[str] = field(default_factory=set)
+
+
 def run_chain(
     config: PipelineConfig,
     on_event: Callable[[dict], None] = lambda event: None,
     verbose: bool = False,
     segment_length: int | None = None,
     address: str | None = None,
+    redo: Sequence[str] = (),
 ) -> dict:
     """Do what is missing of a run and return its results.
 
@@ -247,11 +273,14 @@ def run_chain(
         on_event: called with every event of the run as it happens (progress bars).
         segment_length: steps a worker group does before the driver looks again; None: as many as possible.
         address: Ray cluster; None: RAY_ADDRESS, else a local one.
+        redo: tasks or positions whose finished steps are to be trained again.
 
     Raises:
         ConfigError: bad input, before any training.
         LeaseHeld: another driver works on this run.
+        RunDirectoryError: a finished step lacks files.
         RunFailed: training stopped.
+        RunStopped: somebody asked for it.
     """
     from pipelines.data import check_data
 
@@ -260,20 +289,78 @@ def run_chain(
         raise ConfigError(problems)
     plan = make_plan(config)
     run = RunDirectory(config.run_uri)
-    with run.acquire_lease():
+    with run.acquire_lease() as lease:
         run.open_for_writing(config)
+        run.remove("stop.json")  # it was meant for an earlier driver
+        _forget(run, plan, redo)
+        _check_files(run, plan)
         projector = Projector(run, config, [step.fingerprint for step in plan.steps])
+        drive = Drive(config, plan, run, lease, projector, on_event, verbose, {name for name, _ in run.events()})
         ran = False
         if plan.missing_steps(run) or any(plan.missing_cells(run).values()):
             ran = True
             _check_model(config)
-            run.event("started", steps=len(plan.steps), done=len(plan.steps) - len(plan.missing_steps(run)))
-            _save_results(run, config, plan, "running")
-            with _Cluster(config, verbose, address):
-                _run_segments(config, plan, run, on_event, verbose, segment_length, projector)
+            with _stops_cleanly(drive):
+                run.event("started", steps=len(plan.steps), done=len(plan.steps) - len(plan.missing_steps(run)))
+                _save_results(run, config, plan, "running")
+                with _Cluster(config, verbose, address):
+                    _run_segments(drive, segment_length)
             run.event("finished")
         results = _save_results(run, config, plan, "finished")
         return _publish(run, config, results, projector, on_event) | {"ran": ran}
+
+
+@contextlib.contextmanager
+def _stops_cleanly(drive: Drive) -> Iterator[None]:
+    """However the run ends early, results.json says so; a request to stop is taken back."""
+    try:
+        yield
+    except (KeyboardInterrupt, RunStopped) as stop:
+        _record_end(drive, "stopped", reason=str(stop) or "interrupted")
+        raise
+    except RunFailed as error:
+        _record_end(drive, "failed", error=str(error))
+        raise
+    except OSError as error:  # the driver's own writes
+        _record_end(drive, "failed", error=str(error))
+        raise RunFailed(f"{error}; free or mend the storage, then run the same command again") from error
+
+
+def _record_end(drive: Drive, status: str, **fields: Any) -> None:
+    with contextlib.suppress(OSError):  # a full disk: what is there stays as it is
+        drive.run.event(status, **fields)
+        _save_results(drive.run, drive.config, drive.plan, status)
+        drive.run.remove("stop.json")
+
+
+def _forget(run: RunDirectory, plan: Plan, redo: Sequence[str]) -> None:
+    """Delete finished steps that are to be trained again; their successors stay, as the same training gives the same.
+
+    Raises:
+        ConfigError: there is no such step.
+    """
+    for name in redo:
+        step = next((s for s in plan.steps if name in (*s.tasks, str(s.position))), None)
+        if step is None:
+            known = ", ".join(f"{s.position} ({s.label})" for s in plan.steps)
+            raise ConfigError([Problem("--redo", f"no step '{name}'; the steps are {known}")])
+        run.event("redo", fingerprint=step.fingerprint, task=step.label, position=step.position)
+        run.remove(f"{step.directory}/metrics.json")  # first: from here on the step is not done
+        run.remove(step.directory)
+
+
+def _check_files(run: RunDirectory, plan: Plan) -> None:
+    """Raises RunDirectoryError if a finished step lacks what it published (adapter, heads, strategy state)."""
+    problems = []
+    for step in plan.steps:
+        metrics = run.metrics(step.directory)
+        for name in run.damaged_files(step.directory, (metrics or {}).get("files", {})):
+            problems.append(
+                f"{step.directory}/{name} is missing or has another size, though the step is finished; restore it, "
+                f"or train the step again: --redo {step.label}"
+            )
+    if problems:
+        raise RunDirectoryError("\n".join(problems))
 
 
 def _publish(run: RunDirectory, config: PipelineConfig, results: dict, projector: Projector, on_event) -> dict:
@@ -316,34 +403,71 @@ def _check_model(config: PipelineConfig) -> None:
         raise ConfigError(problems)
 
 
-def _run_segments(config, plan: Plan, run: RunDirectory, on_event, verbose, segment_length, projector) -> None:
-    missing_steps = plan.missing_steps(run)
-    length = segment_length or max(1, len(missing_steps))
-    cuts = [tuple(missing_steps[i : i + length]) for i in range(0, len(missing_steps), length)] or [()]
-    for steps in cuts:
-        begun = time.time()
-        assignment = {
-            "run_uri": run.uri,
-            "config": config.model_dump(),
-            "steps": [step.to_json() for step in steps],
-            "base_directory": plan.base_directory,
-            "base_fingerprint": plan.base_fingerprint,
-            "missing": plan.missing_cells(run),
-            "cell_keys": plan.cell_keys,
-            "verbose": verbose,
-        }
+def _run_segments(drive: Drive, segment_length: int | None) -> None:
+    """Segment after segment; one that breaks off is started again as long as it gets on."""
+    length = segment_length or len(drive.plan.steps)
+    failures = 0
+    while True:
+        missing = drive.plan.missing_steps(drive.run)
+        if not missing and not any(drive.plan.missing_cells(drive.run).values()):
+            return
+        steps = tuple(missing[:length])
+        begun, before = time.time(), _progress_made(drive)
         try:
-            _watch(_start_segment(config, assignment, steps), run, config, plan, on_event, projector)
+            _run_segment(drive, steps)
+            failures = 0
+        except _SegmentLost as error:
+            failures = failures + 1 if _progress_made(drive) == before else 0
+            if failures > drive.config.durability.max_failures:
+                reason = f"{error} (gave up after {failures} starts without progress: durability.max_failures)"
+                raise RunFailed(_and_then(reason)) from error
+            drive.run.event("segment_lost", error=str(error))
         finally:
-            run.event("segment_finished", seconds=time.time() - begun, steps=[step.fingerprint for step in steps])
+            drive.run.event(
+                "segment_finished", seconds=time.time() - begun, steps=[step.fingerprint for step in steps]
+            )
+
+
+class _SegmentLost(RuntimeError):
+    """A segment's Ray task ended by a fault that another start may not meet."""
+
+
+def _progress_made(drive: Drive) -> list:
+    """What of the missing steps is done, in a form to compare."""
+    steps = drive.plan.steps
+    return [(drive.run.list(step.directory), drive.run.list(step.checkpoints)) for step in steps]
+
+
+def _run_segment(drive: Drive, steps: tuple[StepPlan, ...]) -> None:
+    config, plan, run = drive.config, drive.plan, drive.run
+    assignment = {
+        "run_uri": run.uri,
+        "config": config.model_dump(),
+        "steps": [step.to_json() for step in steps],
+        "base_directory": plan.base_directory,
+        "base_fingerprint": plan.base_fingerprint,
+        "missing": plan.missing_cells(run),
+        "cell_keys": plan.cell_keys,
+        "lease": drive.lease.token,
+        "verbose": drive.verbose,
+    }
+    reference = _start_segment(config, assignment, steps)
+    try:
+        _watch(drive, reference)
+    except BaseException as error:
+        _end_workers(drive, reference, seconds=0 if isinstance(error, RunFailed | _SegmentLost) else STOP_SECONDS)
+        raise
 
 
 def _start_segment(config: PipelineConfig, assignment: dict, steps: Sequence[StepPlan]):
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    name = fingerprint([assignment["run_uri"], [step.fingerprint for step in steps], assignment["missing"]])[:16]
-    remote = ray.remote(num_cpus=0, max_retries=0)(fit_segment)
-    return remote.remote(assignment, f"segment-{name}", gpus_per_worker(config))
+    # a name of its own for every start: Ray Train would restore the state of an earlier one of the same name
+    name = f"segment-{steps[0].position if steps else 0}-{uuid.uuid4().hex[:8]}"
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # outlives other nodes
+    remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(fit_segment)
+    return remote.remote(assignment, name, gpus_per_worker(config))
 
 
 def fit_segment(assignment: dict, name: str, gpus: float) -> dict:
@@ -362,7 +486,9 @@ def fit_segment(assignment: dict, name: str, gpus: float) -> dict:
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=f"{assignment['run_uri']}/train",
-            failure_config=ray.train.FailureConfig(max_failures=WORKER_FAILURES, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(
+                max_failures=config.durability.max_failures, controller_failure_limit=3
+            ),
             logging_config=ray.train.LoggingConfig(log_level="INFO" if assignment["verbose"] else "ERROR"),
         ),
     )
@@ -377,36 +503,83 @@ def work(assignment: dict) -> dict:
     return train_steps(assignment)
 
 
-def _watch(reference, run: RunDirectory, config, plan: Plan, on_event, projector) -> None:
-    """Follow a segment through the run directory until its Ray task ends."""
+def _watch(drive: Drive, reference) -> None:
+    """Follow a segment through the run directory until its Ray task ends.
+
+    Raises:
+        RunFailed: trying again cannot help, or the workers gave no sign of life for too long.
+        RunStopped: the workers stopped because somebody asked for it.
+        _SegmentLost: the task broke off for another reason.
+    """
     import ray
 
-    seen = max((name for name, event in run.events() if event["kind"] == "started"), default="")
+    alive, told = time.monotonic(), None
     ended = False
     while not ended:
         ended = bool(ray.wait([reference], timeout=POLL_SECONDS)[0])
-        for name, event in run.events(after=seen):
-            seen = name
-            on_event(event)
-            if event["kind"] == "worker_error":
-                ray.cancel(reference, force=True)
-                _fail(run, config, plan, event["error"])
-            if event["kind"] == "published":
-                _save_results(run, config, plan, "running")
-                projector.poke()
+        for name, event in drive.run.events(drive.known):
+            drive.known.add(name)
+            alive = time.monotonic()
+            _handle(drive, event)
+        progress = drive.run.read_json("progress.json")
+        if progress and (mark := (progress["worker"], progress["serial"])) != told:
+            alive, told = time.monotonic(), mark
+            drive.on_event(progress)
+        _check_alive(drive, alive)
+        if not ended and (reason := drive.run.stop_requested()):
+            raise RunStopped(reason)
     try:
-        ray.get(reference)
+        result = ray.get(reference)
     except ray.exceptions.RayError as error:
-        _fail(run, config, plan, _root_cause(error), error)
-    train = run.path("train")
-    if run.fs.exists(train):
-        run.fs.rm(train, recursive=True)
+        raise _SegmentLost(_root_cause(error)) from error
+    if result["stopped"]:
+        raise RunStopped(drive.run.stop_requested() or "another driver has taken over this run")
+    drive.run.remove("train")
+    drive.run.remove("progress.json")
 
 
-def _fail(run: RunDirectory, config, plan: Plan, reason: str, cause: BaseException | None = None) -> None:
-    run.event("failed", error=reason)
-    _save_results(run, config, plan, "failed")
-    raise RunFailed(f"{reason}\nWhat was finished is kept; run the same command to go on from there.") from cause
+def _handle(drive: Drive, event: dict) -> None:
+    drive.on_event(event)
+    if event["kind"] == "worker_error":
+        raise RunFailed(_and_then(event["error"]))
+    if event["kind"] == "published":
+        _save_results(drive.run, drive.config, drive.plan, "running")
+        drive.projector.poke()
+
+
+def _check_alive(drive: Drive, alive: float) -> None:
+    """Raises if this driver is not in charge any more, or the workers have been silent for too long."""
+    import ray
+
+    if drive.lease.lost:
+        raise RunStopped("another driver has taken over this run")
+    limit = drive.config.durability.start_timeout
+    if time.monotonic() - alive > limit:
+        there = ", ".join(f"{v:g} {k}" for k, v in ray.available_resources().items() if k in ("CPU", "GPU"))
+        raise RunFailed(
+            _and_then(
+                f"no sign of life from the workers for {limit:g} s (durability.start_timeout); "
+                f"{drive.config.resources.workers} workers may not fit the cluster (free: {there or 'nothing'}), "
+                "or it is still starting nodes"
+            )
+        )
+
+
+def _end_workers(drive: Drive, reference, seconds: float) -> None:
+    """Give the workers a moment to write a checkpoint, then end them."""
+    import ray
+
+    if seconds:
+        with contextlib.suppress(OSError):
+            if drive.run.stop_requested() is None:
+                drive.run.request_stop("the driver ends")
+        ray.wait([reference], timeout=seconds)
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.cancel(reference, force=True)
+
+
+def _and_then(reason: str) -> str:
+    return f"{reason}\nWhat was finished is kept; run the same command to go on from there."
 
 
 def _root_cause(error: BaseException) -> str:
@@ -451,19 +624,22 @@ def connect(verbose: bool = False, address: str | None = None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(
         address=address or os.environ.get("RAY_ADDRESS"),
         log_to_driver=verbose,
         logging_level="INFO" if verbose else "ERROR",
         include_dashboard=None if address else False,
     )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the cluster before the workers can save anything
 
 
 def check_cluster(config: PipelineConfig, resources: dict) -> None:
     """Raises ConfigError if the workers can never be placed: Ray itself would wait for ever."""
     workers = config.resources.workers
     gpus = gpus_per_worker(config, resources)
-    for field, kind, each in (("cpus_per_worker", "CPU", config.resources.cpus_per_worker), ("gpus", "GPU", gpus)):
+    for name, kind, each in (("cpus_per_worker", "CPU", config.resources.cpus_per_worker), ("gpus", "GPU", gpus)):
         there = resources.get(kind, 0)
         if workers * each > there:
             raise ConfigError(
@@ -471,7 +647,7 @@ def check_cluster(config: PipelineConfig, resources: dict) -> None:
                     Problem(
                         "resources.workers",
                         f"{workers} workers need {workers * each:g} {kind}, the cluster has {there:g}; "
-                        f"lower resources.workers or resources.{field}, or add nodes",
+                        f"lower resources.workers or resources.{name}, or add nodes",
                     )
                 ]
             )

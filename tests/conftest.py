@@ -1,9 +1,12 @@
-"""Where the shared data and model lie, what is skipped without them, and a model small enough for unit tests."""
+"""The shared data and model, what is skipped without them, a model small enough for unit tests, and whole chains."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+
+from tests.bench import Bench
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WORDS = (
@@ -79,3 +82,39 @@ def minimal(tmp_path, data, **changes) -> dict:
         "tasks": [task],
         **changes,
     }
+
+
+@pytest.fixture(scope="session")
+def demo_assets(tmp_path_factory):
+    from pipelines.demo import prepare_demo
+
+    cache = os.environ.get("CURLORA_TEST_CACHE")
+    return prepare_demo(Path(cache) if cache else tmp_path_factory.mktemp("demo"), preset="test")
+
+
+@pytest.fixture(scope="session")
+def bench(demo_assets, tmp_path_factory) -> Bench:
+    classification = next(path for path in demo_assets.tasks.values() if (path / "labels.json").exists())
+    text = next(path for path in demo_assets.tasks.values() if not (path / "labels.json").exists())
+    first = {"name": "part", "kind": "classification", "data": str(classification)}
+    raw = {
+        "base_model": {"path": str(demo_assets.base_model)},
+        "adapter": {"type": "curlora", "r": 8},
+        "training": {"max_steps": 24, "max_length": 48, "learning_rate": 1e-2},
+        "resources": {"workers": 2},
+        "tasks": [
+            first,
+            first | {"name": "word", "head": "verbalizer", "prompt": "{text}\nPart:"},
+            {"name": "text", "kind": "language-modeling", "data": str(text)},
+        ],
+        "retention": [{"name": "other", "data": str(demo_assets.retention), "window": 48}],
+        "tracking": None,
+    }
+    return Bench(tmp_path_factory.mktemp("bench"), raw)
+
+
+@pytest.fixture(scope="session")
+def reference(bench) -> dict:
+    """The undisturbed run: two workers under ZeRO-2, lineage in a SQLite store."""
+    store = {"uri": "sqlite:///mlflow.db", "experiment": "integration"}
+    return bench.run(bench.config("reference", tracking=store))
