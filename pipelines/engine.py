@@ -155,6 +155,7 @@ def training_state(engine, parameters: dict[str, nn.Parameter]) -> dict[str, tor
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    _link_moments(engine)
     state = {}
     for name, parameter in parameters.items():
         if _is_plain(parameter):
@@ -177,12 +178,19 @@ def restore_training_state(engine, parameters: dict[str, nn.Parameter], state: d
     for flat in _flat_partitions(engine, parameters):
         zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
         _base_optimizer(engine).state[flat] = {"step": torch.tensor(float(step)), **zeros}
-    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    _link_moments(engine)
     for name, parameter in parameters.items():
         _set_full(engine, parameter, None, state[f"weight/{name}"])
         for key in MOMENTS:
             _set_full(engine, parameter, key, state[f"{key}/{name}"])
+
+
+def _link_moments(engine) -> None:
+    """ZeRO 1 and 2 link parameters to their moments after the first *group* of the first step: too early for the
+    others."""
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def adam_step(engine) -> int:

@@ -15,6 +15,11 @@ WORDS = (
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption("--chaos", type=int, default=0, help="random damages a strategy in the chaos test; 0: short form")
+    parser.addoption("--chaos-seed", default="0", help="seed of the moments and kinds of damage")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real datasets and the small pretrained model, beside the repository."""

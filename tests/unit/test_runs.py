@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import fsspec
 import pytest
 
 from pipelines.config import parse_config
-from pipelines.runs import LEASE_SECONDS, LeaseHeld, RunDirectory, RunDirectoryError, fingerprint
+from pipelines.runs import LeaseHeld, RunDirectory, RunDirectoryError, fingerprint
 from tests.conftest import minimal
 
 
@@ -32,13 +33,22 @@ def test_a_step_is_done_when_its_metrics_are_there(run, tmp_path):
     assert (local / "adapter" / "weights").read_bytes() == b"123"
 
 
-def test_events_come_back_in_order_and_only_new_ones(run):
+def test_events_come_back_in_order_and_only_unknown_ones(run):
     for number in range(5):
         run.event("tick", number=number)
         time.sleep(0.001)
     names = [name for name, _ in run.events()]
     assert [event["number"] for _, event in run.events()] == list(range(5))
-    assert [event["number"] for _, event in run.events(after=names[2])] == [3, 4]
+    assert [event["number"] for _, event in run.events(names[:3])] == [3, 4]
+
+
+def test_events_after_the_clock_was_set_back_are_seen(run, monkeypatch):
+    run.event("tick", number=0)
+    known = {name for name, _ in run.events()}
+    past = time.time() - 3600
+    monkeypatch.setattr(time, "time", lambda: past)
+    run.event("tick", number=1)
+    assert [event["number"] for _, event in run.events(known)] == [1]
 
 
 def test_nothing_half_written_is_left_when_a_write_fails(tmp_path, monkeypatch):
@@ -69,17 +79,56 @@ def test_lease_of_a_dead_process_is_taken_at_once(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=False)
     run = RunDirectory(str(tmp_path / "run"))
-    assert run.read_json("lease.json")["heartbeat"] > time.time() - LEASE_SECONDS
+    assert run.read_json("lease.json")["pid"]
+    assert run.driver() is None
     run.acquire_lease().release()
 
 
-def test_lease_of_another_host_is_taken_after_silence(run):
-    foreign = {"token": "t", "host": "elsewhere", "pid": 1, "started": 0.0, "heartbeat": time.time()}
-    run.write_json("lease.json", foreign)
+FOREIGN = {"token": "t", "host": "elsewhere", "pid": 1, "started": 0.0, "beats": 7, "time": 0.0}
+
+
+def test_lease_of_another_host_is_taken_after_silence_whatever_the_clocks_say(run, monkeypatch):
+    monkeypatch.setattr("pipelines.runs.LEASE_SECONDS", 0.6)
+    for moment in (0.0, time.time(), time.time() + 1e6):
+        run.write_json("lease.json", FOREIGN | {"time": moment})
+        lease = run.acquire_lease()
+        assert run.read_json("lease.json")["token"] == lease.token
+        lease.release()
+
+
+def test_lease_of_another_host_that_beats_is_respected(run):
+    run.write_json("lease.json", FOREIGN)
+    timer = threading.Timer(0.3, lambda: run.write_json("lease.json", FOREIGN | {"beats": 8}))
+    timer.start()
     with pytest.raises(LeaseHeld, match="elsewhere"):
         run.acquire_lease()
-    run.write_json("lease.json", foreign | {"heartbeat": time.time() - LEASE_SECONDS - 1})
-    run.acquire_lease().release()
+
+
+def test_a_driver_whose_lease_was_taken_notices(run, monkeypatch):
+    monkeypatch.setattr("pipelines.runs.BEAT_SECONDS", 0.05)
+    lease = run.acquire_lease()
+    run.write_json("lease.json", FOREIGN)
+    lease._thread.join(timeout=5)
+    assert lease.lost
+    lease.release()
+    assert run.read_json("lease.json") == FOREIGN
+
+
+def test_damaged_files_are_found_by_size(run):
+    run.write_bytes("steps/1-a-00000000/adapter/weights", b"123")
+    files = {"adapter/weights": {"bytes": 3, "sha256": ""}, "heads.safetensors": {"bytes": 1, "sha256": ""}}
+    assert run.damaged_files("steps/1-a-00000000", files) == ["heads.safetensors"]
+    run.write_bytes("steps/1-a-00000000/adapter/weights", b"12")
+    assert run.damaged_files("steps/1-a-00000000", files) == ["adapter/weights", "heads.safetensors"]
+
+
+def test_a_request_to_stop_is_read_and_taken_back(run):
+    assert run.stop_requested() is None
+    run.request_stop("because")
+    assert run.stop_requested() == "because"
+    run.remove("stop.json")
+    assert run.stop_requested() is None
+    run.remove("stop.json")  # nothing happens
 
 
 def test_other_format_is_recognised(tmp_path):

@@ -1,6 +1,7 @@
 """What a user is told while a chain runs, and of a run that nobody drives any more."""
 
 import io
+import threading
 import time
 
 import pytest
@@ -9,7 +10,7 @@ from rich.console import Console
 from pipelines.doctor import examine
 from pipelines.progress import ChainProgress
 from pipelines.runs import RunDirectory
-from pipelines.status import run_status
+from pipelines.status import SILENT_SECONDS, cancel_run, run_status
 
 
 @pytest.fixture
@@ -17,7 +18,9 @@ def run(tmp_path):
     run = RunDirectory(str(tmp_path / "chain"))
     steps = [{"seconds": {"train": 1.0}}, {"seconds": {}}]
     run.write_json("results.json", {"status": "running", "steps": steps})
-    run.event("training", task="mrpc", step=3, steps=10, loss=0.5)
+    run.event("step_started", task="mrpc")
+    progress = {"kind": "training", "task": "mrpc", "step": 3, "steps": 10, "loss": 0.5, "time": time.time()}
+    run.write_json("progress.json", progress)
     return run
 
 
@@ -30,8 +33,20 @@ def test_running_means_that_somebody_drives_it(run):
 
 
 def test_a_silent_driver_is_no_driver(run):
-    run.write_json("lease.json", {"token": "t", "host": "h", "pid": 1, "started": 0, "heartbeat": time.time() - 60})
+    holder = {"token": "t", "host": "h", "pid": 1, "started": 0, "beats": 3}
+    run.write_json("lease.json", holder | {"time": time.time()})
+    assert run_status(run)["status"] == "running"
+    run.write_json("lease.json", holder | {"time": time.time() - 2 * SILENT_SECONDS})
     assert run_status(run)["status"] == "interrupted"
+
+
+def test_cancelling_waits_for_the_end_of_the_driver(run):
+    assert cancel_run(run, 0.1) is None
+    lease = run.acquire_lease()
+    assert cancel_run(run, 0.3) is False
+    assert run.stop_requested() == "curlora cancel"
+    threading.Timer(0.5, lease.release).start()
+    assert cancel_run(run, 10) is True
 
 
 def test_new_run_has_no_history(tmp_path):
@@ -44,7 +59,7 @@ def test_progress_without_a_terminal_is_plain_lines():
         progress({"kind": "started", "done": 0})
         progress({"kind": "step_started", "position": 1, "task": "mrpc"})
         progress.last_line = 0.0
-        fields = {"step": 5, "steps": 10, "loss": 0.7, "elapsed": 2.0, "tokens_per_second": 1234.5}
+        fields = {"step": 5, "steps": 10, "loss": 0.7, "seconds_left": 2.0, "tokens_per_second": 1234.5}
         progress({"kind": "training", "task": "mrpc", **fields})
         progress({"kind": "published", "position": 1, "task": "mrpc", "cells": [{"name": "mrpc", "value": 0.71}]})
         progress({"kind": "something new"})

@@ -1,5 +1,7 @@
 """Batches are global and the loss is the mean over the global batch, whatever the number of workers."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,14 +22,21 @@ def examples(count: int) -> list[Example]:
     return [Example("reviews", tuple(range(3, 5 + i % 7)), target=i % 2) for i in range(count)]
 
 
+def stream(data, batch_size, seed, world, position=0, count=None) -> list[dict]:
+    """One epoch of micro-batches, or `count` of them."""
+    batches = GlobalBatches(data, batch_size, seed, world, Sequential().batch, position)
+    return list(itertools.islice(batches, count or batches.per_epoch))
+
+
+def ids_of(batches: list[dict]) -> list[list[int]]:
+    return [[id(example) for example in batch["examples"]] for batch in batches]
+
+
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 4), st.integers(0, 3))
 def test_ranks_share_the_same_global_batches(count, batch_size, size, seed):
     data = examples(count)
-    per_rank = [
-        list(GlobalBatches(data, batch_size, seed, World(rank, size, CPU), Sequential().batch)) for rank in range(size)
-    ]
-    alone = list(GlobalBatches(data, batch_size, seed, World(0, 1, CPU), Sequential().batch))
-    assert {len(batches) for batches in per_rank} == {len(alone)}
+    per_rank = [stream(data, batch_size, seed, World(rank, size, CPU)) for rank in range(size)]
+    alone = stream(data, batch_size, seed, World(0, 1, CPU))
     for number, whole in enumerate(alone):
         parts = [e for b in per_rank if b[number]["scale"] for e in b[number]["examples"]]
         assert sorted(map(id, parts)) == sorted(map(id, whole["examples"]))
@@ -35,20 +44,19 @@ def test_ranks_share_the_same_global_batches(count, batch_size, size, seed):
     assert sorted(map(id, seen)) == sorted(map(id, data))
 
 
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 60))
+def test_a_resumed_stream_goes_on_with_the_next_unseen_batch(count, batch_size, position):
+    data, world = examples(count), World(0, 1, CPU)
+    whole = stream(data, batch_size, 0, world, count=position + 5)
+    assert ids_of(stream(data, batch_size, 0, world, position, count=5)) == ids_of(whole[position:])
+
+
 def test_epochs_differ_and_seeds_repeat():
-    batches = GlobalBatches(examples(20), 20, 0, World(0, 1, CPU), Sequential().batch)
-    first = (
-        [e.target for e in next(iter(batches))["examples"]],
-        [len(e.input_ids) for e in next(iter(batches))["examples"]],
-    )
-    batches.set_epoch(1)
-    second = (
-        [e.target for e in next(iter(batches))["examples"]],
-        [len(e.input_ids) for e in next(iter(batches))["examples"]],
-    )
+    data, world = examples(20), World(0, 1, CPU)
+    first, second = ids_of(stream(data, 20, 0, world, count=2))
     assert first != second
-    batches.set_epoch(0)
-    assert [len(e.input_ids) for e in next(iter(batches))["examples"]] == first[1]
+    assert sorted(first) == sorted(second)
+    assert ids_of(stream(data, 20, 0, world, count=2)) == [first, second]
 
 
 def global_loss(model, batch: list[Example], size: int) -> float:
@@ -98,7 +106,7 @@ def test_every_trainable_head_gets_a_gradient_even_without_examples(model):
 
 def test_step_arithmetic():
     training = TrainingConfig(batch_size=16, gradient_accumulation=2, epochs=3)
-    assert optimizer_steps(training, 100) == 3 * 7  # 13 micro-batches of 8, two a step
+    assert optimizer_steps(training, 100) == 20  # 3 × 13 micro-batches of 8, two a step
     assert optimizer_steps(TrainingConfig(max_steps=5), 100) == 5
     assert micro_batch(training, 3) == 3
 
