@@ -1,0 +1,173 @@
+"""A warm worker group: one Ray Train job whose workers take one assignment after another from a queue of files.
+
+Starting workers costs far more than a short step, so segments, compared methods and trials of a search share a group.
+The queue lies in the storage: workers that Ray Train started again find their place by what is marked as done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from typing import Any
+
+from pipelines.config import PipelineConfig
+from pipelines.runs import RunDirectory
+
+POLL_SECONDS = 0.25
+END_SECONDS = 20.0  # for a group to leave by itself
+
+
+class GroupLost(RuntimeError):
+    """The group's Ray Train job broke off; another start may fare better."""
+
+
+class Queue:
+    """Assignments by number, and what became of each: `<number>.json`, `<number>.done.json`; `end.json` ends it."""
+
+    def __init__(self, uri: str):
+        self.uri = uri
+        self._files = RunDirectory(uri)
+
+    def put(self, number: int, assignment: dict) -> None:
+        self._files.write_json(f"{number:06d}.json", assignment)
+
+    def get(self, number: int) -> dict | None:
+        return self._files.read_json(f"{number:06d}.json")
+
+    def finish(self, number: int, result: dict) -> None:
+        self._files.write_json(f"{number:06d}.done.json", result)
+
+    def result(self, number: int) -> dict | None:
+        return self._files.read_json(f"{number:06d}.done.json")
+
+    def end(self) -> None:
+        self._files.write_json("end.json", {})
+
+    @property
+    def ended(self) -> bool:
+        return self._files.exists("end.json")
+
+
+class WorkerGroup:
+    """The driver's end of the queue. Starts the Ray Train job with the first assignment, and again after a loss.
+
+    Args:
+        config: its `resources` and `durability` make the group.
+        uri: where the queue and Ray Train's own files lie (below `train/`).
+    """
+
+    def __init__(self, config: PipelineConfig, uri: str, gpus_per_worker: float, verbose: bool = False):
+        self.config, self.uri, self.gpus, self.verbose = config, uri, gpus_per_worker, verbose
+        self._reference: Any = None
+        self._number = 0
+
+    def submit(self, assignment: dict) -> int:
+        """Hand out an assignment; returns its number."""
+        if self._reference is None:
+            self._start()
+        number, self._number = self._number, self._number + 1
+        self.queue.put(number, assignment)
+        return number
+
+    def wait(self, number: int, seconds: float = POLL_SECONDS) -> dict | None:
+        """What became of an assignment, or None if it is not done within `seconds`.
+
+        Raises:
+            GroupLost: nobody works on it any more.
+        """
+        import ray
+
+        end = time.monotonic() + seconds
+        while True:
+            over = bool(ray.wait([self._reference], timeout=POLL_SECONDS)[0])
+            if result := self.queue.result(number):
+                return result
+            if over:
+                self._raise_loss()
+            if time.monotonic() >= end:
+                return None
+
+    def close(self) -> None:
+        """Let the workers leave."""
+        import ray
+
+        if self._reference is None:
+            return
+        with contextlib.suppress(OSError):
+            self.queue.end()
+            ray.wait([self._reference], timeout=END_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the workers now."""
+        import ray
+
+        reference, self._reference = self._reference, None
+        if reference is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.cancel(reference, force=True)
+
+    def _start(self) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        # a name of its own for every start: Ray Train would restore the state of an earlier one of the same name
+        name = f"group-{uuid.uuid4().hex[:8]}"
+        self.queue, self._number = Queue(f"{self.uri}/train/{name}-queue"), 0
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # outlives others
+        remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(fit_group)
+        settings = {"queue": self.queue.uri, "verbose": self.verbose, "gpus": self.gpus}
+        self._reference = remote.remote(self.config.model_dump(), f"{self.uri}/train", name, settings)
+
+    def _raise_loss(self) -> None:
+        import ray
+
+        reference, self._reference = self._reference, None
+        try:
+            ray.get(reference)
+        except ray.exceptions.RayError as error:
+            raise GroupLost(root_cause(error)) from error
+        raise GroupLost("the workers left before their work was done")
+
+
+def fit_group(raw_config: dict, storage: str, name: str, settings: dict) -> None:
+    """One `TorchTrainer.fit`, as a Ray task."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    config = PipelineConfig.model_validate(raw_config)
+    gpus = settings["gpus"]
+    resources = {"CPU": config.resources.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+    TorchTrainer(
+        work,
+        train_loop_config=settings,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.resources.workers, use_gpu=bool(gpus), resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage,
+            failure_config=ray.train.FailureConfig(
+                max_failures=config.durability.max_failures, controller_failure_limit=3
+            ),
+            logging_config=ray.train.LoggingConfig(log_level="INFO" if settings["verbose"] else "ERROR"),
+        ),
+    ).fit()
+
+
+def work(settings: dict) -> None:
+    """What Ray Train calls in a worker. Imports there, so that the processes around it stay small."""
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    from pipelines.worker import serve
+
+    serve(Queue(settings["queue"]), settings["verbose"])
+
+
+def root_cause(error: BaseException) -> str:
+    """The worker's own last line out of a nest of Ray errors."""
+    causes = getattr(getattr(error, "cause", None), "worker_failures", None) or getattr(error, "worker_failures", None)
+    text = str(next(iter(causes.values()))) if causes else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else repr(error))
