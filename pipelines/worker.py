@@ -20,6 +20,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from pipelines.config import ClassificationTask, PipelineConfig
 from pipelines.data import EvaluationSet, digest_of, evaluation_set, label_set, load_split, training_examples
 from pipelines.evaluation import World, evaluate
 from pipelines.runs import RunDirectory, StepPlan
-from pipelines.trainer import ContinualTrainer, DivergedError, optimizer_steps, training_arguments
+from pipelines.trainer import ContinualTrainer, DivergedError, losses_alone, optimizer_steps, training_arguments
 
 PROGRESS_SECONDS = 1.0
 SELF_TEST_TOKENS = 32
@@ -186,16 +187,17 @@ class Worker:
             return self.base
         return self._attach(metrics["fingerprint"])
 
-    def _attach(self, parent: str | None) -> nn.Module:
-        """Base, adapter and heads: those of the step `parent`, or new ones."""
+    def _attach(self, parent: str | None, extend: bool = False) -> nn.Module:
+        """Base, adapter and heads: those of the step `parent`, or new ones; `extend` them for the next task."""
         with tempfile.TemporaryDirectory() as scratch:
             folder = None
             if parent is not None:
                 folder = self.run_directory.download(self.finished[parent], Path(scratch))
-            carried = folder / "adapter" if folder and self.config.adapter.carry == "continue" else None
+            carried = folder / "adapter" if folder else None
             if carried is not None and not carried.exists():
                 carried = None  # adapter: none has no file
-            model = adapters.attach_adapter(self.base, self.config.adapter, self.config.training.seed, carried)
+            seed = self.config.training.seed
+            model = adapters.attach_adapter(self.base, self.config.adapter, seed, carried, extend)
             heads.attach_heads(model, self.classes, self.config.training.seed)
             if folder and (folder / "heads.safetensors").exists():
                 from safetensors.torch import load_file
@@ -209,13 +211,14 @@ class Worker:
         begun = time.time()
         self._event("step_started", plan)
         parent = plan.parent if plan.parent != self.assignment.base_fingerprint else None
-        model = self._attach(parent)
+        model = self._attach(parent, extend=True)
         heads.train_heads(model, plan.tasks)
         counts = {
             "trainable_parameters": adapters.adapter_parameters(model),
             "head_parameters": _head_parameters(model),
         }
         strategy = self._strategy(parent)
+        heads.train_heads(model, (*plan.tasks, *strategy.replayed_tasks()))
         train_begun = time.time()
         trained = self._train(model, plan, strategy)
         train_seconds = time.time() - train_begun
@@ -283,7 +286,16 @@ class Worker:
                 task, self.tokenizer, max_length, training.max_train_examples, training.seed
             )
         ]
-        context = TaskContext(plan.label, plan.position, training.seed, examples)
+        context = TaskContext(
+            plan.label,
+            plan.position,
+            training.seed,
+            examples,
+            losses=partial(losses_alone, device=self.world.device),
+            rank=self.world.rank,
+            size=self.world.size,
+            total=self._total,
+        )
         strategy.before_task(model, context)
         if not any(p.requires_grad for p in model.parameters()):
             return {"steps": 0, "tokens": 0, "tokens_per_second": 0.0, "final_loss": None, "curve": [], "weights": {}}
@@ -412,10 +424,13 @@ class Worker:
             torch.distributed.barrier(group=self.world.group)
 
     def _sum(self, value: int) -> int:
-        total = torch.tensor(value, dtype=torch.int64)
+        return int(self._total(torch.tensor(value, dtype=torch.int64)))
+
+    def _total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of a CPU tensor over the ranks."""
         if self.world.size > 1:
-            torch.distributed.all_reduce(total, group=self.world.group)
-        return int(total)
+            torch.distributed.all_reduce(tensor, group=self.world.group)
+        return tensor
 
     def _environment(self) -> dict:
         packages = ("torch", "transformers", "peft", "deepspeed", "ray", "datasets")
