@@ -97,6 +97,7 @@ def _attach(base: nn.Module, config, parent: Path | None, extend: bool) -> nn.Mo
     stacked = getattr(config, "carry", None) == "stack"
     if parent is not None and stacked:
         config.blocks = peft.PeftConfig.from_pretrained(str(parent)).blocks
+        config.load_only = True  # rows and columns come out of the file
     model = peft.get_peft_model(base, config)
     if parent is not None:
         weights = peft.utils.save_and_load.load_peft_weights(str(parent), device="cpu")
@@ -159,7 +160,7 @@ def save_adapter(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: 
         # save_embedding_layers=False: PEFT would otherwise ask the model hub for the base's vocabulary
         model.save_pretrained(
             folder / "adapter",
-            state_dict=stacks.join(adapter),
+            state_dict=_buffers(model) | stacks.join(adapter),
             save_embedding_layers=False,
             selected_adapters=[stacks.TRAINED],
         )
@@ -167,6 +168,12 @@ def save_adapter(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: 
     file = folder / "adapter" / "adapter_model.safetensors"
     _check_shapes(file, adapter)
     return file.stat().st_size
+
+
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every saved buffer of the model: some adapters keep projections in them; PEFT chooses its own."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
 
 
 @contextlib.contextmanager

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 import transformers
 from torch import nn
 
-from curlora.continual import Example, StepOutput, Strategy
+from curlora.continual import Example, StepOutput, Strategy, TaskContext
 from pipelines.config import TrainingConfig
 from pipelines.data import IGNORE
 from pipelines.evaluation import World, keep_logits, last_token_features, pad
@@ -196,6 +197,20 @@ class ContinualTrainer(transformers.Trainer):
         output.present, output.ranks = inputs["scale"] > 0, self.world.size
         loss = self.strategy.loss(self.model, inputs["examples"], output)
         return (loss, output) if return_outputs else loss
+
+    def end_task(self, task: TaskContext) -> None:
+        """The strategy's `after_task`, while the model can still run under the engine that trained it."""
+        self.strategy.after_task(self.model, replace(task, losses=self._losses_alone))
+        self._release_leftovers()
+
+    def _losses_alone(self, model: nn.Module, examples: Sequence[Example]) -> torch.Tensor:
+        self._release_leftovers()
+        return losses_alone(model, examples, self.world.device)
+
+    def _release_leftovers(self) -> None:
+        """Under ZeRO-3: shard again what a backward pass outside the engine has left whole."""
+        if self.world.lockstep:
+            self.model_wrapped.optimizer.empty_partition_cache()
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # Trainer would count the parameters anew at every step

@@ -20,7 +20,6 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from pipelines.config import ClassificationTask, PipelineConfig
 from pipelines.data import EvaluationSet, digest_of, evaluation_set, label_set, load_split, training_examples
 from pipelines.evaluation import World, evaluate
 from pipelines.runs import RunDirectory, StepPlan
-from pipelines.trainer import ContinualTrainer, DivergedError, losses_alone, optimizer_steps, training_arguments
+from pipelines.trainer import ContinualTrainer, DivergedError, optimizer_steps, training_arguments
 
 PROGRESS_SECONDS = 1.0
 SELF_TEST_TOKENS = 32
@@ -291,7 +290,6 @@ class Worker:
             plan.position,
             training.seed,
             examples,
-            losses=partial(losses_alone, device=self.world.device),
             rank=self.world.rank,
             size=self.world.size,
             total=self._total,
@@ -308,7 +306,7 @@ class Worker:
                 begun = time.perf_counter()
                 trainer.train()
                 seconds = time.perf_counter() - begun
-            strategy.after_task(trainer.model, context)
+            trainer.end_task(context)
             weights = self._trained_weights(model, strategy)
             tokens = self._sum(trainer.tokens)
             _end(trainer)
