@@ -1,4 +1,4 @@
-"""Strategies and stacks in the real chain: every kind of task, another number of workers, an adapter that loads alone."""
+"""Strategies and stacks in the real chain: every kind of task, other worker counts, an adapter that loads alone."""
 
 import copy
 import json

@@ -46,7 +46,7 @@ def train(model, seed: int) -> None:
     parameters = adapter_parameters(model)
     assert parameters
     for parameter in parameters.values():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
 
 
 def save(model, folder):
