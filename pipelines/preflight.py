@@ -109,8 +109,11 @@ def _unmet(config: PipelineConfig, strategy) -> Iterator[Problem]:
         found = reduce(getattr, field.split("."), config)
         if found not in values:
             yield Problem(field, f"is {found}, but strategy '{name}' needs {' or '.join(values)}: {reason}")
+    from curlora.continual import Strategy
     from pipelines.adapters import attach_adapter
 
+    if type(strategy).check is Strategy.check:
+        return  # it works on any model: no need to build one
     try:
         strategy.check(attach_adapter(base_on_meta(config), config.adapter, config.training.seed))
     except ConfigError:

@@ -80,7 +80,6 @@ def collate(batch: list[Example], world: World) -> dict:
         "labels": labels,
         "examples": part,
         "scale": weight / len(batch),
-        "batch_size": len(batch),
         "replayed": sum(example.replayed for example in batch),
     }
 
@@ -193,8 +192,8 @@ class ContinualTrainer(transformers.Trainer):
         # DeepSpeed averages gradients over ranks; times the world size, the average is the global batch's mean
         output.loss = share * self.world.size
         output.weight = 1 / self.training.gradient_accumulation
-        output.batch_size, output.replayed = inputs["batch_size"], inputs["replayed"]
-        output.present, output.ranks = inputs["scale"] > 0, self.world.size
+        output.replayed, output.present = inputs["replayed"], inputs["scale"] > 0
+        output.ranks = self.world.size
         loss = self.strategy.loss(self.model, inputs["examples"], output)
         return (loss, output) if return_outputs else loss
 

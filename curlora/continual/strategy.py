@@ -66,8 +66,7 @@ class StepOutput:
         attention_mask: (batch, length), 1 where a token is real.
         weight: this micro-batch's share of an optimizer step. A penalty on parameters, which every rank computes
             alike, enters the loss as `weight * penalty`.
-        batch_size: examples of the global micro-batch.
-        replayed: how many of them come out of a memory.
+        replayed: how many examples of the global micro-batch come out of a memory.
         present: whether this rank's examples belong to the batch; False where it only keeps in step with the others.
         ranks: how many processes share the batch. A sum over this rank's examples, times `ranks * weight / n`,
             averages over ranks to the mean over n examples.
@@ -77,7 +76,6 @@ class StepOutput:
     hidden_states: torch.Tensor
     attention_mask: torch.Tensor
     weight: float = 1.0
-    batch_size: int = 1
     replayed: int = 0
     present: bool = True
     ranks: int = 1

@@ -73,7 +73,7 @@ def train(model, strategy, task: TaskContext, steps: int = 6, on_step=lambda ste
         batch = strategy.batch(list(task.examples[first : first + 4]))
         losses, hidden, mask = forward(model, batch)
         replayed = sum(e.replayed for e in batch)
-        output = StepOutput(losses.mean(), hidden, mask, batch_size=len(batch), replayed=replayed)
+        output = StepOutput(losses.mean(), hidden, mask, replayed=replayed)
         strategy.loss(model, batch, output).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -120,7 +120,7 @@ def test_an_interrupted_task_goes_on_with_the_same_bits(model, name, options, ki
             batch = strategy.batch(list(tasks[1].examples[:4]))
             losses, hidden, mask = forward(model, batch)
             count = sum(e.replayed for e in batch)
-            loss = strategy.loss(model, batch, StepOutput(losses.mean(), hidden, mask, 1.0, len(batch), count))
+            loss = strategy.loss(model, batch, StepOutput(losses.mean(), hidden, mask, replayed=count))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -284,7 +284,7 @@ def test_consistency_is_the_masked_error_against_the_slow_copy(model):
     strategy.slow = {name: 0.5 * value for name, value in strategy.slow.items()}
     batch = rows("new", 2, 5) + strategy.memory.draw(3, [0])
     losses, hidden, mask = forward(wrapped, batch)
-    output = StepOutput(losses.mean(), hidden, mask, weight=0.5, batch_size=5, replayed=3)
+    output = StepOutput(losses.mean(), hidden, mask, weight=0.5, replayed=3)
     before = read(adapter_parameters(wrapped))
     extra = strategy.loss(wrapped, batch, output) - output.loss
     value = extra.item()
