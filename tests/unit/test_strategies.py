@@ -339,7 +339,7 @@ def test_ewc_is_zero_at_its_anchor_and_pulls_back_to_it(model):
     wrapped = adapted(model, "lora")
     strategy = make_strategy("ewc", strength=1e3, examples=8)
     strategy.after_task(wrapped, context("a", 1, rows("a", 8)))
-    assert float(strategy.penalty(wrapped)) == 0
+    assert strategy.penalty(wrapped).item() == 0
     parameters, anchor = adapter_parameters(wrapped), strategy.anchor
     moved = {name: value + 0.01 for name, value in anchor.items()}
     write(parameters, moved)
@@ -375,14 +375,14 @@ def minimise(model, strategy, steps=200):
         optimizer.step()
         for group in optimizer.param_groups:
             group["lr"] *= 0.97
-    return float(strategy.penalty(model))
+    return strategy.penalty(model).item()
 
 
 def test_clora_lowers_what_lies_in_its_subspace_and_nothing_else(model):
     wrapped = adapted(model, "lora")
     strategy = make_strategy("clora", k=5)
     strategy.before_task(wrapped, context("a", 1, rows("a", 4)))
-    before = float(strategy.penalty(wrapped))
+    before = strategy.penalty(wrapped).item()
     name, a = next((n, p) for n, p in adapter_parameters(wrapped).items() if ".lora_A." in n)
     p = subspace(0, name, a.shape[1], 5)
     assert torch.allclose(p.t() @ p, torch.eye(5), atol=1e-6)
@@ -401,7 +401,7 @@ def test_clora_penalty_is_the_papers(model):
     for name, factor in adapter_parameters(wrapped).items():
         factor = factor.detach() if ".lora_A." in name else factor.detach().t()
         total += float((factor @ subspace(0, name, factor.shape[1], 7)).norm() ** 2)
-    assert float(strategy.penalty(wrapped)) == pytest.approx(3.0 / 2 * total, rel=1e-5)
+    assert strategy.penalty(wrapped).item() == pytest.approx(3.0 / 2 * total, rel=1e-5)
 
 
 def test_clora_refuses_a_subspace_that_fills_a_layer(model):
@@ -424,7 +424,7 @@ def test_olora_drives_the_row_spaces_of_two_loras_apart(model):
         return float((layer.lora_A["default"].weight @ old.t()).abs().sum())
 
     before, kept = overlap(), float(layer.lora_A["default"].weight.norm())
-    start = float(strategy.penalty(wrapped))
+    start = strategy.penalty(wrapped).item()
     assert minimise(wrapped, strategy, 300) < 0.01 * start
     assert overlap() < 0.01 * before
     assert float(layer.lora_A["default"].weight.norm()) > 0.3 * kept  # apart, not gone
@@ -451,5 +451,5 @@ def test_olora_over_curlora_is_the_row_space_overlap(model, whiten):
         with layer.base_tensors() as (weight, _):
             chosen = weight[core.rows]
             expected += float(((core.frozen[0] @ chosen[:3]) @ (core.U @ chosen[3:]).t()).abs().sum())
-    assert float(strategy.penalty(wrapped)) == pytest.approx(expected, rel=1e-4)
+    assert strategy.penalty(wrapped).item() == pytest.approx(expected, rel=1e-4)
     assert minimise(wrapped, strategy) < 0.05 * expected
