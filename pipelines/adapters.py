@@ -5,6 +5,7 @@ CURLoRA and every PEFT type come by the same way; `none` leaves the base bare (o
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,19 +13,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pipelines import stacks
 from pipelines.config import AdapterConfig, ConfigError, Problem, did_you_mean
 from pipelines.heads import ATTRIBUTE, detach_heads, saved_name
 
 CURLORA_FIELDS = ("selection", "whiten", "scale")
+STACKABLE = ("curlora", "lora")
 
 
 def peft_config(adapter: AdapterConfig, seed: int):
     """The PEFT configuration object that an `adapter:` section means.
 
     Raises:
-        ConfigError: unknown type or option.
+        ConfigError: unknown type or option, or a kind that cannot go through a chain.
     """
     # importing curlora registers its tuner with PEFT
+    from peft import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     import curlora  # noqa: F401
@@ -33,12 +37,22 @@ def peft_config(adapter: AdapterConfig, seed: int):
     if adapter.type.lower() not in types:
         hint = did_you_mean(adapter.type, [*types, "none"])
         raise ConfigError([Problem("adapter.type", f"unknown adapter type '{adapter.type}', {hint}")])
+    if adapter.carry == "stack" and adapter.type not in STACKABLE:
+        reason = f"'{adapter.type}' cannot be stacked, only {' and '.join(STACKABLE)} can; use continue or fresh"
+        raise ConfigError([Problem("adapter.carry", reason)])
+    stacks.check(adapter)
     config_class = types[adapter.type.lower()]
+    if issubclass(config_class, PromptLearningConfig):
+        reason = (
+            f"'{adapter.type}' puts virtual tokens before the text; choose an adapter inside the layers, e.g. lora"
+        )
+        raise ConfigError([Problem("adapter.type", reason)])
     known = set(inspect.signature(config_class.__init__).parameters)
     values = {"r": adapter.r, "target_modules": adapter.target_modules, "seed": seed, "task_type": "CAUSAL_LM"}
     values["lora_alpha" if "lora_alpha" in known else "alpha"] = adapter.alpha
     if adapter.type == "curlora":
         values |= {field: getattr(adapter, field) for field in CURLORA_FIELDS}
+        values["carry"] = "stack" if adapter.carry == "stack" else "continue"
     values = {key: value for key, value in values.items() if key in known}
     unknown = [key for key in adapter.options if key not in known]
     if unknown:
@@ -50,29 +64,70 @@ def peft_config(adapter: AdapterConfig, seed: int):
         raise ConfigError([Problem("adapter", str(error))]) from error
 
 
-def attach_adapter(base: nn.Module, adapter: AdapterConfig, seed: int, parent: Path | None = None) -> nn.Module:
-    """`base` with the adapter around it: fresh, or with the weights saved in `parent`.
+def attach_adapter(
+    base: nn.Module, adapter: AdapterConfig, seed: int, parent: Path | None = None, extend: bool = False
+) -> nn.Module:
+    """`base` with the adapter around it: new, or with the weights saved in the adapter directory `parent`.
+
+    Args:
+        extend: for training the next task: under `carry: stack` a new block comes after those of `parent`, under
+            `carry: fresh` a new adapter takes its place.
 
     Raises:
-        ConfigError: the adapter does not fit the model (rank, module names).
+        ConfigError: the adapter does not fit the model (rank, module names, blocks).
     """
     if adapter.type == "none":
         base.requires_grad_(False)
         return base
-    import peft
-
+    if extend and adapter.carry == "fresh":
+        parent = None
     config = peft_config(adapter, seed)
     torch.manual_seed(seed)  # LoRA's A is random: the same on every rank and in every run
     try:
-        model = peft.get_peft_model(base, config)
+        if stacks.has_frozen_part(adapter):
+            return stacks.attach(base, config, adapter, parent, extend)
+        return _attach(base, config, parent, extend)
     except ValueError as error:
         raise ConfigError([Problem("adapter", str(error))]) from error
+
+
+def _attach(base: nn.Module, config, parent: Path | None, extend: bool) -> nn.Module:
+    import peft
+
+    stacked = getattr(config, "carry", None) == "stack"
+    if parent is not None and stacked:
+        config.blocks = peft.PeftConfig.from_pretrained(str(parent)).blocks
+        config.load_only = True  # rows and columns come out of the file
+    model = peft.get_peft_model(base, config)
     if parent is not None:
         weights = peft.utils.save_and_load.load_peft_weights(str(parent), device="cpu")
         result = peft.set_peft_model_state_dict(model, weights)
         if result.unexpected_keys:
             raise RuntimeError(f"{parent} holds weights that this model lacks: {result.unexpected_keys[:3]}")
+        if stacked and extend:
+            model.base_model.add_block()
     return model
+
+
+def attach_final_form(base: nn.Module, adapter: AdapterConfig, seed: int, steps: int) -> nn.Module:
+    """`base` (on the meta device) with the adapter as it is published after so many steps: its size and its fit.
+
+    Raises:
+        ConfigError: a layer holds fewer blocks than there are steps.
+    """
+    if adapter.type not in STACKABLE:
+        return attach_adapter(base, adapter, seed)
+    import peft
+
+    config = peft_config(adapter, seed)
+    if adapter.type == "lora":
+        config = stacks.widened(config, steps if adapter.carry == "stack" else 1 + stacks.changes_base(adapter))
+    elif adapter.carry == "stack":
+        config.blocks = steps
+    try:
+        return peft.get_peft_model(base, config)
+    except ValueError as error:
+        raise ConfigError([Problem("adapter", str(error))]) from error
 
 
 def detach_adapter(model: nn.Module) -> nn.Module:
@@ -101,12 +156,35 @@ def save_adapter(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: 
         save_file({name: tensor.contiguous() for name, tensor in heads.items()}, folder / "heads.safetensors")
     if not hasattr(model, "peft_config"):
         return 0
-    # save_embedding_layers=False: PEFT would otherwise ask the model hub for the base's vocabulary
-    model.save_pretrained(folder / "adapter", state_dict=dict(adapter), save_embedding_layers=False)
+    with _joined(model):
+        # save_embedding_layers=False: PEFT would otherwise ask the model hub for the base's vocabulary
+        model.save_pretrained(
+            folder / "adapter",
+            state_dict=_buffers(model) | stacks.join(adapter),
+            save_embedding_layers=False,
+            selected_adapters=[stacks.TRAINED],
+        )
     (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's model card template says nothing
     file = folder / "adapter" / "adapter_model.safetensors"
     _check_shapes(file, adapter)
     return file.stat().st_size
+
+
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every saved buffer of the model: some adapters keep projections in them; PEFT chooses its own."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+
+
+@contextlib.contextmanager
+def _joined(model: nn.Module):
+    """Inside, the model's configuration is that of its published form: trained and frozen parts as one adapter."""
+    trained = model.peft_config[stacks.TRAINED]
+    model.peft_config[stacks.TRAINED] = stacks.joined_config(model)
+    try:
+        yield
+    finally:
+        model.peft_config[stacks.TRAINED] = trained
 
 
 def _check_shapes(file: Path, weights: Mapping[str, torch.Tensor]) -> None:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 SELECTION_RULES = ("inverse", "uniform", "importance", "leverage", "deim", "activation")
-STRATEGIES = ("sequential", "joint")
+STRATEGIES = ("sequential", "replay", "ilora", "clora", "ewc", "olora", "joint")
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,10 @@ class AdapterConfig(Section):
     selection: str = Field("inverse", description="rule that samples rows and columns")
     whiten: bool = Field(True, description="train U between orthonormal factors")
     scale: Literal["adam", "rsqrt", "none"] = Field("adam", description="scale of whitened factors")
-    carry: Literal["continue", "fresh"] = Field(
-        "continue", description="continue: the same adapter through all tasks; fresh: a new one for every task"
+    carry: Literal["continue", "stack", "fresh"] = Field(
+        "continue",
+        description="continue: the same adapter through all tasks; stack: a new block a task beside the frozen old "
+        "ones (curlora, lora); fresh: a new adapter for every task",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="further fields of the PEFT config")
 

@@ -59,7 +59,8 @@ def get_head(model: nn.Module, task: str) -> nn.Linear:
 
 
 def train_heads(model: nn.Module, tasks: tuple[str, ...]) -> None:
-    """Only the heads of `tasks` get gradients."""
+    """Only the heads of `tasks` get gradients: those of the step, and of replayed tasks, whose examples keep them up
+    with an adapter that moves under them."""
     for key, head in (get_heads(model) or {}).items():
         head.requires_grad_(key in {_key(task) for task in tasks})
 

@@ -5,7 +5,9 @@ Models are built on the meta device: shapes only, no weights, no download beyond
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 from pipelines.config import ConfigError, PipelineConfig, Problem, looks_local
@@ -92,29 +94,54 @@ def _check_strategy(config: PipelineConfig) -> None:
     from curlora.continual import make_strategy
 
     try:
-        make_strategy(config.strategy.name, **config.strategy.options)
+        strategy = make_strategy(config.strategy.name, **config.strategy.options)
     except ValueError as error:
         raise ConfigError([Problem("strategy", str(error))]) from error
+    problems = list(_unmet(config, strategy))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _unmet(config: PipelineConfig, strategy) -> Iterator[Problem]:
+    """What the strategy needs of the configuration and of the adapted model, and does not find."""
+    name = config.strategy.name
+    for field, (values, reason) in strategy.requirements.items():
+        found = reduce(getattr, field.split("."), config)
+        if found not in values:
+            yield Problem(field, f"is {found}, but strategy '{name}' needs {' or '.join(values)}: {reason}")
+    from curlora.continual import Strategy
+    from pipelines.adapters import attach_adapter
+
+    if type(strategy).check is Strategy.check:
+        return  # it works on any model: no need to build one
+    try:
+        strategy.check(attach_adapter(base_on_meta(config), config.adapter, config.training.seed))
+    except ConfigError:
+        return  # base or adapter are at fault, which `model_facts` reports
+    except ValueError as error:
+        yield Problem("strategy", f"'{name}' does not work with adapter '{config.adapter.type}': {error}")
 
 
 def model_facts(config: PipelineConfig) -> ModelFacts:
-    """Count parameters and adapter bytes.
+    """Count parameters and adapter bytes (of the last step, where the adapter grows from task to task).
 
     Raises:
         ConfigError: the base cannot be described, or the adapter does not fit it.
     """
     from curlora.sizes import adapter_file_bytes
-    from pipelines.adapters import adapter_parameters, attach_adapter
+    from pipelines.adapters import adapter_parameters, attach_adapter, attach_final_form
 
     base = base_on_meta(config)
     base_parameters = sum(p.numel() for p in base.parameters())
     text = base.config.get_text_config()
     model = attach_adapter(base, config.adapter, config.training.seed)
+    steps = 1 if config.is_joint else len(config.tasks)
+    final = attach_final_form(base_on_meta(config), config.adapter, config.training.seed, steps)
     adapted = config.adapter.type != "none"
     return ModelFacts(
         base_parameters=base_parameters,
         trainable_parameters=adapter_parameters(model),
-        adapter_bytes=adapter_file_bytes(model) if adapted else 0,
+        adapter_bytes=adapter_file_bytes(final) if adapted else 0,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,

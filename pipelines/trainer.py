@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import transformers
 from torch import nn
 
-from curlora.continual import Example, StepOutput, Strategy
+from curlora.continual import Example, StepOutput, Strategy, TaskContext
 from pipelines import engine
 from pipelines.checkpoint import Checkpoint
 from pipelines.config import TrainingConfig
@@ -105,6 +105,7 @@ def collate(batch: list[Example], world: World) -> dict:
         "labels": labels,
         "examples": part,
         "scale": weight / len(batch),
+        "replayed": sum(example.replayed for example in batch),
     }
 
 
@@ -123,13 +124,23 @@ def example_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, StepOut
         logits = output.logits if keep else output.logits[:, positions]
         losses = losses + _token_losses(logits, labels[:, first:])
     features = last_token_features(hidden, mask)
-    for task, head in trainable_heads(model).items():
+    trainable = trainable_heads(model)
+    headless = {e.task for e in examples if e.labels is None} - trainable.keys()
+    if headless:
+        raise ValueError(f"examples of {', '.join(sorted(headless))} have neither labels nor a head that trains")
+    for task, head in trainable.items():
         # every trainable head runs on every rank: under ZeRO a parameter without a gradient on one rank is a deadlock
         logits = head(features.to(head.weight.dtype)).float()
         classes = [e.target if e.task == task and e.labels is None else IGNORE for e in examples]
         targets = torch.tensor(classes, device=hidden.device)
         losses = losses + nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
     return losses, StepOutput(losses.sum(), hidden, mask)
+
+
+def losses_alone(model: nn.Module, examples: Sequence[Example], device: torch.device) -> torch.Tensor:
+    """(batch,) differentiable losses of examples that this process alone has drawn: what a strategy may ask for."""
+    batch = collate(list(examples), World(0, 1, device))
+    return example_losses(model, {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})[0]
 
 
 def _first_target(labels: torch.Tensor) -> int:
@@ -244,8 +255,25 @@ class ContinualTrainer(transformers.Trainer):
         self.tokens += int(inputs["attention_mask"].sum()) if inputs["scale"] else 0
         # DeepSpeed averages gradients over ranks; times the world size, the average is the global batch's mean
         output.loss = share * self.world.size
-        loss = self.strategy.loss(model, inputs["examples"], output)
+        output.weight = 1 / self.training.gradient_accumulation
+        output.replayed, output.present = inputs["replayed"], inputs["scale"] > 0
+        output.ranks = self.world.size
+        loss = self.strategy.loss(self.model, inputs["examples"], output)
         return (loss, output) if return_outputs else loss
+
+    def end_task(self, task: TaskContext) -> None:
+        """The strategy's `after_task`, while the model can still run under the engine that trained it."""
+        self.strategy.after_task(self.model, replace(task, losses=self._losses_alone))
+        self._release_leftovers()
+
+    def _losses_alone(self, model: nn.Module, examples: Sequence[Example]) -> torch.Tensor:
+        self._release_leftovers()
+        return losses_alone(model, examples, self.world.device)
+
+    def _release_leftovers(self) -> None:
+        """Under ZeRO-3: shard again what a backward pass outside the engine has left whole."""
+        if self.world.lockstep:
+            self.model_wrapped.optimizer.empty_partition_cache()
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # Trainer would count the parameters anew at every step

@@ -239,18 +239,15 @@ class Worker:
             return self.base
         return self._attach(self.finished[metrics["fingerprint"]])
 
-    def _attach(self, directory: str | None, with_adapter: bool = True) -> nn.Module:
-        """Base, adapter and heads: those of a step directory, or new ones.
-
-        Args:
-            with_adapter: False: a new adapter, only the heads are those of `directory`.
-        """
+    def _attach(self, directory: str | None, extend: bool = False) -> nn.Module:
+        """Base, adapter and heads: those of a step directory, or new ones; `extend` them for the next task."""
         with tempfile.TemporaryDirectory() as scratch:
             folder = self._step_files(directory, Path(scratch)) if directory else None
-            carried = folder / "adapter" if folder and with_adapter else None
+            carried = folder / "adapter" if folder else None
             if carried is not None and not carried.exists():
                 carried = None  # adapter: none has no file
-            model = adapters.attach_adapter(self.base, self.config.adapter, self.config.training.seed, carried)
+            seed = self.config.training.seed
+            model = adapters.attach_adapter(self.base, self.config.adapter, seed, carried, extend)
             heads.attach_heads(model, self.classes, self.config.training.seed)
             if folder and (folder / "heads.safetensors").exists():
                 from safetensors.torch import load_file
@@ -328,13 +325,14 @@ class Worker:
         """Train a step and save what it trained; (model, what metrics.json will say of it)."""
         begun = time.time()
         parent = self.finished[plan.parent] if plan.parent != self.assignment.base_fingerprint else None
-        model = self._attach(parent, with_adapter=self.config.adapter.carry == "continue")
+        model = self._attach(parent, extend=True)
         heads.train_heads(model, plan.tasks)
         counts = {
             "trainable_parameters": adapters.adapter_parameters(model),
             "head_parameters": _head_parameters(model),
         }
         strategy = self._strategy(parent)
+        heads.train_heads(model, (*plan.tasks, *strategy.replayed_tasks()))
         resume = self._newest_checkpoint(plan)
         history = resume.values if resume else {"started": begun, "seconds": 0.0, "curve": [], "resumed_at": []}
         training = self._train(model, plan, strategy, resume, history)
@@ -384,7 +382,15 @@ class Worker:
         self.pulse.say("preparing", task=plan.label)
         begun = time.time()
         examples = self._examples(plan)
-        context = TaskContext(plan.label, plan.position, self.config.training.seed, examples)
+        context = TaskContext(
+            plan.label,
+            plan.position,
+            self.config.training.seed,
+            examples,
+            rank=self.world.rank,
+            size=self.world.size,
+            total=self._total,
+        )
         strategy.before_task(model, context)
         if not any(p.requires_grad for p in model.parameters()):
             nothing = {"steps": 0, "tokens": 0, "tokens_per_second": 0.0, "final_loss": None, "curve": []}
@@ -401,7 +407,7 @@ class Worker:
                 started = time.perf_counter()
                 trainer.train()
                 log.trained += time.perf_counter() - started
-            strategy.after_task(trainer.model, context)
+            trainer.end_task(context)
             weights = self._trained_weights(model, strategy)
             tokens = self._sum(trainer.tokens) + (resume.values["tokens"] if resume else 0)
             _end(trainer)
@@ -582,10 +588,13 @@ class Worker:
             torch.distributed.barrier(group=self.world.group)
 
     def _sum(self, value: int) -> int:
-        total = torch.tensor(value, dtype=torch.int64)
+        return int(self._total(torch.tensor(value, dtype=torch.int64)))
+
+    def _total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of a CPU tensor over the ranks."""
         if self.world.size > 1:
-            torch.distributed.all_reduce(total, group=self.world.group)
-        return int(total)
+            torch.distributed.all_reduce(tensor, group=self.world.group)
+        return tensor
 
     def _environment(self) -> dict:
         packages = ("torch", "transformers", "peft", "deepspeed", "ray", "datasets")

@@ -6,8 +6,9 @@ the hooks it needs, and one line in `curlora.continual.STRATEGIES`. The trainer 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -22,22 +23,37 @@ class Example:
         input_ids: token ids.
         labels: next-token targets aligned with `input_ids` (-100: no loss), or None for a classifier head.
         target: class index for a classifier head, else -1.
+        replayed: it comes out of a memory of earlier tasks.
     """
 
     task: str
     input_ids: tuple[int, ...]
     labels: tuple[int, ...] | None = None
     target: int = -1
+    replayed: bool = False
 
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What a strategy may know of the task at hand: `position` counts from 1; `seed` is the run's."""
+    """What a strategy may know of the task at hand, and the two services that it may need.
+
+    Attributes:
+        position: counts from 1.
+        seed: the run's.
+        examples: the task's training set, the same on every rank.
+        losses: (model, examples) → (batch,) loss of each example, differentiable, outside the optimizer's engine.
+        rank, size: this process among those that train. Under ZeRO-3 all must call `losses` equally often.
+        total: sum of a tensor over all ranks, on all ranks.
+    """
 
     name: str
     position: int
     seed: int
-    examples: Any = field(repr=False, default=())
+    examples: Sequence[Example] = field(repr=False, default=())
+    losses: Callable[[nn.Module, Sequence[Example]], torch.Tensor] | None = None
+    rank: int = 0
+    size: int = 1
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
 
 
 @dataclass
@@ -48,24 +64,54 @@ class StepOutput:
         loss: scalar, this rank's share of the batch mean, scaled so that the average over ranks is that mean.
         hidden_states: last layer, (batch, length, hidden).
         attention_mask: (batch, length), 1 where a token is real.
+        weight: this micro-batch's share of an optimizer step. A penalty on parameters, which every rank computes
+            alike, enters the loss as `weight * penalty`.
+        replayed: how many examples of the global micro-batch come out of a memory.
+        present: whether this rank's examples belong to the batch; False where it only keeps in step with the others.
+        ranks: how many processes share the batch. A sum over this rank's examples, times `ranks * weight / n`,
+            averages over ranks to the mean over n examples.
     """
 
     loss: torch.Tensor
     hidden_states: torch.Tensor
     attention_mask: torch.Tensor
+    weight: float = 1.0
+    replayed: int = 0
+    present: bool = True
+    ranks: int = 1
+
+
+class Requires(NamedTuple):
+    """The values of a configuration field that a strategy can work with, and why no others."""
+
+    values: tuple
+    reason: str
 
 
 class Strategy:
     """Sequential training; subclasses override what they need.
 
-    `requirements` maps a configuration field to the values this strategy can work with.
+    `model` is always the bare model (no engine, no DDP wrapper). Its trainable parameters may be partitioned by
+    ZeRO-3: `curlora.continual.parameters` reads, differentiates and exchanges them in any case.
+
+    A run may be interrupted between any two optimizer steps. What `state` returns then, put into a new object by
+    `load_state` (after `before_task`), must make it go on with the same bits, on any number of ranks.
+
+    `requirements` maps a configuration field to what this strategy can work with.
     """
 
     name: ClassVar[str] = "sequential"
-    requirements: ClassVar[dict[str, tuple]] = {}
+    requirements: ClassVar[dict[str, Requires]] = {}
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError where this strategy cannot work on `model` (which may lie on the meta device)."""
+
+    def replayed_tasks(self) -> tuple[str, ...]:
+        """Earlier tasks whose examples `batch` may add; their classifier heads go on training."""
+        return ()
 
     def before_task(self, model: nn.Module, task: TaskContext) -> None:
-        """Once, before the first step of a task."""
+        """Once, before the first step of a task (and again, before `load_state`, where a task is resumed)."""
 
     def batch(self, examples: list[Example]) -> list[Example]:
         """The *global* micro-batch, the same on every rank, before it is cut into the ranks' parts."""
@@ -78,16 +124,22 @@ class Strategy:
     def after_step(self, model: nn.Module, step: int) -> None:
         """After every optimizer step (`step` counts from 1)."""
 
+    def after_task(self, model: nn.Module, task: TaskContext) -> None:
+        """Once, after the last step of a task, before `evaluation_weights`."""
+
     def evaluation_weights(self, model: nn.Module) -> dict[str, torch.Tensor] | None:
         """Weights to publish and evaluate instead of the trained ones, by parameter name; None: the trained ones."""
         return None
 
-    def after_task(self, model: nn.Module, task: TaskContext) -> None:
-        """Once, after the last step of a task, before its adapter is published."""
-
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """What the next task (or a resumed one) needs: tensors for safetensors, and JSON."""
+        """What the next task (or a resumed one) needs: tensors for safetensors, and JSON. Not a collective call."""
         return {}, {}
 
     def load_state(self, tensors: dict[str, torch.Tensor], values: dict) -> None:
         """The inverse of `state`."""
+
+
+def require(satisfied: bool, message: str) -> None:
+    """Raise ValueError(message) unless `satisfied`: options are checked where they are taken."""
+    if not satisfied:
+        raise ValueError(message)

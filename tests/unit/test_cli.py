@@ -69,6 +69,11 @@ def test_module_name_that_matches_nothing(call):
         ("deepspeed={zero_optimization: {stage: 7}}", "stage is 7"),
         ("deepspeed={optimizer: {type: Adam}}", "remove its optimizer"),
         ("strategy={name: sequential, strength: 2}", "does not take strength"),
+        ("strategy={name: replay, shar: 0.1}", "did you mean 'share'?"),
+        ("strategy={name: ewc, strength: -1}", "strength is -1; use 0 or more"),
+        ("strategy={name: olora}", "adapter.carry: is continue, but strategy 'olora' needs stack"),
+        ("adapter={type: ia3, carry: stack}", "'ia3' cannot be stacked"),
+        ("adapter={type: prompt_tuning}", "virtual tokens"),
         ("adapter={type: lora, options: {lora_dropuot: 0.1}}", "did you mean 'lora_dropout'?"),
         ("base_model.path=./nowhere", "base_model.path"),
         ("tasks.0.data=./nowhere", "no such file"),
@@ -76,6 +81,30 @@ def test_module_name_that_matches_nothing(call):
 )
 def test_bad_values_name_field_and_remedy(call, override, expected):
     assert expected in bad_input(call("--dry-run", "--set", override))
+
+
+@pytest.mark.parametrize("name", ["ilora", "ewc", "clora"])
+def test_a_strategy_that_protects_an_adapter_refuses_the_probe(call, name):
+    found = bad_input(call("--dry-run", "--set", "adapter.type=none", "--set", f"strategy={{name: {name}}}"))
+    assert f"'{name}' does not work with adapter 'none'" in found
+
+
+def test_clora_needs_the_factors_of_a_lora(call):
+    found = bad_input(call("--dry-run", "--set", "adapter.r=4", "--set", "strategy={name: clora, k: 4}"))
+    assert "'clora' does not work with adapter 'curlora': its penalty is on LoRA's factors" in found
+
+
+def test_ewc_and_ilora_refuse_a_new_adapter_for_every_task(call):
+    for name in ("ewc", "ilora"):
+        found = bad_input(call("--dry-run", "--set", "adapter.carry=fresh", "--set", f"strategy={{name: {name}}}"))
+        assert f"adapter.carry: is fresh, but strategy '{name}' needs continue" in found
+
+
+def test_a_stack_that_outgrows_a_layer_is_refused_before_training(call, reviews):
+    task = f"kind: language-modeling, data: {reviews}, text: sentence"
+    tasks = "tasks=[" + ", ".join(f"{{name: t{i}, {task}}}" for i in range(4)) + "]"
+    stack = ("--set", "adapter={type: curlora, r: 4, carry: stack}", "--set", tasks)
+    assert "4 blocks of r=4 do not fit" in bad_input(call("--dry-run", *stack))
 
 
 def test_bad_data_stops_a_real_run_before_ray(call, reviews):

@@ -1,0 +1,128 @@
+"""One rank of the ZeRO test of the strategies: a few tasks by ContinualTrainer; see test_strategies_zero.py.
+
+Run by torchrun as ``strategies_zero_worker.py STAGE BASE OUT``; stage 0 on one process is the reference (DeepSpeed
+without partitioning). Parameters are never persistent, so that nothing of the adapter is whole by luck.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+
+from curlora import CurloraConfig
+from curlora.continual import Example, TaskContext, make_strategy
+from curlora.continual.parameters import adapter_parameters, read, write
+from pipelines import engine
+from pipelines.config import TrainingConfig
+from pipelines.evaluation import World
+from pipelines.trainer import ContinualTrainer, training_arguments
+
+CASES = {
+    "ilora": ("curlora", {"share": 0.4, "consistency": 50.0, "decay": 0.8}),
+    "ewc": ("curlora", {"strength": 1e6, "examples": 5}),
+    "clora": ("lora", {"k": 6, "strength": 0.3}),
+    "olora": ("lora", {"strength": 0.05}),
+    "replay": ("curlora", {"size": 3}),
+}
+TRAINING = TrainingConfig(max_steps=4, batch_size=8, gradient_accumulation=2, learning_rate=1e-2, max_grad_norm=1.0)
+
+
+def examples(task: str, seed: int) -> list[Example]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(3, 64, (length,), generator=generator).tolist() for length in (6, 9, 7, 5, 8, 4, 9, 7) * 3]
+    return [Example(task, tuple(row), tuple(row)) for row in rows]
+
+
+def start(stage: int) -> World:
+    engine.prepare_environment()
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return World(rank, size, torch.device("cpu"), lockstep=stage == 3, group=torch.distributed.group.WORLD)
+
+
+def settings(stage: int, world: World) -> dict:
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "overlap_comm": False}
+    return {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": 4 // world.size,
+        "gradient_accumulation_steps": 2,
+        "train_batch_size": 8,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 2**31,
+    }
+
+
+def adapt(base, kind: str):
+    torch.manual_seed(0)
+    if kind == "curlora":
+        return peft.get_peft_model(base, CurloraConfig(r=4, task_type="CAUSAL_LM"))
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, config)
+    model.add_adapter("frozen", config)
+    model.base_model.set_adapter(["default", "frozen"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".default." in name)
+    return model
+
+
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def train(model, strategy, task: TaskContext, config: dict, world: World) -> dict[str, torch.Tensor]:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    strategy.before_task(model, task)
+    with tempfile.TemporaryDirectory() as scratch, engine.hooks_restored(model):
+        arguments = training_arguments(TRAINING, 4, config, scratch, cpu=True, bf16=False, world_size=world.size)
+        trainer = ContinualTrainer(model, arguments, task.examples, strategy, TRAINING, world, lambda points: None)
+        trainer.train()
+        parameters = adapter_parameters(model)
+        if config["zero_optimization"]["stage"] == 3:
+            assert any(p.numel() == 0 for p in parameters.values()), "the adapter is partitioned"
+        trainer.end_task(task)
+        trained = read(parameters)
+        trainer.model_wrapped.destroy()
+        trainer.accelerator.free_memory()
+    model.zero_grad(set_to_none=True)
+    return trained
+
+
+def main(stage: int, base_directory: str, out: Path) -> None:
+    world = start(stage)
+    config = settings(stage, world)
+    keep = transformers.integrations.HfDeepSpeedConfig(config) if stage == 3 else None
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_directory)
+    base.requires_grad_(False)
+    report = {}
+    for name, (kind, options) in CASES.items():
+        strategy, published = make_strategy(name, **options), None
+        for position, task in enumerate(("first", "second"), 1):
+            model = adapt(base, kind)
+            if published:
+                write(adapter_parameters(model), published)
+            places = {"rank": world.rank, "size": world.size, "total": total}
+            context = TaskContext(task, position, 0, examples(task, position), **places)
+            trained = train(model, strategy, context, config, world)
+            published = strategy.evaluation_weights(model) or trained
+            base = model.unload()
+        tensors, _ = strategy.state()
+        state = {key: tensor.double().flatten().tolist() for key, tensor in tensors.items()}
+        report[name] = {"trained": {k: t.flatten().tolist() for k, t in trained.items()}, "state": state}
+    (out / f"rank{world.rank}.json").write_text(json.dumps(report))
+    torch.distributed.barrier()
+    del keep
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -1,0 +1,88 @@
+"""Strategies and stacks in the real chain: every kind of task, other worker counts, an adapter that loads alone."""
+
+import copy
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+
+import curlora  # noqa: F401  (registers its adapter type)
+from pipelines.export import export_step
+from pipelines.runs import RunDirectory
+
+CASES = {  # adapter, strategy, DeepSpeed stage with two workers
+    "ilora": ({"type": "curlora", "r": 8}, {"name": "ilora", "size": 4, "decay": 0.5}, "zero3"),
+    "olora": ({"type": "lora", "r": 2, "alpha": 4, "carry": "stack"}, {"name": "olora"}, "zero3"),
+    "replay": ({"type": "curlora", "r": 2, "carry": "stack"}, {"name": "replay", "share": 0.2}, "zero2"),
+    "ewc": ({"type": "curlora", "r": 8}, {"name": "ewc", "strength": 1e4, "examples": 6}, "zero3"),
+}
+
+
+def run(bench, name: str, workers: int) -> dict:
+    adapter, strategy, stage = CASES[name]
+    training = bench.raw["training"] | {"max_steps": 4, "gradient_accumulation": 2}
+    evaluation = {"max_examples": 48}
+    changes = {"adapter": adapter, "strategy": strategy, "training": training, "evaluation": evaluation}
+    config = bench.config(f"{name}-{workers}", **changes, deepspeed=stage if workers > 1 else "zero2")
+    return bench.run(config, "--set", f"resources.workers={workers}")
+
+
+@pytest.fixture(scope="module")
+def two_workers(bench) -> dict[str, dict]:
+    return {name: run(bench, name, 2) for name in CASES}
+
+
+def last_logits(model, test: dict) -> list[float]:
+    with torch.no_grad():
+        logits = model.eval()(input_ids=torch.tensor([test["input_ids"]])).logits[0, -1]
+    return logits[: len(test["last_logits"])].tolist()
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_every_step_loads_in_a_bare_process_and_earlier_tasks_are_scored(bench, two_workers, name):
+    results = two_workers[name]
+    assert results["status"] == "finished"
+    assert None not in results["scores"][-1]
+    base = transformers.AutoModelForCausalLM.from_pretrained(bench.raw["base_model"]["path"], dtype=torch.float32)
+    for step in range(3):
+        folder = bench.root / "runs" / results["run"] / results["steps"][step]["directory"]
+        test = bench.metrics(results, step)["self_test"]
+        model = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder / "adapter"))
+        assert last_logits(model, test) == pytest.approx(test["last_logits"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "field", "sizes"), [("olora", "r", [2, 4, 6]), ("replay", "blocks", [1, 2, 3])])
+def test_a_stack_grows_by_a_block_a_task_and_trains_one(bench, two_workers, name, field, sizes):
+    results = two_workers[name]
+    assert len({bench.metrics(results, step)["trainable_parameters"] for step in range(3)}) == 1
+    assert [adapter_config(bench, results, step)[field] for step in range(3)] == sizes
+
+
+@pytest.mark.parametrize("form", ["lora", "merged"])
+@pytest.mark.parametrize("name", ["olora", "replay"])
+def test_a_stack_leaves_as_an_ordinary_lora_or_merged(bench, two_workers, tmp_path, name, form):
+    run_directory = RunDirectory(str(bench.root / "runs" / two_workers[name]["run"]))
+    target = export_step(run_directory, None, form, tmp_path / form)
+    path = bench.raw["base_model"]["path"] if form == "lora" else str(target)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, str(target)) if form == "lora" else model
+    test = bench.metrics(two_workers[name], 2)["self_test"]
+    assert last_logits(model, test) == pytest.approx(test["last_logits"], abs=1e-4)
+
+
+def adapter_config(bench, results: dict, step: int) -> dict:
+    folder: Path = bench.root / "runs" / results["run"] / results["steps"][step]["directory"] / "adapter"
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def test_scores_do_not_depend_on_stage_or_number_of_workers(bench, two_workers):
+    one = run(bench, "ilora", 1)
+    for found, wanted in zip(one["scores"], two_workers["ilora"]["scores"], strict=True):
+        for task, score, expected in zip(one["tasks"], found, wanted, strict=True):
+            assert (score is None) == (expected is None)
+            if score is not None:
+                bound = 1e-3 if one["metric"][task] == "nll" else 2 / 48 + 1e-9
+                assert abs(score - expected) <= bound
