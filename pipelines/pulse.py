@@ -41,6 +41,7 @@ class Pulse:
         self._told: dict | None = None
         self._guarded = False
         self._last_beat = time.monotonic()
+        self._hook = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True, name="pulse")
         self._thread.start()
@@ -50,8 +51,8 @@ class Pulse:
         self._news = {"kind": kind, **fields}
 
     def watch(self, base: nn.Module) -> None:
-        """Every forward pass of this model is a beat."""
-        base.get_input_embeddings().register_forward_pre_hook(lambda *_: self.beat())
+        """Every forward pass of this model is a beat, until `close`."""
+        self._hook = base.get_input_embeddings().register_forward_pre_hook(lambda *_: self.beat())
 
     def beat(self) -> None:
         self._last_beat = time.monotonic()
@@ -69,6 +70,8 @@ class Pulse:
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
+        if self._hook:
+            self._hook.remove()
 
     def _loop(self) -> None:
         written = 0.0

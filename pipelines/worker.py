@@ -34,8 +34,9 @@ from pipelines.checkpoint import Checkpoint
 from pipelines.config import ClassificationTask, PipelineConfig
 from pipelines.data import EvaluationSet, digest_of, evaluation_set, label_set, load_split, training_examples
 from pipelines.evaluation import World, evaluate
+from pipelines.group import Queue
 from pipelines.pulse import Pulse
-from pipelines.runs import RunDirectory, StepPlan
+from pipelines.runs import RunDirectory, StepPlan, fingerprint
 from pipelines.trainer import (
     ContinualTrainer,
     DivergedError,
@@ -45,6 +46,8 @@ from pipelines.trainer import (
     training_arguments,
 )
 
+QUEUE_SECONDS = 0.1  # between two looks for the next assignment
+IDLE_SECONDS = 60.0
 ASK_SECONDS = 2.0  # between two looks at the run directory for a request to stop
 NOTICE_LOOKS = 5  # looks between two questions to Ray whether a node is about to be taken away
 SELF_TEST_TOKENS = 32
@@ -77,28 +80,42 @@ class DamagedStepError(RuntimeError):
     """A finished step lacks a file, or holds another one than it published."""
 
 
-def train_steps(raw: dict) -> dict:
-    """Entry point of a Ray Train worker: `{"world_size", "stopped"}` (rank 0's value reaches the driver)."""
-    assignment = Assignment.from_json(raw)
-    _quiet(assignment.verbose)
-    worker = None
-    try:
-        worker = Worker(assignment)
-        worker.run()
-    except Stopped:
-        return {"world_size": worker.world.size, "stopped": True}
-    except Exception as error:
-        if is_permanent(error):
-            # Ray would start the worker group again, for the same error
-            with contextlib.suppress(OSError):  # a full disk does not take the event either; the error itself arrives
-                RunDirectory(assignment.run_uri).event(
-                    "worker_error", error=explain(error), traceback=traceback.format_exc()
-                )
-        raise
-    finally:
-        if worker is not None:
-            worker.pulse.close()
-    return {"world_size": worker.world.size, "stopped": False}
+def serve(queue: Queue, verbose: bool) -> None:
+    """Entry point of a Ray Train worker: take assignments from the queue until it ends."""
+    _quiet(verbose)
+    engine.prepare_environment()
+    worker = Worker(_world())
+    number = 0
+    while (told := _next(queue, number, worker.world))[0] != "end":
+        kind, raw = told
+        if kind == "task":
+            result = worker.work(Assignment.from_json(raw))
+            if worker.world.rank == 0:
+                queue.finish(number, result)
+        number += kind != "wait"
+
+
+def _next(queue: Queue, number: int, world: World) -> tuple[str, dict | None]:
+    """What there is to do: rank 0 asks, all hear."""
+    told = [_ask(queue, number) if world.rank == 0 else None]
+    if world.size > 1:
+        torch.distributed.broadcast_object_list(told, src=0, group=world.group)
+    return told[0]
+
+
+def _ask(queue: Queue, number: int) -> tuple[str, dict | None]:
+    """("task", assignment), ("done", None) if an earlier start of this group did it, ("end", None), or
+    ("wait", None) after a while, so that no collective times out."""
+    end = time.monotonic() + IDLE_SECONDS
+    while time.monotonic() < end:
+        if queue.result(number):
+            return "done", None
+        if raw := queue.get(number):
+            return "task", raw
+        if queue.ended:
+            return "end", None
+        time.sleep(QUEUE_SECONDS)
+    return "wait", None
 
 
 PERMANENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -142,38 +159,64 @@ def _quiet(verbose: bool) -> None:
 
 
 class Worker:
-    """State of one worker over the steps of its segment."""
+    """One process of a worker group. The base stays loaded from one assignment to the next where it is the same."""
 
-    def __init__(self, assignment: Assignment):
-        self.assignment = assignment
-        self.begun = time.time()
-        self.config = PipelineConfig.model_validate(assignment.config)
+    def __init__(self, world: World):
+        self.world = world
+        self.base: nn.Module | None = None
+        self._loaded: str | None = None  # identity of the base that is loaded
+        self._encoded: dict[str, EvaluationSet] = {}  # by cell key, of all assignments so far
+
+    def work(self, assignment: Assignment) -> dict:
+        """Do an assignment; `{"stopped"}`."""
         self.run_directory = RunDirectory(assignment.run_uri)
-        engine.prepare_environment()
-        self.world = _world(engine.deepspeed_settings(self.config.deepspeed))
-        self.pulse = Pulse(self.run_directory, self.world.rank == 0, self.config.durability.hang_timeout)
-        self._looks = 0
-        self._asked = self._kept = time.monotonic()
-        self.settings = engine.complete_settings(self.config, self.world.size)
-        self.finished = self.run_directory.finished_steps()
-        self.base, self.tokenizer = self._load_base()
-        self.pulse.watch(self.base)
-        self.context = int(getattr(self.base.config, "max_position_embeddings", None) or 1024)
-        self.sets: dict[str, EvaluationSet] = {}
-        self.classes = {
-            task.name: len(label_set(task))
-            for task in self.config.tasks
-            if isinstance(task, ClassificationTask) and task.head == "classifier"
-        }
+        config = PipelineConfig.model_validate(assignment.config)
+        self.pulse = Pulse(self.run_directory, self.world.rank == 0, config.durability.hang_timeout)
+        try:
+            self._prepare(assignment, config)
+            self._run()
+            return {"stopped": False}
+        except Stopped:
+            return {"stopped": True}
+        except Exception as error:
+            if is_permanent(error):
+                # Ray would start the worker group again, for the same error
+                with contextlib.suppress(OSError):  # a full disk takes no event either; the error itself arrives
+                    self.run_directory.event("worker_error", error=explain(error), traceback=traceback.format_exc())
+            raise
+        finally:
+            self.pulse.close()
 
     # -- set-up
+
+    def _prepare(self, assignment: Assignment, config: PipelineConfig) -> None:
+        self.assignment, self.config = assignment, config
+        self.begun = time.time()
+        self._looks = 0
+        self._asked = self._kept = time.monotonic()
+        self.settings = engine.complete_settings(config, self.world.size)
+        self.world = dataclasses.replace(self.world, lockstep=engine.stage_of(self.settings) == 3)
+        self.finished = self.run_directory.finished_steps()
+        identity = fingerprint([config.base_model.model_dump(), self.world.lockstep])
+        if self._loaded != identity:
+            self.base = None  # before the next one is loaded
+            self._encoded.clear()
+            self.base, self.tokenizer = self._load_base()
+            self._loaded = identity
+        self.pulse.watch(self.base)
+        self.context = int(getattr(self.base.config, "max_position_embeddings", None) or 1024)
+        self.classes = {
+            task.name: len(label_set(task))
+            for task in config.tasks
+            if isinstance(task, ClassificationTask) and task.head == "classifier"
+        }
 
     def _load_base(self) -> tuple[nn.Module, object]:
         import transformers
         from transformers.integrations import HfDeepSpeedConfig
 
         # under ZeRO-3 this object makes from_pretrained load shards only; it must stay referenced
-        self._partitioning = HfDeepSpeedConfig(self.settings) if engine.stage_of(self.settings) == 3 else None
+        self._partitioning = HfDeepSpeedConfig(self.settings) if self.world.lockstep else None
         base = self.config.base_model
         options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
         with _stdout_to_stderr():
@@ -187,7 +230,7 @@ class Worker:
 
     # -- the segment
 
-    def run(self) -> None:
+    def _run(self) -> None:
         self._event("segment_started", None, world_size=self.world.size)
         self._evaluate_finished()
         for plan in self.assignment.steps:
@@ -562,10 +605,11 @@ class Worker:
         return cells
 
     def _set(self, name: str) -> EvaluationSet:
-        if name not in self.sets:
+        key = self.assignment.cell_keys[name]
+        if key not in self._encoded:
             source = next(s for s in [*self.config.tasks, *self.config.retention] if s.name == name)
-            self.sets[name] = evaluation_set(source, self.tokenizer, self.config, self.context)
-        return self.sets[name]
+            self._encoded[key] = evaluation_set(source, self.tokenizer, self.config, self.context)
+        return self._encoded[key]
 
     def _self_test(self, model: nn.Module) -> dict:
         """A few logits as this worker computes them: whoever loads the adapter later can check that it is the same."""
@@ -691,18 +735,16 @@ def _data_identity(config: PipelineConfig, name: str) -> dict:
     return {"train": {"digest": digest_of(task, "train"), "rows": len(load_split(task, "train"))}}
 
 
-def _world(settings: dict) -> World:
+def _world() -> World:
     """This process's place among the workers of a Ray Train run (or alone)."""
     if not torch.distributed.is_initialized():
         return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     import ray.train.torch
 
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return World(
-        rank=rank,
-        size=size,
+        rank=torch.distributed.get_rank(),
+        size=torch.distributed.get_world_size(),
         device=ray.train.torch.get_device(),
-        lockstep=engine.stage_of(settings) == 3,
         group=torch.distributed.new_group(backend="gloo"),  # objects travel over gloo also where tensors use NCCL
     )
 

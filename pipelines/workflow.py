@@ -12,7 +12,6 @@ import os
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +19,10 @@ from typing import Any
 
 from pipelines import metrics as formulas
 from pipelines.config import BaseModelConfig, ClassificationTask, ConfigError, PipelineConfig, Problem, looks_local
+from pipelines.group import GroupLost, WorkerGroup
 from pipelines.runs import Lease, RunDirectory, RunDirectoryError, StepPlan, fingerprint
 
 WHOLE_FILE = 1 << 30  # larger weight files are fingerprinted by samples
-POLL_SECONDS = 0.25
 TASK_IDENTITY = ("name", "kind", "head", "text", "label", "labels", "prompt", "verbalizer", "splits")
 STOP_SECONDS = 4.0  # for workers to write a checkpoint after a request to stop, before they are ended
 
@@ -255,8 +254,8 @@ class Drive:
     lease: Lease
     projector: Projector
     on_event: Callable[[dict], None]
-    verbose: bool = False
-    known: set[str] = field(default_factory=set)
+    known: set[str]
+    group: WorkerGroup = field(init=False)
 
 
 def run_chain(
@@ -266,6 +265,7 @@ def run_chain(
     segment_length: int | None = None,
     address: str | None = None,
     redo: Sequence[str] = (),
+    group: WorkerGroup | None = None,
 ) -> dict:
     """Do what is missing of a run and return its results.
 
@@ -274,6 +274,7 @@ def run_chain(
         segment_length: steps a worker group does before the driver looks again; None: as many as possible.
         address: Ray cluster; None: RAY_ADDRESS, else a local one.
         redo: tasks or positions whose finished steps are to be trained again.
+        group: workers to use and to leave as they are; None: a cluster and workers for this run alone.
 
     Raises:
         ConfigError: bad input, before any training.
@@ -295,19 +296,31 @@ def run_chain(
         _forget(run, plan, redo)
         _check_files(run, plan)
         projector = Projector(run, config, [step.fingerprint for step in plan.steps])
-        drive = Drive(config, plan, run, lease, projector, on_event, verbose, {name for name, _ in run.events()})
-        ran = False
-        if plan.missing_steps(run) or any(plan.missing_cells(run).values()):
-            ran = True
+        ran = bool(plan.missing_steps(run) or any(plan.missing_cells(run).values()))
+        if ran:
             _check_model(config)
-            with _stops_cleanly(drive):
+            known = {name for name, _ in run.events()}
+            drive = Drive(config, plan, run, lease, projector, on_event, known)
+            with _stops_cleanly(drive), _workers(config, group, verbose, address) as drive.group:
                 run.event("started", steps=len(plan.steps), done=len(plan.steps) - len(plan.missing_steps(run)))
                 _save_results(run, config, plan, "running")
-                with _Cluster(config, verbose, address):
-                    _run_segments(drive, segment_length)
+                _run_segments(drive, segment_length)
+            run.remove("train")
             run.event("finished")
         results = _save_results(run, config, plan, "finished")
         return _publish(run, config, results, projector, on_event) | {"ran": ran}
+
+
+@contextlib.contextmanager
+def _workers(config: PipelineConfig, group: WorkerGroup | None, verbose: bool, address: str | None):
+    """The given group; or one of this run alone, on a cluster that is left or ended with it."""
+    if group:
+        yield group
+        return
+    with cluster(config, verbose, address):
+        group = WorkerGroup(config, config.run_uri, gpus_per_worker(config), verbose)
+        yield group
+        group.close()
 
 
 @contextlib.contextmanager
@@ -416,7 +429,7 @@ def _run_segments(drive: Drive, segment_length: int | None) -> None:
         try:
             _run_segment(drive, steps)
             failures = 0
-        except _SegmentLost as error:
+        except GroupLost as error:
             failures = failures + 1 if _progress_made(drive) == before else 0
             if failures > drive.config.durability.max_failures:
                 reason = f"{error} (gave up after {failures} starts without progress: durability.max_failures)"
@@ -428,10 +441,6 @@ def _run_segments(drive: Drive, segment_length: int | None) -> None:
             )
 
 
-class _SegmentLost(RuntimeError):
-    """A segment's Ray task ended by a fault that another start may not meet."""
-
-
 def _progress_made(drive: Drive) -> list:
     """What of the missing steps is done, in a form to compare."""
     steps = drive.plan.steps
@@ -439,84 +448,47 @@ def _progress_made(drive: Drive) -> list:
 
 
 def _run_segment(drive: Drive, steps: tuple[StepPlan, ...]) -> None:
-    config, plan, run = drive.config, drive.plan, drive.run
-    assignment = {
-        "run_uri": run.uri,
-        "config": config.model_dump(),
-        "steps": [step.to_json() for step in steps],
-        "base_directory": plan.base_directory,
-        "base_fingerprint": plan.base_fingerprint,
-        "missing": plan.missing_cells(run),
-        "cell_keys": plan.cell_keys,
-        "lease": drive.lease.token,
-        "verbose": drive.verbose,
-    }
-    reference = _start_segment(config, assignment, steps)
-    try:
-        _watch(drive, reference)
-    except BaseException as error:
-        _end_workers(drive, reference, seconds=0 if isinstance(error, RunFailed | _SegmentLost) else STOP_SECONDS)
-        raise
-
-
-def _start_segment(config: PipelineConfig, assignment: dict, steps: Sequence[StepPlan]):
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    # a name of its own for every start: Ray Train would restore the state of an earlier one of the same name
-    name = f"segment-{steps[0].position if steps else 0}-{uuid.uuid4().hex[:8]}"
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # outlives other nodes
-    remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(fit_segment)
-    return remote.remote(assignment, name, gpus_per_worker(config))
-
-
-def fit_segment(assignment: dict, name: str, gpus: float) -> dict:
-    """One `TorchTrainer.fit`, as a Ray task: the workers do every step of the segment."""
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    config = PipelineConfig.model_validate(assignment["config"])
-    resources = {"CPU": config.resources.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
-    trainer = TorchTrainer(
-        work,
-        train_loop_config=assignment,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.resources.workers, use_gpu=bool(gpus), resources_per_worker=resources
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=f"{assignment['run_uri']}/train",
-            failure_config=ray.train.FailureConfig(
-                max_failures=config.durability.max_failures, controller_failure_limit=3
-            ),
-            logging_config=ray.train.LoggingConfig(log_level="INFO" if assignment["verbose"] else "ERROR"),
-        ),
-    )
-    return trainer.fit().return_value
-
-
-def work(assignment: dict) -> dict:
-    """What Ray Train calls in a worker. Imports there, so that the processes around it stay small."""
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    from pipelines.worker import train_steps
-
-    return train_steps(assignment)
-
-
-def _watch(drive: Drive, reference) -> None:
-    """Follow a segment through the run directory until its Ray task ends.
+    """Hand a segment to the workers and follow it through the run directory until it is done.
 
     Raises:
         RunFailed: trying again cannot help, or the workers gave no sign of life for too long.
-        RunStopped: the workers stopped because somebody asked for it.
-        _SegmentLost: the task broke off for another reason.
+        RunStopped: somebody asked for it.
+        GroupLost: the workers broke off for another reason.
     """
-    import ray
+    plan, run = drive.plan, drive.run
+    number = drive.group.submit(
+        {
+            "run_uri": run.uri,
+            "config": drive.config.model_dump(),
+            "steps": [step.to_json() for step in steps],
+            "base_directory": plan.base_directory,
+            "base_fingerprint": plan.base_fingerprint,
+            "missing": plan.missing_cells(run),
+            "cell_keys": plan.cell_keys,
+            "lease": drive.lease.token,
+        }
+    )
+    try:
+        result = _watch(drive, number)
+    except GroupLost:
+        raise
+    except RunFailed:
+        drive.group.kill()  # its workers have raised, or are silent
+        raise
+    except BaseException:
+        _end_workers(drive, number)
+        raise
+    if result["stopped"]:
+        raise RunStopped(run.stop_requested() or "another driver has taken over this run")
+    run.remove("progress.json")
 
+
+def _watch(drive: Drive, number: int) -> dict:
+    """The result of an assignment; reports what happens meanwhile."""
     alive, told = time.monotonic(), None
-    ended = False
-    while not ended:
-        ended = bool(ray.wait([reference], timeout=POLL_SECONDS)[0])
+    result = None
+    while result is None:
+        result = drive.group.wait(number)
         for name, event in drive.run.events(drive.known):
             drive.known.add(name)
             alive = time.monotonic()
@@ -526,16 +498,9 @@ def _watch(drive: Drive, reference) -> None:
             alive, told = time.monotonic(), mark
             drive.on_event(progress)
         _check_alive(drive, alive)
-        if not ended and (reason := drive.run.stop_requested()):
+        if result is None and (reason := drive.run.stop_requested()):
             raise RunStopped(reason)
-    try:
-        result = ray.get(reference)
-    except ray.exceptions.RayError as error:
-        raise _SegmentLost(_root_cause(error)) from error
-    if result["stopped"]:
-        raise RunStopped(drive.run.stop_requested() or "another driver has taken over this run")
-    drive.run.remove("train")
-    drive.run.remove("progress.json")
+    return result
 
 
 def _handle(drive: Drive, event: dict) -> None:
@@ -565,56 +530,39 @@ def _check_alive(drive: Drive, alive: float) -> None:
         )
 
 
-def _end_workers(drive: Drive, reference, seconds: float) -> None:
+def _end_workers(drive: Drive, number: int) -> None:
     """Give the workers a moment to write a checkpoint, then end them."""
-    import ray
-
-    if seconds:
-        with contextlib.suppress(OSError):
-            if drive.run.stop_requested() is None:
-                drive.run.request_stop("the driver ends")
-        ray.wait([reference], timeout=seconds)
-    with contextlib.suppress(ray.exceptions.RayError):
-        ray.cancel(reference, force=True)
+    with contextlib.suppress(OSError, GroupLost):
+        if drive.run.stop_requested() is None:
+            drive.run.request_stop("the driver ends")
+        drive.group.wait(number, STOP_SECONDS)
+    drive.group.kill()
 
 
 def _and_then(reason: str) -> str:
     return f"{reason}\nWhat was finished is kept; run the same command to go on from there."
 
 
-def _root_cause(error: BaseException) -> str:
-    """The worker's own last line out of a nest of Ray errors."""
-    causes = getattr(getattr(error, "cause", None), "worker_failures", None) or getattr(error, "worker_failures", None)
-    text = str(next(iter(causes.values()))) if causes else str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else repr(error))
-
-
 # -- cluster
 
 
-class _Cluster:
-    """A Ray cluster for the time of a run: the given one, RAY_ADDRESS, or a local one that ends with the run."""
+@contextlib.contextmanager
+def cluster(config: PipelineConfig, verbose: bool = False, address: str | None = None) -> Iterator[None]:
+    """A Ray cluster: the one this process is connected to, the given one, RAY_ADDRESS, or a local one for the time.
 
-    def __init__(self, config: PipelineConfig, verbose: bool, address: str | None):
-        self.config, self.verbose, self.address = config, verbose, address
+    Raises:
+        ConfigError: the workers can never be placed there.
+    """
+    import ray
 
-    def __enter__(self) -> None:
-        import ray
-
-        self.mine = not ray.is_initialized()
-        if self.mine:
-            connect(self.verbose, self.address)
-        try:
-            check_cluster(self.config, ray.cluster_resources())
-        except ConfigError:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *_: Any) -> None:
-        import ray
-
-        if self.mine:
+    mine = not ray.is_initialized()
+    if mine:
+        connect(verbose, address)
+    try:
+        check_cluster(config, ray.cluster_resources())
+        yield
+    finally:
+        if mine:
             ray.shutdown()
 
 
