@@ -162,10 +162,11 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from pipelines.hub import hub_available
 
     online = hub_available(config)
-    from pipelines.data import check_data
+    from pipelines.door import check_data
     from pipelines.preflight import check_model, memory_by_stage, model_facts
 
-    problems = check_data(config)
+    warned: list[str] = []
+    problems = check_data(config, warn=warned.append)
     problems, unreachable = (problems, []) if online else split_unreachable(config, problems)
     problems += check_model(config)
     if problems:
@@ -173,8 +174,11 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     facts = model_facts(config)
     table = memory_by_stage(facts, config)
     if as_json:
-        click.echo(json.dumps({"model": facts.__dict__, "memory_gib": table, "unchecked": unreachable}, indent=1))
+        found = {"model": facts.__dict__, "memory_gib": table, "unchecked": unreachable, "warnings": warned}
+        click.echo(json.dumps(found, indent=1))
         return
+    for line in warned:
+        click.echo(f"warning: {line}", err=True)
     for line in unreachable:
         click.echo(f"not checked: {line}", err=True)
     _print_facts(config, facts, table)

@@ -28,9 +28,11 @@ from torch import nn
 from curlora.continual import TaskContext, make_strategy
 from pipelines import adapters, engine, heads
 from pipelines.config import ClassificationTask, PipelineConfig
-from pipelines.data import EvaluationSet, digest_of, evaluation_set, label_set, load_split, training_examples
+from pipelines.data import evaluation_set, training_examples
 from pipelines.evaluation import World, evaluate
+from pipelines.kinds import EvaluationSet, kind_of
 from pipelines.runs import RunDirectory, StepPlan
+from pipelines.sources import digest_of, load_split
 from pipelines.trainer import ContinualTrainer, DivergedError, optimizer_steps, training_arguments
 
 PROGRESS_SECONDS = 1.0
@@ -111,7 +113,7 @@ class Worker:
         self.context = int(getattr(self.base.config, "max_position_embeddings", None) or 1024)
         self.sets: dict[str, EvaluationSet] = {}
         self.classes = {
-            task.name: len(label_set(task))
+            task.name: len(kind_of(task).classes(task))
             for task in self.config.tasks
             if isinstance(task, ClassificationTask) and task.head == "classifier"
         }
@@ -276,13 +278,7 @@ class Worker:
         training = self.config.training
         tasks = [self.config.task(name) for name in plan.tasks]
         max_length = min(training.max_length, self.context)
-        examples = [
-            example
-            for task in tasks
-            for example in training_examples(
-                task, self.tokenizer, max_length, training.max_train_examples, training.seed
-            )
-        ]
+        examples = training_examples(tasks, self.tokenizer, max_length, training.max_train_examples, training.seed)
         context = TaskContext(plan.label, plan.position, training.seed, examples)
         strategy.before_task(model, context)
         if not any(p.requires_grad for p in model.parameters()):

@@ -1,6 +1,7 @@
 """Where the shared data and model lie, what is skipped without them, and a model small enough for unit tests."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,16 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir() or not (SHARED / "models" / "tiny-llama").is_dir():
         pytest.skip("needs ../shared/data and ../shared/models beside the repository")
     return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory):
+    """Neither rows nor tokens of a test stay on the machine, and none are found there."""
+    folder = str(tmp_path_factory.mktemp("caches"))
+    with pytest.MonkeyPatch.context() as patch:
+        if "CURLORA_TEST_CACHE" not in os.environ:
+            patch.setenv("CURLORA_CACHE", folder)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,18 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config import parse_config
-from pipelines.data import (
-    IGNORE,
-    check_data,
-    digest,
-    evaluation_set,
-    label_set,
-    load_split,
-    majority_rate,
-    subset_indices,
-    training_examples,
-    windows,
-)
+from pipelines.data import IGNORE, evaluation_set, majority_rate, subset_indices, training_examples
+from pipelines.door import check_data
+from pipelines.encode import windows
+from pipelines.kinds.classification import label_set
+from pipelines.sources import digest, load_split
 from tests.conftest import minimal, write_jsonl
 
 
@@ -32,10 +25,10 @@ def config_of(tmp_path, data, **task):
 def test_windows_score_every_token_but_the_first_once(length, window, stride):
     stride = min(stride, window - 1)
     stream = np.arange(length)
-    scored = [token for item in windows(stream, window, stride) for token in item.input_ids[item.start :]]
+    scored = [token for item in windows([stream], window, stride) for token in item.input_ids[item.start :]]
     assert scored == list(range(1, length))
-    assert all(len(item.input_ids) <= window for item in windows(stream, window, stride))
-    assert all(item.start >= 1 for item in windows(stream, window, stride))
+    assert all(len(item.input_ids) <= window for item in windows([stream], window, stride))
+    assert all(item.start >= 1 for item in windows([stream], window, stride))
 
 
 def test_digest_sees_content_and_order(tmp_path, reviews):
@@ -80,18 +73,22 @@ def test_text_is_packed_with_ends_between_documents(tmp_path, tokenizer):
     for split in ("train", "test"):
         write_jsonl(folder / f"{split}.jsonl", [{"text": "the film"}, {"text": "a story is good"}])
     raw = minimal(tmp_path, folder)
-    raw["tasks"] = [{"name": "t", "kind": "language-modeling", "data": str(folder)}]
-    task = parse_config(raw).tasks[0]
-    examples = training_examples(task, tokenizer, 9, None, seed=0)
-    tokens = [t for e in examples for t in e.input_ids]
-    assert tokenizer.decode(tokens) == "the film</s>a story is good</s>"
-    assert all(e.labels == e.input_ids and len(e.input_ids) <= 9 for e in examples)
+    for documents in ("separate", "joined"):
+        raw["tasks"] = [{"name": "t", "kind": "language-modeling", "data": str(folder), "documents": documents}]
+        examples = training_examples(parse_config(raw).tasks[0], tokenizer, 9, None, seed=0)
+        tokens = [t for e in examples for t in e.input_ids]
+        assert tokenizer.decode(tokens) == "the film</s>a story is good</s>"
+        assert [len(e.input_ids) for e in examples[:-1]] == [9] * (len(examples) - 1)
+        second = len(tokenizer("the film</s>")["input_ids"])  # where the second document begins
+        unlearned = {i for i, label in enumerate(t for e in examples for t in e.labels) if label == IGNORE}
+        assert unlearned == ({second} if documents == "separate" else set())
 
 
 def test_labels_by_name_by_mapping_and_by_occurrence(tmp_path, reviews):
     assert label_set(config_of(tmp_path, reviews).tasks[0]).index["positive"] == 1
     mapped = config_of(tmp_path, reviews, labels={4: "positive", 0: "negative"}).tasks[0]
-    assert (label_set(mapped).names, label_set(mapped).index) == (("positive", "negative"), {4: 0, 0: 1})
+    assert label_set(mapped).names == ("positive", "negative")
+    assert [label_set(mapped).of(value) for value in (4, 0, "4", 1, None)] == [0, 1, 0, None, None]
     other = tmp_path / "other"
     other.mkdir()
     write_jsonl(other / "train.jsonl", [{"sentence": "x", "label": v} for v in ("spam", "ham", "spam")])
@@ -117,7 +114,7 @@ def test_empty_split(tmp_path, reviews):
 def test_label_outside_the_label_set_names_row_and_value(tmp_path, reviews):
     write_jsonl(reviews / "test.jsonl", [{"sentence": "a", "label": 0}, {"sentence": "b", "label": 7}])
     found = problems(tmp_path, reviews)
-    assert "tasks.0.data: test row 2: label 7 is outside the label set" in found
+    assert f"tasks.0.data: {reviews}/test.jsonl:2: label 7 is outside the label set" in found
 
 
 def test_missing_column_names_the_nearest(tmp_path, reviews):
@@ -132,7 +129,7 @@ def test_broken_line_is_named(tmp_path, reviews):
 
 def test_missing_text_names_the_row(tmp_path, reviews):
     write_jsonl(reviews / "test.jsonl", [{"sentence": "a", "label": 0}, {"sentence": None, "label": 1}])
-    assert "test row 2: 'sentence' is missing" in problems(tmp_path, reviews)
+    assert "test.jsonl:2: 'sentence' is missing" in problems(tmp_path, reviews)
 
 
 def test_good_data_has_no_problem(tmp_path, reviews):
