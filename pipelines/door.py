@@ -16,7 +16,7 @@ from pipelines.data import scored_length
 from pipelines.encode import Encoder
 from pipelines.kinds import Kind, kind_of
 from pipelines.kinds.base import short
-from pipelines.sources import DataError, broken_places, files_of, load_split, place, records
+from pipelines.sources import DataError, digest_of, files_of, load_split, place, records, silent_damage
 
 AT_MOST = 5  # rows named for each split; the rest are counted
 SCARCE = 16  # characters up to which a text is tokenised at the door, to see whether anything is left of it
@@ -81,6 +81,8 @@ class _Check:
         self.field, self.source, self.encoder, self.warn = field, source, encoder, warn
         self.kind: Kind = kind_of(source)
         self.found: list[Problem] = []
+        self.train_is_readable = False
+        self.seen: set[int] = set()  # classes that occur in train
 
     def problems(self) -> list[Problem]:
         corpus = isinstance(self.source, RetentionCorpus)
@@ -101,7 +103,10 @@ class _Check:
         before = len(self.found)
         try:
             rows = load_split(self.source, split)
-            self._broken_tables(split)
+            damage = [problem for path in files_of(self.source, split) for problem in silent_damage(path)]
+            if damage:
+                raise DataError(damage)
+            digest_of(self.source, split)  # reads all columns, also those that no task names
             names = rows.column_names
             wanted = self.kind.columns(self.source)
             for column in wanted:
@@ -109,17 +114,14 @@ class _Check:
                     where = f"{self.source.name}/{split}"
                     self._add(f"{where} has no column '{column}', {did_you_mean(column, names)}")
             if len(self.found) == before:
+                self.train_is_readable |= split == "train"
                 self._rows(split, rows, wanted)
         except DataError as error:
             for problem in error.problems:
                 self._add(str(problem))
+        except UnicodeDecodeError as error:
+            self._add(f"{self.source.name}/{split}: a text holds bytes that are not UTF-8 ({error}); write it anew")
         return len(self.found) == before
-
-    def _broken_tables(self, split: str) -> None:
-        """A short line of a CSV file reads as one with missing values."""
-        for path in files_of(self.source, split):
-            if path.endswith((".csv", ".tsv")):
-                self.found += [Problem(self.field, str(problem)) for problem in broken_places(path)]
 
     def _rows(self, split: str, rows, columns: list[str]) -> None:
         read, classes, empty, bad = self._reader(), Counter(), 0, 0
@@ -137,7 +139,8 @@ class _Check:
             self._split_as_a_whole(split, len(rows), classes, empty)
 
     def _reader(self) -> Callable[[dict], int | None] | None:
-        return self.kind.reader(self.source) if _has_label(self.source) else None
+        """Reads labels; None where there are none, or where those of train could not be read."""
+        return self.kind.reader(self.source) if _has_label(self.source) and self.train_is_readable else None
 
     def _row(self, row: dict, read, classes: Counter) -> Iterator[str]:
         reasons = list(self.kind.row_problems(self.source, row))
@@ -181,10 +184,9 @@ class _Check:
                 self.warn(f"{message}; scores on it say little")
         if split == "train":
             self.seen = set(classes)
-        elif unseen := sorted(set(classes) - getattr(self, "seen", set(classes))):
+        elif self.seen and self.kind.classes(self.source) and (unseen := sorted(set(classes) - self.seen)):
             names = ", ".join(f"'{self.kind.classes(self.source)[c]}'" for c in unseen[:8])
-            if self.kind.classes(self.source):
-                self._add(f"{where}: the label(s) {names} never occur in train; add rows to train or drop them here")
+            self._add(f"{where}: the label(s) {names} never occur in train; add rows to train or drop them here")
 
     # -- all splits together
 

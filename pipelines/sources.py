@@ -2,7 +2,7 @@
 
 | `data:`             | rows of split `train` |
 |---------------------|-----------------------|
-| folder (or URI)     | `train.<format>`, else `train-*.<format>` or `train/*.<format>`, in order of name |
+| folder (or URI)     | `train.<format>`, else all `train-*.<format>` or `train/*.<format>`, by name |
 | one file (or URI)   | nine rows in ten, drawn by a fixed seed; the tenth is the split `test` |
 | hub id              | the hub's own split of that name, at `revision` |
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 CARVED = 0.1  # share of a single file that becomes its test split
+AT_MOST = 5  # broken lines named for each file
 BATCH = 1000  # rows read at a time
 REOPEN_ROWS = 20_000  # rows after which a memory map is opened anew, which gives back the pages it has touched
 
@@ -56,7 +57,18 @@ def load_split(source: Source, split: str) -> datasets.Dataset:
     Raises:
         DataError: nothing there, not readable, or no rows; names the file and, for broken text, the line.
     """
-    return _load(source.data, source.subset, source.revision, _expression(source, split), split)
+    expression = _expression(source, split)
+    return _load(source.data, source.subset, source.revision, expression, split, _stamp(source.data))
+
+
+def _stamp(data: str) -> tuple:
+    """What changes when local files change: a process that lives long sees new rows."""
+    if not looks_local(data) or not os.path.exists(data):
+        return ()
+    folders = [entry.path for entry in os.scandir(data) if entry.is_dir()] if os.path.isdir(data) else []
+    files = [entry for folder in (data, *folders) for entry in os.scandir(folder)] if os.path.isdir(data) else []
+    stats = [(entry.path, entry.stat()) for entry in files] or [(data, os.stat(data))]
+    return tuple(sorted((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
 
 
 def _expression(source: Source, split: str) -> str:
@@ -64,7 +76,9 @@ def _expression(source: Source, split: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _load(data: str, subset: str | None, revision: str | None, expression: str, split: str) -> datasets.Dataset:
+def _load(
+    data: str, subset: str | None, revision: str | None, expression: str, split: str, stamp: tuple
+) -> datasets.Dataset:
     # datasets takes a second to import: only commands that read data pay for it
     import datasets
 
@@ -111,13 +125,10 @@ def _read(files: dict[str, tuple[str, ...]], expression: str, data: str) -> data
     paths = [path for group in local.values() for path in group]
     if all(os.path.getsize(path) == 0 for path in paths):
         return datasets.Dataset.from_dict({})
-    formats = {_format(path) for path in paths}
-    if len(formats) > 1:
-        names = ", ".join(sorted(formats))
-        raise DataError([Problem(data, f"mixes the formats {names} in one split; keep one of them")])
+    suffix = _format(paths[0])
     try:
         inside = all(_folder_name(path) == stem for stem, group in files.items() for path in group)
-        builder, options = _builder(formats.pop(), paths, file_is_document=inside)
+        builder, options = _builder(suffix, paths, file_is_document=inside)
         return datasets.load_dataset(builder, data_files=local, split=expression, **options)
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         problems = [problem for path in paths for problem in broken_places(path)]
@@ -189,7 +200,9 @@ def _files_of_part(data: str, stem: str) -> list[str]:
     if not found:
         there = f"the folder holds: {', '.join(names[:20])}" if names else "check the path"
         raise DataError([Problem(f"{data.rstrip('/')}/{stem}.jsonl", f"no such file; {there}")])
-    return [f"{data.rstrip('/')}/{name}" for name in found]
+    # the same rows in two formats are a convenience for people, not two parts: the first of FORMATS counts
+    chosen = min((_format(name) for name in found), key=list(FORMATS).index)
+    return [f"{data.rstrip('/')}/{name}" for name in found if _format(name) == chosen]
 
 
 def _filesystem(path: str):
@@ -322,20 +335,17 @@ def digest(rows: datasets.Dataset) -> str:
     return sha.hexdigest()[:32]
 
 
-@lru_cache(maxsize=64)
-def split_digest(data: str, subset: str | None, revision: str | None, expression: str, split: str) -> str:
-    """Computed once a node: `datasets` gives rows a fingerprint that changes with the file they were read from."""
-    rows = _load(data, subset, revision, expression, split)
+def digest_of(source: Source, split: str) -> str:
+    """Digest of a source's split, computed once a node.
+
+    `datasets` gives rows a fingerprint that changes with the file they were read from.
+    """
+    rows = load_split(source, split)
     memo = cache_folder("digests") / hashlib.sha256(f"{rows._fingerprint}-{len(rows)}".encode()).hexdigest()[:32]
     if not memo.exists():
         with published(memo) as temporary:
             temporary.write_text(digest(rows))
     return memo.read_text()
-
-
-def digest_of(source: Source, split: str) -> str:
-    """Digest of a source's split."""
-    return split_digest(source.data, source.subset, source.revision, _expression(source, split), split)
 
 
 # -- places, for people
@@ -400,8 +410,15 @@ def _row_lines(path: str, row: int) -> tuple[int, int] | None:
     return None
 
 
-def broken_places(path: str, at_most: int = 5) -> list[Problem]:
-    """Where a text file is broken, by line: `datasets` only says that it is, or says nothing."""
+def silent_damage(path: str) -> list[Problem]:
+    """Damage that reading does not notice: other encodings than UTF-8, lines of a table that are too short."""
+    if _format(path) == ".parquet":
+        return []
+    return broken_places(path) if _format(path) in (".csv", ".tsv") else _broken_encoding(path, AT_MOST)
+
+
+def broken_places(path: str, at_most: int = AT_MOST) -> list[Problem]:
+    """Where a file is broken, by line: `datasets` only says that it is."""
     suffix = _format(path)
     if suffix == ".parquet":
         return _broken_parquet(path)

@@ -44,15 +44,24 @@ def label_set(task: ClassificationTask) -> LabelSet:
         DataError: labels.json is no list of texts.
     """
     if isinstance(task.labels, dict):
-        raw = {str(value): i for i, value in enumerate(task.labels)}
-        return LabelSet(tuple(task.labels.values()), raw | {value: i for i, value in enumerate(task.labels)})
+        return LabelSet(tuple(task.labels.values()), _spellings(task.labels))
     names = task.labels or _labels_file(task.data) or _feature_names(task)
     if names is None:
         values = _occurring(task)
-        return LabelSet(tuple(map(str, values)), {value: i for i, value in enumerate(values)})
-    index: dict[Any, int] = {str(i): i for i in range(len(names))} | {i: i for i in range(len(names))}
-    index.update({name: i for i, name in enumerate(names)})
-    return LabelSet(tuple(names), index)
+        return LabelSet(tuple(map(str, values)), _spellings(values))
+    return LabelSet(tuple(names), _spellings(range(len(names))) | {name: i for i, name in enumerate(names)})
+
+
+def _spellings(values: Iterable) -> dict[Any, int]:
+    """value → position; a whole number counts written as a number and as text."""
+    index: dict[Any, int] = {}
+    for position, value in enumerate(values):
+        if isinstance(value, int) and not isinstance(value, bool):
+            index.setdefault(str(value), position)
+        elif isinstance(value, str) and value.isdecimal() and value.isascii():
+            index.setdefault(int(value), position)
+        index[value] = position
+    return index
 
 
 def _labels_file(data: str) -> list[str] | None:
