@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from curlora.continual.strategy import Example
-from pipelines.config import PipelineConfig, RetentionCorpus, Source, TaskSource
+from pipelines.config import LanguageModelingTask, PipelineConfig, RetentionCorpus, Source, TaskSource
 from pipelines.encode import Encoded, Encoder, tokenizer_fingerprint
 from pipelines.kinds import EvaluationSet, kind_of
 from pipelines.sources import batches, cache_folder, digest_of, load_split, node_lock, published
@@ -165,7 +165,9 @@ def scored_length(source: Source, config: PipelineConfig, context: int) -> int:
 def prediction_set(
     task: TaskSource, rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: PipelineConfig, context: int
 ) -> EvaluationSet:
-    """New rows (with the task's input columns) encoded exactly as `evaluation_set` does."""
+    """New rows (with the task's input columns) encoded as `evaluation_set` does; text always a document a row."""
+    if isinstance(task, LanguageModelingTask):
+        task = task.model_copy(update={"documents": "separate"})
     encoder, kind = Encoder(tokenizer, scored_length(task, config, context)), kind_of(task)
     columns = {name: [row[name] for row in rows] for name in kind.inputs(task)}
     items = tuple(

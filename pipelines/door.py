@@ -82,6 +82,7 @@ class _Check:
         self.kind: Kind = kind_of(source)
         self.found: list[Problem] = []
         self.train_is_readable = False
+        self.class_names: tuple[str, ...] = ()
         self.seen: set[int] = set()  # classes that occur in train
 
     def problems(self) -> list[Problem]:
@@ -114,7 +115,8 @@ class _Check:
                     where = f"{self.source.name}/{split}"
                     self._add(f"{where} has no column '{column}', {did_you_mean(column, names)}")
             if len(self.found) == before:
-                self.train_is_readable |= split == "train"
+                if split == "train":
+                    self.train_is_readable, self.class_names = True, self.kind.classes(self.source)
                 self._rows(split, rows, wanted)
         except DataError as error:
             for problem in error.problems:
@@ -145,7 +147,7 @@ class _Check:
     def _row(self, row: dict, read, classes: Counter) -> Iterator[str]:
         reasons = list(self.kind.row_problems(self.source, row))
         yield from reasons
-        if read is not None and not reasons:
+        if read is not None and (self.class_names or not reasons):  # the choices of a bad row cannot be read
             value = row[self.source.label]
             label = read(row)
             if label is None:
@@ -159,7 +161,7 @@ class _Check:
         if value is None or value != value:
             what = "missing" if value is None else "NaN"
             return f"the label '{self.source.label}' is {what}; fill it or drop the row"
-        names = ", ".join(map(repr, self.kind.classes(self.source)[:8]))
+        names = ", ".join(map(repr, self.class_names[:8]))
         known = f"the label set ({names})" if names else "the choices"
         return f"label {short(value)} is outside {known}; fix it or set labels:"
 
@@ -175,8 +177,8 @@ class _Check:
             self._add(f"{where}: all {count} texts are empty; check the column")
         elif empty and isinstance(self.source, TaskSource):
             self.warn(f"{where}: {empty} of {count} texts are empty and teach nothing")
-        if len(classes) == 1 and self.kind.classes(self.source):
-            name = self.kind.classes(self.source)[next(iter(classes))]
+        if len(classes) == 1 and self.class_names:
+            name = self.class_names[next(iter(classes))]
             message = f"{where}: all {count} rows have the same label '{name}'"
             if split == "train":
                 self._add(f"{message}; there is nothing to learn, add rows of other classes")
@@ -184,8 +186,8 @@ class _Check:
                 self.warn(f"{message}; scores on it say little")
         if split == "train":
             self.seen = set(classes)
-        elif self.seen and self.kind.classes(self.source) and (unseen := sorted(set(classes) - self.seen)):
-            names = ", ".join(f"'{self.kind.classes(self.source)[c]}'" for c in unseen[:8])
+        elif self.seen and self.class_names and (unseen := sorted(set(classes) - self.seen)):
+            names = ", ".join(f"'{self.class_names[c]}'" for c in unseen[:8])
             self._add(f"{where}: the label(s) {names} never occur in train; add rows to train or drop them here")
 
     # -- all splits together

@@ -97,10 +97,14 @@ class Kind:
     def columns(self, task) -> list[str]:
         return list(dict.fromkeys([*self.inputs(task), *self.answers(task)]))
 
-    def row_problems(self, task, row: Row) -> Iterator[str]:
-        """What is wrong with one row, each as `'column' is …; remedy`."""
+    def input_problems(self, task, row: Row) -> Iterator[str]:
+        """What is wrong with the inputs of one row, each as `'column' is …; remedy`."""
         for column in self.inputs(task):
             yield from text_problems(column, row[column])
+
+    def row_problems(self, task, row: Row) -> Iterator[str]:
+        """What is wrong with one row of train or test, its class apart."""
+        return self.input_problems(task, row)
 
     def task_problems(self, task, encoder: Encoder | None) -> Iterator[str]:
         """What is wrong with the task itself, given its data (and tokenizer, where there is one)."""

@@ -167,7 +167,7 @@ class Verbalizer(_Classification):
     def inputs(self, task: ClassificationTask) -> list[str]:
         return template_fields(task.prompt)
 
-    def row_problems(self, task: ClassificationTask, row: Row) -> Iterator[str]:
+    def input_problems(self, task: ClassificationTask, row: Row) -> Iterator[str]:
         return template_problems(task.prompt, row)
 
     def task_problems(self, task: ClassificationTask, encoder: Encoder | None) -> Iterator[str]:

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 from pipelines import metrics
 from pipelines.config import GenerationTask, template_fields
 from pipelines.encode import Encoded, Encoder, fill
-from pipelines.kinds.base import EvaluationSet, Kind, Row, Scored, Summary, rows_of, short, template_problems
+from pipelines.kinds.base import (
+    EvaluationSet,
+    Kind,
+    Row,
+    Scored,
+    Summary,
+    rows_of,
+    short,
+    template_problems,
+    text_problems,
+)
 from pipelines.sources import records
 
 if TYPE_CHECKING:
@@ -33,12 +43,18 @@ class Generation(Kind):
     def answers(self, task: GenerationTask) -> list[str]:
         return [] if task.messages else template_fields(task.completion)
 
-    def row_problems(self, task: GenerationTask, row: Row) -> Iterator[str]:
+    def input_problems(self, task: GenerationTask, row: Row) -> Iterator[str]:
         if task.messages:
-            yield from chat_problems(task.messages, row[task.messages])
-            return
-        yield from template_problems(task.prompt, row)
-        yield from template_problems(task.completion, row)
+            return message_problems(task.messages, row[task.messages])
+        return template_problems(task.prompt, row)
+
+    def row_problems(self, task: GenerationTask, row: Row) -> Iterator[str]:
+        problems = list(self.input_problems(task, row))
+        yield from problems
+        if not task.messages:
+            yield from template_problems(task.completion, row)
+        elif not problems:
+            yield from answer_problems(task.messages, row[task.messages])
 
     def task_problems(self, task: GenerationTask, encoder: Encoder | None) -> Iterator[str]:
         if encoder is None or not task.messages:
@@ -48,7 +64,7 @@ class Generation(Kind):
 
     def text(self, task: GenerationTask, row: Row) -> str:
         if task.messages:
-            return "\n".join(str(message["content"]) for message in row[task.messages][:-1])
+            return "\n".join(message["content"] for message in _asked(row[task.messages]))
         return super().text(task, row)
 
     # -- sequences
@@ -152,20 +168,26 @@ def _chat_answer(encoder: Encoder, messages: Sequence[Mapping]) -> str:
     return messages[-1]["content"] + (encoder.tokenizer.eos_token or "")
 
 
-def chat_problems(column: str, value: Any) -> Iterator[str]:
-    """Why a value is no chat that ends with an answer."""
-    expected = "expected a list of {role, content} that ends with the assistant's answer"
-    if not isinstance(value, list) or len(value) < 2:
-        yield f"'{column}' is {short(value)}, {expected}"
+def message_problems(column: str, value: Any) -> Iterator[str]:
+    """Why a value is no chat."""
+    if not isinstance(value, list) or not value:
+        yield f"'{column}' is {short(value)}, expected a list of {{role, content}}; write it as a list"
         return
     for position, message in enumerate(value, 1):
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, str):
-            yield f"'{column}', message {position} is {short(message)}, {expected}"
+            yield f"'{column}', message {position} is {short(message)}, expected {{role, content}} with a text"
         elif message.get("role") not in ROLES:
             found = short(message.get("role"))
             yield f"'{column}', message {position} has the role {found}, use one of: {', '.join(ROLES)}"
-        elif not content.strip() and position == len(value):
-            yield f"'{column}' ends with an empty answer; fill it or drop the row"
-    if isinstance(value[-1], dict) and value[-1].get("role") in ROLES and value[-1]["role"] != "assistant":
-        yield f"'{column}' ends with the role '{value[-1]['role']}', {expected}"
+        else:
+            yield from text_problems(f"{column}, message {position}", content)
+
+
+def answer_problems(column: str, value: Sequence[Mapping]) -> Iterator[str]:
+    """Why a chat has no answer to learn."""
+    if len(value) < 2 or value[-1]["role"] != "assistant":
+        yield (
+            f"'{column}' ends with message {len(value)} of the role '{value[-1]['role']}', expected at least two that "
+            "end with the assistant's answer; add it or drop the row"
+        )

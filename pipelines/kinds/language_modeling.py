@@ -22,16 +22,17 @@ class _Text(Kind):
     def inputs(self, task: LanguageModelingTask | RetentionCorpus) -> list[str]:
         return [task.text]
 
-    def row_problems(self, task, row: Row) -> Iterator[str]:
+    def input_problems(self, task, row: Row) -> Iterator[str]:
         # an empty document costs nothing and means nothing: WikiText is full of them
         return text_problems(task.text, row[task.text], empty=False)
 
     def predictions(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> list[dict]:
-        found = []
-        for example, (nll, tokens) in _sums(scored).items():
-            mean = nll / tokens
-            found.append({"example": example, "nll": mean, "perplexity": metrics.perplexity(mean), "tokens": tokens})
-        return found
+        found = _sums(scored)
+        means = [found[n][0] / found[n][1] if n in found else None for n in range(len(evaluation.row_numbers))]
+        return [
+            {"nll": mean, "perplexity": metrics.perplexity(mean), "tokens": found[n][1] if n in found else 0}
+            for n, mean in enumerate(means)
+        ]
 
     def outcomes(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> list[dict]:
         return [

@@ -48,7 +48,7 @@ class MultipleChoice(Kind):
     def answers(self, task: MultipleChoiceTask) -> list[str]:
         return [task.label]
 
-    def row_problems(self, task: MultipleChoiceTask, row: Row) -> Iterator[str]:
+    def input_problems(self, task: MultipleChoiceTask, row: Row) -> Iterator[str]:
         yield from template_problems(task.prompt, row)
         if not isinstance(task.choices, str):
             for template in task.choices:
@@ -88,7 +88,9 @@ class MultipleChoice(Kind):
         return {"normalization": task.normalization}
 
     def predictions(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> list[dict]:
-        return [{"prediction": choice} for choice in self._predicted(evaluation, scored)]
+        texts = _texts(evaluation)
+        chosen = enumerate(self._predicted(evaluation, scored))
+        return [{"prediction": choice, "label": texts[example, choice]} for example, choice in chosen]
 
     def outcomes(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> list[dict]:
         return compared(evaluation, self._predicted(evaluation, scored))
@@ -98,16 +100,16 @@ class MultipleChoice(Kind):
             return likeliest(scored)
         if evaluation.normalization == "tokens":
             return likeliest(scored, lambda entry: max(1, entry.tokens))
-        lengths = _characters(evaluation)
-        return likeliest(scored, lambda entry: max(1, lengths[entry.example, entry.choice]))
+        texts = _texts(evaluation)
+        return likeliest(scored, lambda entry: max(1, len(texts[entry.example, entry.choice])))
 
     def summary(self, evaluation: EvaluationSet, outcomes: Sequence[dict]) -> Summary:
         return Summary(metrics.accuracy([o["prediction"] for o in outcomes], [o["label"] for o in outcomes]))
 
 
-def _characters(evaluation: EvaluationSet) -> dict[tuple[int, int], int]:
-    """Length of every choice's text."""
+def _texts(evaluation: EvaluationSet) -> dict[tuple[int, int], str]:
+    """The text of every choice, by (example, choice)."""
     return {
-        (item.example, item.choice): len(evaluation.tokenizer.decode(item.input_ids[item.start :]).strip())
+        (item.example, item.choice): evaluation.tokenizer.decode(item.input_ids[item.start :]).strip()
         for item in evaluation.items
     }

@@ -151,10 +151,11 @@ def chat(*turns: tuple[str, str]) -> dict:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        (chat(("user", "a"), ("user", "b")), "ends with the role 'user'"),
+        (chat(("user", "a"), ("user", "b")), "ends with message 2 of the role 'user'"),
         (chat(("user", "a"), ("bot", "b")), "message 2 has the role 'bot', use one of: system, user"),
-        (chat(("user", "a"), ("assistant", " ")), "ends with an empty answer"),
-        (chat(("user", "a")), "expected a list of {role, content}"),
+        (chat(("user", "a"), ("assistant", " ")), "'messages, message 2' is empty text"),
+        (chat(("user", "a")), "expected at least two that end with the assistant's answer"),
+        ({"messages": []}, "'messages' is [], expected a list of {role, content}"),
     ],
 )
 def test_chats_that_cannot_be_learned_from(door, row, expected):
