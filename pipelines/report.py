@@ -551,6 +551,7 @@ def write_report(run: RunDirectory) -> str:
         _section_numbers(results),
         _section_matrix(results),
         _section_histories(results),
+        _section_extras(results),
         _section_curves(results, steps),
         _section_cost(results, steps),
         _section_gate(results.get("gate")),
@@ -683,6 +684,26 @@ def _section_histories(results: dict) -> str:
         "<b>base</b> the model before training, <b>learned</b> right after the task's own training, <b>best</b> the "
         "best from there on. <b>Change</b> is final against learned, negative = forgotten (for losses too).</p>\n"
         + _table(headers, rows)
+    )
+
+
+def _section_extras(results: dict) -> str:
+    """What answers that the model writes score in the metrics beside the chosen one."""
+    extras = results.get("extras") or {}
+    if not extras:
+        return ""
+    rows = []
+    for name, series in extras.items():
+        for metric in next(filter(None, series)):
+            values = [found.get(metric) if found else None for found in series]
+            chosen = ", the task's metric" if metric == results["metric"][name] else ""
+            title = f'<th scope="row">{escape(name)}<small>{escape(metric)}{chosen}</small></th>'
+            rows.append(f"<tr>{title}{_cells(values, 3)}</tr>")
+    return (
+        "<h2>Written answers</h2>\n<p>What the model writes, against the reference: <b>rouge_l</b> by the longest "
+        "common subsequence of words, <b>token_f1</b> by the words in common, <b>exact_match</b> by equality, the "
+        "last two without case, punctuation and articles. Higher is better.</p>\n"
+        + _table(("task", *row_labels(results)), rows)
     )
 
 

@@ -170,6 +170,7 @@ def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status:
         "perplexity": {name: [formulas.perplexity(v) for v in series] for name, series in nll.items()},
         "nll": nll,
         "majority": {name: next((r[name]["majority"] for r in cells if name in r), None) for name in names},
+        "extras": {name: found for name in names if any(found := [r.get(name, {}).get("extras") for r in cells])},
         **formulas.aggregates(scores, metric_names, nll),
         "gate": None,
         "seconds": _seconds(run, [row for row in rows if row]),

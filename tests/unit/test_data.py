@@ -3,9 +3,11 @@
 import json
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines import data
 from pipelines.config import parse_config
 from pipelines.data import IGNORE, evaluation_set, majority_rate, subset_indices, training_examples
 from pipelines.door import check_data
@@ -155,3 +157,57 @@ def test_one_file_gives_disjoint_train_and_test(tmp_path):
     train, test = (set(load_split(task, split)["sentence"]) for split in ("train", "test"))
     assert len(test) == 5
     assert not train & test
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often sequences were really made."""
+    made = []
+    write = data._write
+    monkeypatch.setattr(data, "_write", lambda sequences, path: (made.append(path), write(sequences, path))[1])
+    return made
+
+
+def test_tokens_are_made_once_for_the_same_content(tmp_path, reviews, tokenizer, counted, monkeypatch):
+    monkeypatch.setenv("CURLORA_CACHE", str(tmp_path / "cache"))
+    task = config_of(tmp_path, reviews).tasks[0]
+    first = training_examples(task, tokenizer, 16, None, seed=0)
+    moved = tmp_path / "moved"
+    reviews.rename(moved)
+    again = training_examples(config_of(tmp_path, moved).tasks[0], tokenizer, 16, None, seed=3)
+    assert list(again) == list(first)
+    assert len(counted) == 1
+    training_examples(config_of(tmp_path, moved).tasks[0], tokenizer, 17, None, seed=0)
+    training_examples(config_of(tmp_path, moved).tasks[0], tokenizer, 16, 5, seed=0)
+    write_jsonl(moved / "train.jsonl", [{"sentence": "other", "label": i % 2} for i in range(24)])
+    changed = training_examples(config_of(tmp_path, moved).tasks[0], tokenizer, 16, None, seed=0)
+    assert len(counted) == 4
+    assert list(changed) != list(first)
+
+
+def test_a_process_that_dies_while_it_makes_tokens_leaves_nothing_half(tmp_path, reviews, tokenizer, monkeypatch):
+    monkeypatch.setenv("CURLORA_CACHE", str(tmp_path / "cache"))
+    task = config_of(tmp_path, reviews).tasks[0]
+
+    def dies(sequences, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            training_examples(task, tokenizer, 16, None, seed=0)
+    assert len(training_examples(task, tokenizer, 16, None, seed=0)) == 24
+    assert not list((tmp_path / "cache" / "tokens").glob("*.tmp"))
+
+
+def test_examples_of_several_tasks_are_one_sequence(tmp_path, reviews, tokenizer):
+    one = config_of(tmp_path, reviews).tasks[0]
+    other = config_of(tmp_path, reviews, name="other", head="verbalizer", prompt="{sentence}:").tasks[0]
+    both = training_examples([one, other], tokenizer, 16, None, seed=0)
+    assert len(both) == 48
+    assert [e.task for e in both] == ["reviews"] * 24 + ["other"] * 24
+    assert both[-1] == both[47]
+    assert both[22:26] == [both[i] for i in range(22, 26)]
+    with pytest.raises(IndexError):
+        both[48]
