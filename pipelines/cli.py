@@ -172,10 +172,11 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from pipelines.hub import hub_available
 
     online = hub_available(config)
-    from pipelines.data import check_data
+    from pipelines.door import check_data
     from pipelines.preflight import check_model, memory_by_stage, model_facts
 
-    problems = check_data(config)
+    warned: list[str] = []
+    problems = check_data(config, warn=warned.append)
     problems, unreachable = (problems, []) if online else split_unreachable(config, problems)
     problems += check_model(config)
     if problems:
@@ -183,8 +184,11 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     facts = model_facts(config)
     table = memory_by_stage(facts, config)
     if as_json:
-        click.echo(json.dumps({"model": facts.__dict__, "memory_gib": table, "unchecked": unreachable}, indent=1))
+        found = {"model": facts.__dict__, "memory_gib": table, "unchecked": unreachable, "warnings": warned}
+        click.echo(json.dumps(found, indent=1))
         return
+    for line in warned:
+        click.echo(f"warning: {line}", err=True)
     for line in unreachable:
         click.echo(f"not checked: {line}", err=True)
     _print_facts(config, facts, table)
@@ -356,6 +360,45 @@ def export(run: str, form: str, target: Path, step: str | None, storage: str) ->
     from pipelines.export import export_step
 
     click.echo(export_step(_open(run, storage), step, form, target))
+
+
+@main.command()
+@click.argument("run")
+@click.option("--task", required=True, help="Name of the run's task that says how to ask.")
+@click.option("--text", "texts", multiple=True, help="A text; for a task with several fields one for each, in order.")
+@click.option("--file", "file", type=click.Path(path_type=Path), help="JSONL with the task's fields.")
+@click.option("--step", help="Task name, position or fingerprint, or base; default: the last finished step.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a row.")
+@click.option("--storage", default="./runs", show_default=True)
+def predict(run: str, task: str, texts, file: Path | None, step: str | None, as_json: bool, storage: str) -> None:
+    """What the trained model of RUN says of new text: a class, a choice, an answer, or the text's perplexity.
+
+    \b
+    Example:  curlora predict demo --task scipy --text "Compute the inverse of a matrix."
+    """
+    from pipelines.config import ConfigError, Problem
+
+    if bool(texts) == bool(file):
+        raise ConfigError([Problem("", "give either --text or --file")])
+    directory = _open(run, storage)
+    import transformers
+
+    from pipelines import predict as using
+
+    transformers.utils.logging.disable_progress_bar()
+    rows = using.rows_of_file(file) if file else using.rows_of_texts(directory, task, texts)
+    for found in using.predict(directory, task, rows, step):
+        click.echo(json.dumps(found, ensure_ascii=False) if as_json else _in_words(found))
+
+
+def _in_words(prediction: dict) -> str:
+    """A prediction as one line for people."""
+    if "nll" in prediction:
+        if prediction["nll"] is None:
+            return "too short to be scored"
+        numbers = f"perplexity {prediction['perplexity']:.2f}, NLL {prediction['nll']:.4f} nats a token"
+        return f"{numbers}, {prediction['tokens']} tokens"
+    return str(prediction.get("label", prediction["prediction"]))
 
 
 @main.command()

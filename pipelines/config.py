@@ -9,16 +9,18 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import string
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+FIELD_NAME = re.compile(r"[^\W\d][\w\- ]*")
 VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 SELECTION_RULES = ("inverse", "uniform", "importance", "leverage", "deim", "activation")
 STRATEGIES = ("sequential", "replay", "ilora", "clora", "ewc", "olora", "joint")
@@ -155,7 +157,10 @@ class ResourcesConfig(Section):
 
 
 class Source(Section):
-    """Where rows come from: a folder with `{train,validation,test}.jsonl`, a file, a hub id or a URI."""
+    """Where rows come from: a folder with `{train,validation,test}.<format>`, a file, a hub id or any fsspec URI.
+
+    Formats: jsonl, json, csv, tsv, parquet, txt (see pipelines/sources.py).
+    """
 
     name: str
     data: str
@@ -169,9 +174,22 @@ class Source(Section):
 
 
 class TaskSource(Source):
+    """A task of the sequence. Its behaviour lies in pipelines/kinds, one file a kind."""
+
+    SOURCE_FIELDS: ClassVar = frozenset({"data", "subset", "revision"})
+    SCORING_FIELDS: ClassVar = frozenset({"metric", "max_new_tokens", "normalization"})
+
     splits: dict[Literal["train", "validation", "test"], str] = Field(
         default_factory=dict, description="split expression for each part, e.g. {test: 'validation[:500]'}"
     )
+
+    def training_identity(self) -> dict:
+        """The fields that shape training; where the data lies does not count, its digest does."""
+        return self.model_dump(exclude=set(self.SOURCE_FIELDS | self.SCORING_FIELDS))
+
+    def scoring_identity(self) -> dict:
+        """The fields that shape a score."""
+        return self.model_dump(exclude=set(self.SOURCE_FIELDS))
 
 
 class ClassificationTask(TaskSource):
@@ -185,6 +203,11 @@ class ClassificationTask(TaskSource):
     prompt: str | None = Field(None, description="verbalizer: template with {field} names; the label text follows")
     verbalizer: list[str] | None = Field(None, description="text of each label, in order; default: the class names")
     metric: Literal["accuracy", "macro_f1"] = "accuracy"
+
+    @field_validator("prompt")
+    @classmethod
+    def _is_template(cls, value: str | None) -> str | None:
+        return check_template(value)
 
     @model_validator(mode="after")
     def _prompt_belongs_to_verbalizer(self):
@@ -202,17 +225,72 @@ class ClassificationTask(TaskSource):
 class LanguageModelingTask(TaskSource):
     kind: Literal["language-modeling"]
     text: str = "text"
+    documents: Literal["separate", "joined"] = Field(
+        "separate", description="separate: no token sees another document; joined: one stream with end tokens between"
+    )
 
     @property
     def metric(self) -> str:
         return "nll"
 
-    @property
-    def text_fields(self) -> list[str]:
-        return [self.text]
+
+class GenerationTask(TaskSource):
+    """Prompt and completion as templates, or one field with chat messages whose last one is the completion."""
+
+    kind: Literal["generation"]
+    prompt: str | None = Field(None, description="template with {field} names")
+    completion: str | None = Field(None, description="template of the answer, e.g. '{answer}'")
+    messages: str | None = Field(None, description="field with [{role, content}, …], by the tokenizer's chat template")
+    max_new_tokens: int = Field(32, gt=0, description="longest answer in an evaluation")
+    metric: Literal["rouge_l", "token_f1", "exact_match"] = "rouge_l"
+
+    @field_validator("prompt", "completion")
+    @classmethod
+    def _is_template(cls, value: str | None) -> str | None:
+        return check_template(value)
+
+    @model_validator(mode="after")
+    def _one_form(self):
+        if (self.messages is None) == (self.prompt is None and self.completion is None):
+            raise ValueError("give either prompt and completion, or messages (the name of a field with a chat)")
+        if self.messages is None and not (self.prompt and self.completion):
+            raise ValueError(
+                'prompt and completion belong together, e.g. prompt: "Q: {question}\\nA:", completion: "{answer}"'
+            )
+        return self
 
 
-Task = Annotated[ClassificationTask | LanguageModelingTask, Field(discriminator="kind")]
+class MultipleChoiceTask(TaskSource):
+    """The likeliest of several continuations of a prompt."""
+
+    kind: Literal["multiple-choice"]
+    prompt: str = Field(description="template with {field} names; a choice follows")
+    choices: str | list[str] = Field(
+        description="field with a list of texts, or templates of the choices, e.g. ['{ending1}', '{ending2}']"
+    )
+    label: str = Field("label", description="field with the right choice: its index from 0, its letter, or its text")
+    normalization: Literal["none", "tokens", "characters"] = Field(
+        "none", description="what the log-likelihood of a choice is divided by before choices are compared"
+    )
+    metric: Literal["accuracy"] = "accuracy"
+
+    @field_validator("prompt", "choices")
+    @classmethod
+    def _is_template(cls, value: str | list[str]) -> str | list[str]:
+        for template in value if isinstance(value, list) else [value]:
+            check_template(template)
+        if isinstance(value, list) and len(value) < 2:
+            raise ValueError("needs at least two choices")
+        return value
+
+
+TASKS: dict[str, type[TaskSource]] = {
+    "classification": ClassificationTask,
+    "language-modeling": LanguageModelingTask,
+    "generation": GenerationTask,
+    "multiple-choice": MultipleChoiceTask,
+}
+Task = Annotated[typing.Union[tuple(TASKS.values())], Field(discriminator="kind")]  # noqa: UP007
 
 
 class RetentionCorpus(Source):
@@ -320,6 +398,36 @@ def check_name(value: str) -> str:
     if not SAFE_NAME.fullmatch(value):
         raise ValueError(f"'{value}' is not a safe name; use letters, digits, _ and - (at most 64)")
     return value
+
+
+def check_template(template: str | None) -> str | None:
+    """A template holds plain `{field}` names only: no attributes, no indices, no conversions.
+
+    Raises:
+        ValueError: unbalanced braces, or something else than a name between them.
+    """
+    for name in template_fields(template or ""):
+        if not FIELD_NAME.fullmatch(name):
+            raise ValueError(f"'{{{name}}}' is not a field name; write a literal brace twice: {{{{ or }}}}")
+    return template
+
+
+def template_fields(template: str) -> list[str]:
+    """Field names of a `"… {field} …"` template, in order and once each.
+
+    Raises:
+        ValueError: unbalanced braces.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"unbalanced braces ({error}); write a literal brace twice: {{{{ or }}}}") from error
+    names = [
+        name + (f":{spec}" if spec else "") + (f"!{conversion}" if conversion else "")
+        for _, name, spec, conversion in parts
+        if name is not None
+    ]
+    return list(dict.fromkeys(names))
 
 
 def is_uri(value: str) -> bool:
@@ -468,8 +576,7 @@ def _explain(error: dict) -> Problem:
         return Problem(field, str(error["ctx"]["error"]))
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         found = value.get("kind") if isinstance(value, dict) else value
-        kinds = ("classification", "language-modeling")
-        return Problem(f"{field}.kind", f"unknown kind {found!r}, {did_you_mean(str(found), kinds)}")
+        return Problem(f"{field}.kind", f"unknown kind {found!r}, {did_you_mean(str(found), TASKS)}")
     if kind == "none_required":
         reason = _section_at(error["loc"][:-1]).model_fields[error["loc"][-1]].description
         return Problem(field, f"found {_short(value)}, but only null is possible ({reason})")
@@ -486,7 +593,7 @@ def _short(value: Any) -> str:
 
 def _is_union_tag(part: Any) -> bool:
     return isinstance(part, str) and (
-        part in ("classification", "language-modeling", "list[str]", "str", "float", "TrackingConfig", "GateConfig")
+        part in (*TASKS, "list[str]", "str", "float", "TrackingConfig", "GateConfig")
         or part.startswith(("dict[", "literal[", "list["))
     )
 
@@ -498,8 +605,8 @@ def _section_at(loc: tuple) -> type[Section]:
         if isinstance(part, str) and part in section.model_fields:
             nested = list(_sections(section.model_fields[part].annotation))
             section = nested[0] if nested else section
-        elif part == "language-modeling":
-            section = LanguageModelingTask
+        elif part in TASKS:
+            section = TASKS[part]
     return section
 
 

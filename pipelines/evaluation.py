@@ -1,27 +1,28 @@
-"""Score a model on encoded sets: accuracy or macro-F1, and negative log-likelihood with perplexity.
+"""Score a model on encoded sets, whatever their kind: by a head, by likelihood, or by what it writes.
 
 Sharded so that each example counts exactly once whatever the number of workers: batches are cut from the globally
 sorted sequences (their content does not depend on the world size), dealt out in turn, and the per-example outcomes
 are gathered on rank 0. Under ZeRO-3 every rank runs the same number of forward passes, because each one is a
-collective operation.
+collective operation. What the scores of sequences mean is the kind's business (pipelines/kinds).
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from pipelines import metrics
-from pipelines.data import EvaluationItem, EvaluationSet, majority_rate
+from pipelines.data import majority_rate
+from pipelines.encode import Encoded
 from pipelines.heads import causal_lm, get_head
+from pipelines.kinds import KINDS, EvaluationSet, Scored
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class World:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the score matrix, or one retention figure. `nll` is nats a token; `value` is what `metric` says."""
+    """One cell of the score matrix, or one retention figure. `nll` is nats a token; `value` is what `metric` says;
+    `extras` are other metrics of the same outcomes."""
 
     name: str
     role: str
@@ -59,17 +61,23 @@ class Cell:
     key: str
     seconds: float
     time: float
+    higher_is_better: bool = True
+    extras: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict:
         return asdict(self)
 
 
-def make_batches(items: Sequence[EvaluationItem], batch_tokens: int) -> list[list[EvaluationItem]]:
-    """Longest first, as many sequences a batch as `batch_tokens` padded tokens hold (at least one)."""
+def make_batches(items: Sequence[Encoded], batch_tokens: int, new_tokens: int = 0) -> list[list[Encoded]]:
+    """Longest first, as many sequences a batch as `batch_tokens` padded tokens hold (at least one).
+
+    Args:
+        new_tokens: how many more each sequence will grow by.
+    """
     ordered = sorted(items, key=lambda item: (-len(item.input_ids), item.example, item.choice))
-    batches: list[list[EvaluationItem]] = []
+    batches: list[list[Encoded]] = []
     for item in ordered:
-        if batches and len(batches[-1][0].input_ids) * (len(batches[-1]) + 1) <= batch_tokens:
+        if batches and (len(batches[-1][0].input_ids) + new_tokens) * (len(batches[-1]) + 1) <= batch_tokens:
             batches[-1].append(item)
         else:
             batches.append([item])
@@ -81,27 +89,57 @@ def evaluate(
 ) -> tuple[Cell, list[dict]] | None:
     """Score `evaluation`; (cell, outcomes in order of example) on rank 0, None on the others.
 
-    An outcome is `{"id", "label", "prediction", "correct"}`, or `{"id", "nll", "tokens"}` for text.
+    An outcome is `{"id", "label", "prediction", "correct"}`; of generation `{"id", "reference", "prediction",
+    "correct", "score", …}`; of text `{"id", "nll", "tokens"}`, summed over the tokens.
     """
     begin = time.perf_counter()
-    batches = make_batches(evaluation.items, batch_tokens)
+    scored = score(model, evaluation, world, batch_tokens)
+    if scored is None:
+        return None
+    kind = KINDS[evaluation.kind]
+    outcomes = kind.outcomes(evaluation, scored)
+    summary = kind.summary(evaluation, outcomes)
+    cell = Cell(
+        name=evaluation.name,
+        role=role,
+        metric=evaluation.metric,
+        value=summary.value,
+        nll=summary.nll,
+        perplexity=metrics.perplexity(summary.nll),
+        count=len(outcomes),
+        tokens=summary.tokens,
+        majority=majority_rate(evaluation.labels),
+        digest=evaluation.digest,
+        key=key,
+        seconds=time.perf_counter() - begin,
+        time=time.time(),
+        higher_is_better=metrics.higher_is_better(evaluation.metric),
+        extras=summary.extras,
+    )
+    return cell, outcomes
+
+
+def score(model: nn.Module, evaluation: EvaluationSet, world: World, batch_tokens: int) -> list[Scored] | None:
+    """What the model says of every sequence, in no order, on rank 0; None on the others."""
+    return gather(score_part(model, evaluation, world, batch_tokens), world)
+
+
+def score_part(model: nn.Module, evaluation: EvaluationSet, world: World, batch_tokens: int) -> list[Scored]:
+    """What the model says of this rank's share of the sequences."""
+    batches = make_batches(evaluation.items, batch_tokens, evaluation.max_new_tokens)
+    run = SCORERS[KINDS[evaluation.kind].scorer]
     was_training = model.training
     model.eval()
-    local: list[tuple[int, int, float, int]] = []
+    local: list[Scored] = []
     with torch.no_grad():
         for number in range(0, len(batches), world.size):
             mine = number + world.rank
             if mine < len(batches):
-                local += _score(model, evaluation, batches[mine], world.device)
+                local += run(model, evaluation, batches[mine], world)
             elif world.lockstep:
-                _score(model, evaluation, batches[-1], world.device)
+                run(model, evaluation, batches[-1], world)
     model.train(was_training)
-    rows = gather(local, world)
-    if rows is None:
-        return None
-    outcomes = _outcomes(evaluation, rows)
-    cell = _cell(evaluation, outcomes, rows, role, key, time.perf_counter() - begin)
-    return cell, outcomes
+    return local
 
 
 def gather(local: list, world: World) -> list | None:
@@ -113,99 +151,149 @@ def gather(local: list, world: World) -> list | None:
     return [entry for part in parts for entry in part] if parts is not None else None
 
 
-def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(batch, length) token ids padded at the right with 0, and the attention mask that hides the padding."""
+# -- batches of unequal length
+
+
+class Padded(NamedTuple):
+    """A batch as tensors, each (batch, length): token ids, 1 where a token is real, and its position."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+
+
+def pad(sequences: Sequence[Sequence[int]], device: torch.device, side: Literal["left", "right"] = "right") -> Padded:
+    """Token ids filled up with 0, whatever the tokenizer's pad token is (it may have none): the mask hides them."""
     length = max(map(len, sequences))
     ids = np.zeros((len(sequences), length), dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = sequence
-        mask[row, : len(sequence)] = 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+        real = slice(0, len(sequence)) if side == "right" else slice(length - len(sequence), length)
+        ids[row, real] = sequence
+        mask[row, real] = 1
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    return Padded(*(torch.from_numpy(array).to(device) for array in (ids, mask, positions)))
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the language model's forward takes an argument of this name."""
+    return argument in inspect.signature(causal_lm(model).forward).parameters
 
 
 def keep_logits(model: nn.Module, positions: torch.Tensor | int) -> dict:
     """`logits_to_keep` for models that know it: logits where nobody looks cost more than all else in a small model."""
-    parameters = inspect.signature(causal_lm(model).forward).parameters
-    return {"logits_to_keep": positions} if "logits_to_keep" in parameters else {}
+    return {"logits_to_keep": positions} if accepts(model, "logits_to_keep") else {}
+
+
+def place(model: nn.Module, positions: torch.Tensor) -> dict:
+    """`position_ids` for models that know them; the others count by the mask."""
+    return {"position_ids": positions} if accepts(model, "position_ids") else {}
 
 
 def last_token_features(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(batch, hidden): the last *real* token of each right-padded sequence."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+    """(batch, hidden): the last *real* token of each sequence, padded on either side."""
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
-def _score(model, evaluation: EvaluationSet, batch: list[EvaluationItem], device) -> list[tuple[int, int, float, int]]:
-    """(example, choice or prediction, summed NLL, tokens) of each sequence of a batch."""
-    ids, mask = pad([item.input_ids for item in batch], device)
-    if evaluation.kind == "classifier":
-        output = model(
-            input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, **keep_logits(model, 1)
-        )
-        features = last_token_features(output.hidden_states[-1], mask)
-        head = get_head(model, evaluation.name)
-        predictions = head(features.to(head.weight.dtype)).argmax(-1).tolist()
-        return [(item.example, p, 0.0, 0) for item, p in zip(batch, predictions, strict=True)]
-    nll = _sequence_nll(model, ids, mask, [item.start for item in batch])
-    return [
-        (item.example, item.choice, value, len(item.input_ids) - item.start)
-        for item, value in zip(batch, nll, strict=True)
-    ]
+# -- scorers: a batch of sequences to `Scored`
 
 
-def _sequence_nll(model, ids: torch.Tensor, mask: torch.Tensor, starts: Sequence[int]) -> list[float]:
-    """Summed NLL of the tokens from `starts` on. The logits before the first such token are never computed."""
-    first = min(starts) - 1
-    positions = torch.arange(first, ids.shape[1] - 1, device=ids.device)
-    keep = keep_logits(model, positions)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
-    if not keep:
-        logits = logits[:, positions]
-    targets = ids[:, first + 1 :]
-    losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
-    counted = mask[:, first + 1 :].bool()
-    counted &= positions[None, :] + 1 >= torch.tensor(starts, device=ids.device)[:, None]
-    return (losses.double() * counted).sum(1).tolist()
-
-
-def _outcomes(evaluation: EvaluationSet, rows: list[tuple[int, int, float, int]]) -> list[dict]:
-    rows = sorted(rows)
-    ids = evaluation.row_numbers
-    if evaluation.kind == "text":
-        return [{"id": ids[example], "nll": nll, "tokens": tokens} for example, _, nll, tokens in rows]
-    if evaluation.kind == "classifier":
-        predicted = {example: prediction for example, prediction, _, _ in rows}
-    else:
-        best: dict[int, tuple[float, int]] = {}
-        for example, choice, nll, _ in rows:
-            best[example] = min(best.get(example, (math.inf, -1)), (nll, choice))
-        predicted = {example: choice for example, (_, choice) in best.items()}
-    return [
-        {"id": ids[i], "label": y, "prediction": predicted[i], "correct": predicted[i] == y}
-        for i, y in enumerate(evaluation.labels)
-    ]
-
-
-def _cell(evaluation: EvaluationSet, outcomes: list[dict], rows: list, role: str, key: str, seconds: float) -> Cell:
-    nll = tokens = None
-    if evaluation.kind == "text":
-        tokens = sum(outcome["tokens"] for outcome in outcomes)
-        nll = value = math.fsum(outcome["nll"] for outcome in outcomes) / tokens
-    else:
-        score = metrics.accuracy if evaluation.metric == "accuracy" else metrics.macro_f1
-        value = score([o["prediction"] for o in outcomes], [o["label"] for o in outcomes])
-    return Cell(
-        name=evaluation.name,
-        role=role,
-        metric=evaluation.metric,
-        value=value,
-        nll=nll,
-        perplexity=metrics.perplexity(nll),
-        count=len(outcomes),
-        tokens=tokens,
-        majority=majority_rate(evaluation.labels),
-        digest=evaluation.digest,
-        key=key,
-        seconds=seconds,
-        time=time.time(),
+def by_head(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:
+    """The class that the task's head chooses for each sequence."""
+    padded = pad([item.input_ids for item in batch], world.device)
+    output = model(
+        input_ids=padded.ids,
+        attention_mask=padded.mask,
+        output_hidden_states=True,
+        use_cache=False,
+        **keep_logits(model, 1),
     )
+    features = last_token_features(output.hidden_states[-1], padded.mask)
+    head = get_head(model, evaluation.name)
+    classes = head(features.to(head.weight.dtype)).argmax(-1).tolist()
+    return [Scored(item.example, chosen) for item, chosen in zip(batch, classes, strict=True)]
+
+
+def by_likelihood(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:
+    """Summed NLL of each sequence's tokens from `start` on."""
+    padded = pad([item.input_ids for item in batch], world.device)
+    sums = sequence_nll(model, padded, [item.start for item in batch])
+    return [
+        Scored(item.example, item.choice, value, len(item.input_ids) - item.start)
+        for item, value in zip(batch, sums, strict=True)
+    ]
+
+
+def sequence_nll(model: nn.Module, padded: Padded, starts: Sequence[int]) -> list[float]:
+    """Summed NLL of each row's tokens from `starts` on (≥ 1, counted without padding, on whichever side that is).
+
+    The logits before the first such token are never computed.
+    """
+    counted = padded.mask.bool() & (padded.positions >= torch.tensor(starts, device=padded.ids.device)[:, None])
+    first = int(counted.any(0).nonzero()[0]) - 1
+    kept = torch.arange(first, padded.ids.shape[1] - 1, device=padded.ids.device)
+    keep = keep_logits(model, kept)
+    logits = model(
+        input_ids=padded.ids,
+        attention_mask=padded.mask,
+        use_cache=False,
+        **place(model, padded.positions),
+        **keep,
+    ).logits
+    if not keep:
+        logits = logits[:, kept]
+    losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), padded.ids[:, first + 1 :], reduction="none")
+    return (losses.double() * counted[:, first + 1 :]).sum(1).tolist()
+
+
+def by_writing(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:
+    """The tokens that the model writes after each prompt, the likeliest one at a time."""
+    padded = pad([item.input_ids for item in batch], world.device, side="left")
+    written = greedy(model, padded, evaluation.max_new_tokens, evaluation.stops, world)
+    return [
+        Scored(item.example, item.choice, tokens=len(tokens), output=tuple(tokens))
+        for item, tokens in zip(batch, written, strict=True)
+    ]
+
+
+def greedy(model: nn.Module, padded: Padded, limit: int, stops: Sequence[int], world: World) -> list[list[int]]:
+    """Greedy decoding of left-padded prompts: at most `limit` tokens a row, up to a stop token (left out).
+
+    In lockstep all ranks go on until every rank is done: each pass is a collective operation under ZeRO-3.
+    """
+    stop = torch.tensor(sorted(stops), device=padded.ids.device)
+    tokens, mask, positions, cache = padded.ids, padded.mask, padded.positions, None
+    done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    columns: list[torch.Tensor] = []
+    for _ in range(limit):
+        output = model(
+            input_ids=tokens,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **place(model, positions),
+            **keep_logits(model, 1),
+        )
+        cache = output.past_key_values
+        tokens = output.logits[:, -1:].argmax(-1)
+        done = done | torch.isin(tokens[:, 0], stop)
+        columns.append(torch.where(done, -1, tokens[:, 0]))
+        mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+        positions = positions[:, -1:] + 1
+        if _all_done(bool(done.all()), world):
+            break
+    rows = torch.stack(columns, 1).tolist()
+    return [[token for token in row if token >= 0] for row in rows]
+
+
+def _all_done(here: bool, world: World) -> bool:
+    """Whether this rank may stop writing: in lockstep, only when all may."""
+    if not world.lockstep or world.size == 1:
+        return here
+    waiting = torch.tensor(int(not here))
+    torch.distributed.all_reduce(waiting, group=world.group)
+    return waiting.item() == 0
+
+
+SCORERS = {"head": by_head, "likelihood": by_likelihood, "greedy": by_writing}

@@ -9,7 +9,8 @@ Conventions a dashboard can rely on, the same for every sequence:
     tags (`curlora.` + …)   kind (chain | step), run, run_uri, base_model, adapter, strategy on every run;
                             tasks, last_step on the parent;
                             step_fingerprint, parent_fingerprint, task, position on a child
-    metrics of the parent   score/<task>, and for retained text nll/<corpus>, perplexity/<corpus>; step = position in
+    metrics of the parent   score/<task>, for written answers also rouge_l/<task>, token_f1/<task> and
+                            exact_match/<task>; for retained text nll/<corpus>, perplexity/<corpus>; step = position in
                             the sequence, 0 = untouched base; average_accuracy, forgetting, …; step = number of steps
     metrics of a child      train/loss, train/learning_rate; step = optimizer step; its own row of scores and its cost
     inputs                  <task>/train and <name>/test with the digest of the run directory
@@ -468,6 +469,8 @@ def _row(metrics: dict) -> list[Point]:
         name, moment, position = cell["name"], cell["time"], metrics["position"]
         if cell["role"] == "task":
             points.append((f"score/{name}", cell["value"], moment, position))
+            for metric, value in cell.get("extras", {}).items():
+                points.append((f"{metric}/{name}", value, moment, position))
         else:
             points.append((f"nll/{name}", cell["nll"], moment, position))
             points.append((f"perplexity/{name}", cell["perplexity"], moment, position))

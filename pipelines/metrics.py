@@ -8,9 +8,25 @@ Ranzato 2017 (transfer), Chaudhry et al. 2018 (forgetting).
 from __future__ import annotations
 
 import math
+import re
+import string
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 Matrix = Sequence[Sequence[float | None]]
+
+LOWER_IS_BETTER = frozenset({"nll"})
+
+
+def higher_is_better(metric: str) -> bool:
+    """Direction of a task's metric. Those where higher is better lie in [0, 1] and share the accuracy aggregates."""
+    return metric not in LOWER_IS_BETTER
+
+
+def gain(before: float | None, after: float | None, metric: str) -> float | None:
+    """How much better `after` is than `before`, positive = better for either direction of the metric."""
+    return _minus(after, before) if higher_is_better(metric) else _minus(before, after)
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -97,8 +113,8 @@ def aggregates(scores: Matrix, metrics: Sequence[str], nll_by_corpus: dict[str, 
         metrics: the metric of each column; `nll` columns are apart from those in [0, 1].
         nll_by_corpus: retention NLL of every row.
     """
-    bounded = [i for i, metric in enumerate(metrics) if metric != "nll"]
-    text = [i for i, metric in enumerate(metrics) if metric == "nll"]
+    bounded = [i for i, metric in enumerate(metrics) if higher_is_better(metric)]
+    text = [i for i, metric in enumerate(metrics) if not higher_is_better(metric)]
     return {
         "average_accuracy": average_score(scores, bounded),
         "learning_accuracy": learning_score(scores, bounded),
@@ -124,6 +140,41 @@ def macro_f1(predictions: Sequence[int], labels: Sequence[int]) -> float:
         total = sum(p == c for p in predictions) + sum(y == c for y in labels)
         scores.append(2 * hits / total)
     return math.fsum(scores) / len(scores)
+
+
+def normalise_answer(text: str) -> str:
+    """Lower case, without punctuation, English articles and superfluous spaces (SQuAD, Rajpurkar et al. 2016)."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """1 where both are the same after `normalise_answer`, else 0."""
+    return float(normalise_answer(prediction) == normalise_answer(reference))
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """Harmonic mean of the precision and recall of normalised words, as in SQuAD; two empty answers agree."""
+    found, wanted = normalise_answer(prediction).split(), normalise_answer(reference).split()
+    if not found or not wanted:
+        return float(found == wanted)
+    common = (Counter(found) & Counter(wanted)).total()
+    return 2 * common / (len(found) + len(wanted))
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """F-measure of the longest common subsequence of words (Lin 2004), by the package `rouge-score`."""
+    return _rouge().score(reference, prediction)["rougeL"].fmeasure
+
+
+@cache
+def _rouge():
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk: a second, for generation tasks only
+
+    return RougeScorer(["rougeL"])
+
+
+GENERATION_METRICS = {"rouge_l": rouge_l, "token_f1": token_f1, "exact_match": exact_match}
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:

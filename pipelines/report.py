@@ -19,6 +19,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from pipelines.lineage import current_steps
+from pipelines.metrics import gain, higher_is_better
 from pipelines.runs import RunDirectory
 
 if TYPE_CHECKING:
@@ -91,11 +92,11 @@ def duration(seconds: float | None) -> str:
 
 def headlines(results: dict) -> list[Headline]:
     """The numbers that sum a run up: what was learned, what was forgotten, what it cost."""
-    metrics = set(results["metric"].values())
+    directions = {higher_is_better(metric) for metric in results["metric"].values()}
     rows: list[tuple[str, str, str, str]] = []
-    if metrics - {"nll"}:
+    if True in directions:
         rows += _bounded_headlines(results)
-    if "nll" in metrics:
+    if False in directions:
         rows += _text_headlines(results)
     if results["nll"]:
         ratio = number(results["perplexity_ratio"])
@@ -192,7 +193,11 @@ def trained_row(results: dict, column: int) -> int:
 
 
 def direction(metric: str) -> str:
-    return "lower is better" if metric == "nll" else "higher is better"
+    return "higher is better" if higher_is_better(metric) else "lower is better"
+
+
+def arrow(metric: str) -> str:
+    return "↑" if higher_is_better(metric) else "↓"
 
 
 def goodness(column: Sequence[float | None], metric: str) -> list[float | None]:
@@ -200,7 +205,7 @@ def goodness(column: Sequence[float | None], metric: str) -> list[float | None]:
 
     Scores in [0, 1] stay what they are. An NLL becomes exp(best − value): 1 for the column's best, 0.37 one nat above.
     """
-    if metric != "nll":
+    if higher_is_better(metric):
         return list(column)
     best = min((value for value in column if value is not None), default=0.0)
     return [None if value is None else math.exp(best - value) for value in column]
@@ -234,7 +239,7 @@ def histories(results: dict) -> list[TaskHistory]:
         learned = scores[own][column] if own < len(scores) else None
         change = None
         if learned is not None and len(after) > 1:
-            change = learned - after[-1] if metric == "nll" else after[-1] - learned
+            change = gain(learned, after[-1], metric)
         rows.append(
             TaskHistory(
                 name=name,
@@ -242,7 +247,7 @@ def histories(results: dict) -> list[TaskHistory]:
                 majority=results["majority"].get(name),
                 base=scores[0][column],
                 learned=learned,
-                best=(min if metric == "nll" else max)(after) if after else None,
+                best=(max if higher_is_better(metric) else min)(after) if after else None,
                 final=after[-1] if after else None,
                 change=change,
             )
@@ -263,7 +268,7 @@ def summary_table(results: dict) -> Table:
     table.add_column("after", no_wrap=True)
     for name in results["tasks"]:
         metric = results["metric"][name]
-        table.add_column(f"{name}\n{metric} {'↓' if metric == 'nll' else '↑'}", justify="right", no_wrap=True)
+        table.add_column(f"{name}\n{metric} {arrow(metric)}", justify="right", no_wrap=True)
     for index, (label, row) in enumerate(zip(row_labels(results), results["scores"], strict=True)):
         own = [trained_row(results, column) == index for column in range(len(row))]
         cells = [
@@ -284,7 +289,7 @@ def _history_table(results: dict) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     for row in histories(results):
         numbers = map(number, (row.majority, row.base, row.learned, row.final))
-        table.add_row(row.name, f"{row.metric} {'↓' if row.metric == 'nll' else '↑'}", *numbers, signed(row.change))
+        table.add_row(row.name, f"{row.metric} {arrow(row.metric)}", *numbers, signed(row.change))
     return table
 
 
@@ -458,10 +463,13 @@ def _sequence_axis(ax: Axes, results: dict) -> None:
 def draw_tasks(results: dict, _steps: list[dict]) -> Figure | None:
     """Each task's score along the sequence: scores in [0, 1] in one panel, NLL in another."""
     groups = [
-        ("score (higher is better)", [name for name in results["tasks"] if results["metric"][name] != "nll"]),
+        (
+            "score (higher is better)",
+            [name for name in results["tasks"] if higher_is_better(results["metric"][name])],
+        ),
         (
             "NLL, nats a token (lower is better)",
-            [name for name in results["tasks"] if results["metric"][name] == "nll"],
+            [name for name in results["tasks"] if not higher_is_better(results["metric"][name])],
         ),
     ]
     groups = [(label, names) for label, names in groups if names]
@@ -543,6 +551,7 @@ def write_report(run: RunDirectory) -> str:
         _section_numbers(results),
         _section_matrix(results),
         _section_histories(results),
+        _section_extras(results),
         _section_curves(results, steps),
         _section_cost(results, steps),
         _section_gate(results.get("gate")),
@@ -675,6 +684,26 @@ def _section_histories(results: dict) -> str:
         "<b>base</b> the model before training, <b>learned</b> right after the task's own training, <b>best</b> the "
         "best from there on. <b>Change</b> is final against learned, negative = forgotten (for losses too).</p>\n"
         + _table(headers, rows)
+    )
+
+
+def _section_extras(results: dict) -> str:
+    """What answers that the model writes score in the metrics beside the chosen one."""
+    extras = results.get("extras") or {}
+    if not extras:
+        return ""
+    rows = []
+    for name, series in extras.items():
+        for metric in next(filter(None, series)):
+            values = [found.get(metric) if found else None for found in series]
+            chosen = ", the task's metric" if metric == results["metric"][name] else ""
+            title = f'<th scope="row">{escape(name)}<small>{escape(metric)}{chosen}</small></th>'
+            rows.append(f"<tr>{title}{_cells(values, 3)}</tr>")
+    return (
+        "<h2>Written answers</h2>\n<p>What the model writes, against the reference: <b>rouge_l</b> by the longest "
+        "common subsequence of words, <b>token_f1</b> by the words in common, <b>exact_match</b> by equality, the "
+        "last two without case, punctuation and articles. Higher is better.</p>\n"
+        + _table(("task", *row_labels(results)), rows)
     )
 
 

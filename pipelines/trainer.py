@@ -22,7 +22,7 @@ from pipelines import engine
 from pipelines.checkpoint import Checkpoint
 from pipelines.config import TrainingConfig
 from pipelines.data import IGNORE
-from pipelines.evaluation import World, keep_logits, last_token_features, pad
+from pipelines.evaluation import World, keep_logits, last_token_features, pad, place
 from pipelines.heads import trainable_heads
 
 LOOK_SECONDS = 1.0  # about so long between two looks at the loss: each look waits for the device and for all ranks
@@ -94,7 +94,11 @@ def collate(batch: list[Example], world: World) -> dict:
     part = batch[world.rank :: world.size]
     weight = 1.0 if part else 0.0
     part = part or batch[:1]
-    ids, mask = pad([example.input_ids for example in part], torch.device("cpu"))
+    ids, mask, positions = pad([example.input_ids for example in part], torch.device("cpu"))
+    packed = any(example.breaks for example in part)
+    for row, example in enumerate(part):
+        for position in example.breaks:
+            positions[row, position:] = torch.arange(positions.shape[1] - position)
     labels = torch.full_like(ids, IGNORE)
     for row, example in enumerate(part):
         if example.labels is not None:
@@ -103,6 +107,7 @@ def collate(batch: list[Example], world: World) -> dict:
         "input_ids": ids,
         "attention_mask": mask,
         "labels": labels,
+        "position_ids": positions if packed else None,
         "examples": part,
         "scale": weight / len(batch),
         "replayed": sum(example.replayed for example in batch),
@@ -115,9 +120,13 @@ def example_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, StepOut
     first = _first_target(labels)
     positions = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device) if first else 1
     keep = keep_logits(model, positions)
-    output = model(
-        input_ids=batch["input_ids"], attention_mask=mask, output_hidden_states=True, use_cache=False, **keep
-    )
+    if batch["position_ids"] is None:
+        seen = {"attention_mask": mask}
+    else:
+        # without a mask Transformers takes positions that start anew for documents apart; what pads a row stands
+        # behind it, where no real token looks
+        seen = place(model, batch["position_ids"])
+    output = model(input_ids=batch["input_ids"], output_hidden_states=True, use_cache=False, **seen, **keep)
     hidden = output.hidden_states[-1]
     losses = torch.zeros(len(examples), device=hidden.device)
     if first:

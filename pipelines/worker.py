@@ -21,22 +21,24 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from curlora.continual import TaskContext, make_strategy
+from curlora.continual import Example, TaskContext, make_strategy
 from pipelines import adapters, checkpoint, engine, heads
 from pipelines.checkpoint import Checkpoint
 from pipelines.config import ClassificationTask, PipelineConfig
-from pipelines.data import EvaluationSet, digest_of, evaluation_set, label_set, load_split, training_examples
+from pipelines.data import evaluation_set, training_examples
 from pipelines.evaluation import World, evaluate
 from pipelines.group import Queue
+from pipelines.kinds import EvaluationSet, kind_of
 from pipelines.pulse import Pulse
 from pipelines.runs import RunDirectory, StepPlan, fingerprint
+from pipelines.sources import digest_of, load_split
 from pipelines.trainer import (
     ContinualTrainer,
     DivergedError,
@@ -206,7 +208,7 @@ class Worker:
         self.pulse.watch(self.base)
         self.context = int(getattr(self.base.config, "max_position_embeddings", None) or 1024)
         self.classes = {
-            task.name: len(label_set(task))
+            task.name: len(kind_of(task).classes(task))
             for task in config.tasks
             if isinstance(task, ClassificationTask) and task.head == "classifier"
         }
@@ -465,16 +467,11 @@ class Worker:
             "seconds": history["seconds"] + time.time() - begun,
         }
 
-    def _examples(self, plan: StepPlan) -> list:
+    def _examples(self, plan: StepPlan) -> Sequence[Example]:
         training = self.config.training
         length = min(training.max_length, self.context)
-        return [
-            example
-            for name in plan.tasks
-            for example in training_examples(
-                self.config.task(name), self.tokenizer, length, training.max_train_examples, training.seed
-            )
-        ]
+        tasks = [self.config.task(name) for name in plan.tasks]
+        return training_examples(tasks, self.tokenizer, length, training.max_train_examples, training.seed)
 
     def _trainer(self, model, examples, strategy, steps: int, scratch: str, log, resume) -> ContinualTrainer:
         from accelerate.state import AcceleratorState

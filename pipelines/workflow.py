@@ -23,7 +23,6 @@ from pipelines.group import GroupLost, WorkerGroup
 from pipelines.runs import Lease, RunDirectory, RunDirectoryError, StepPlan, fingerprint
 
 WHOLE_FILE = 1 << 30  # larger weight files are fingerprinted by samples
-TASK_IDENTITY = ("name", "kind", "head", "text", "label", "labels", "prompt", "verbalizer", "splits")
 STOP_SECONDS = 4.0  # for workers to write a checkpoint after a request to stop, before they are ended
 
 
@@ -101,7 +100,7 @@ def _file_digest(path: Path) -> str:
 
 def make_plan(config: PipelineConfig) -> Plan:
     """Steps with their fingerprints, and the cells that the metrics need."""
-    from pipelines.data import digest_of  # imports `datasets`
+    from pipelines.data import data_identity  # imports `datasets`
 
     base = base_fingerprint(config.base_model)
     parent: str | None = None
@@ -115,7 +114,7 @@ def make_plan(config: PipelineConfig) -> Plan:
             "adapter": config.adapter.model_dump(),
             "strategy": config.strategy.model_dump(),
             "training": config.training.model_dump(),
-            "tasks": [_pick(task, TASK_IDENTITY) | {"digest": digest_of(task, "train")} for task in tasks],
+            "tasks": [data_identity(task) for task in tasks],
         }
         step = StepPlan(position, names, fingerprint(identity), parent or base)
         steps.append(step)
@@ -124,26 +123,10 @@ def make_plan(config: PipelineConfig) -> Plan:
     return Plan(base, base_directory, tuple(steps), _cell_keys(config), _needed(config, base_directory, steps))
 
 
-def _pick(model, fields: Sequence[str]) -> dict:
-    values = model.model_dump()
-    return {field: values[field] for field in fields if field in values}
-
-
 def _cell_keys(config: PipelineConfig) -> dict[str, str]:
-    from pipelines.data import digest_of
+    from pipelines.data import score_identity
 
-    keys = {}
-    for task in config.tasks:
-        how = {"max_examples": config.evaluation.max_examples, "seed": config.training.seed}
-        keys[task.name] = fingerprint(
-            _pick(task, TASK_IDENTITY)
-            | {"metric": task.metric, "digest": digest_of(task, "test"), "max_length": config.training.max_length}
-            | how
-        )
-    for corpus in config.retention:
-        identity = {"digest": digest_of(corpus, corpus.split), "metric": "nll"}
-        keys[corpus.name] = fingerprint(_pick(corpus, ("name", "text", "window", "stride")) | identity)
-    return keys
+    return {source.name: fingerprint(score_identity(source, config)) for source in [*config.tasks, *config.retention]}
 
 
 def _needed(config: PipelineConfig, base_directory: str, steps: Sequence[StepPlan]) -> dict[str, tuple[str, ...]]:
@@ -193,6 +176,7 @@ def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status:
         "perplexity": {name: [formulas.perplexity(v) for v in series] for name, series in nll.items()},
         "nll": nll,
         "majority": {name: next((r[name]["majority"] for r in cells if name in r), None) for name in names},
+        "extras": {name: found for name in names if any(found := [r.get(name, {}).get("extras") for r in cells])},
         **formulas.aggregates(scores, metric_names, nll),
         "gate": None,
         "seconds": _seconds(run, [row for row in rows if row]),
@@ -283,9 +267,9 @@ def run_chain(
         RunFailed: training stopped.
         RunStopped: somebody asked for it.
     """
-    from pipelines.data import check_data
+    from pipelines.door import check_data
 
-    problems = check_data(config)
+    problems = check_data(config, warn=lambda text: on_event({"kind": "warning", "text": text}))
     if problems:
         raise ConfigError(problems)
     plan = make_plan(config)

@@ -28,6 +28,16 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory):
+    """Neither rows nor tokens of a test stay on the machine, and none are found there."""
+    folder = str(tmp_path_factory.mktemp("caches"))
+    with pytest.MonkeyPatch.context() as patch:
+        if "CURLORA_TEST_CACHE" not in os.environ:
+            patch.setenv("CURLORA_CACHE", folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level tokenizer over a handful of words, with its special tokens."""

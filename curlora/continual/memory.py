@@ -64,6 +64,8 @@ class ReservoirMemory:
             "offsets": _offsets([row.input_ids for row in self.rows]),
             "labels": _flat(labels),
             "label_offsets": _offsets(labels),
+            "breaks": _flat([row.breaks for row in self.rows]),
+            "break_offsets": _offsets([row.breaks for row in self.rows]),
             "targets": torch.tensor([row.target for row in self.rows], dtype=torch.int32),
             "tasks": torch.tensor([names.index(row.task) for row in self.rows], dtype=torch.int32),
         }
@@ -73,11 +75,10 @@ class ReservoirMemory:
         """The inverse of `state`."""
         ids = _ranges(tensors["ids"], tensors["offsets"])
         labels = _ranges(tensors["labels"], tensors["label_offsets"])
+        breaks = _ranges(tensors["breaks"], tensors["break_offsets"])
         tasks = [values["tasks"][i] for i in tensors["tasks"].tolist()]
-        self.rows = [
-            Example(task, row, label or None, target)
-            for task, row, label, target in zip(tasks, ids, labels, tensors["targets"].tolist(), strict=True)
-        ]
+        columns = zip(tasks, ids, labels, tensors["targets"].tolist(), breaks, strict=True)
+        self.rows = [Example(task, row, label or None, target, places) for task, row, label, target, places in columns]
         self.seen, self.entered = values["seen"], list(values["entered"])
 
 

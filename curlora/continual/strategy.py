@@ -23,6 +23,7 @@ class Example:
         input_ids: token ids.
         labels: next-token targets aligned with `input_ids` (-100: no loss), or None for a classifier head.
         target: class index for a classifier head, else -1.
+        breaks: positions > 0 of packed text where another document begins; attention does not cross them.
         replayed: it comes out of a memory of earlier tasks.
     """
 
@@ -30,6 +31,7 @@ class Example:
     input_ids: tuple[int, ...]
     labels: tuple[int, ...] | None = None
     target: int = -1
+    breaks: tuple[int, ...] = ()
     replayed: bool = False
 
 

@@ -1,8 +1,10 @@
 """The configuration: every problem at once, each with field, value and remedy."""
 
+from pathlib import Path
+
 import pytest
 
-from pipelines.config import ConfigError, load_config, parse_config
+from pipelines.config import TASKS, ConfigError, load_config, parse_config
 from tests.conftest import minimal
 
 
@@ -110,6 +112,48 @@ def test_shipped_configurations_are_valid(monkeypatch):
         "domains-tiny",
         "paper-gpt2-large",
         "paper-mistral-7b",
+        "mixed",
+        "long-15",
+        *(f"standard-cl-order{order}" for order in (1, 2, 3)),
     }
     for file in files:
         assert load_config(file).name == file.stem
+
+
+def test_sequences_are_in_their_published_orders():
+    from pipelines.cli import CONFIGS
+
+    orders = {
+        "standard-cl-order1": "dbpedia amazon yahoo agnews",
+        "standard-cl-order2": "dbpedia amazon agnews yahoo",
+        "standard-cl-order3": "yahoo amazon agnews dbpedia",
+        "long-15": "mnli cb wic copa qqp boolq rte imdb yelp amazon sst2 dbpedia agnews multirc yahoo",
+    }
+    for name, order in orders.items():
+        assert " ".join(task.name for task in load_config(CONFIGS / f"{name}.yaml").tasks) == order
+    assert {task.kind for task in load_config(CONFIGS / "mixed.yaml").tasks} == set(TASKS)
+
+
+def test_the_ten_lines_of_the_readme_are_valid(tmp_path):
+    readme = (Path(__file__).parents[2] / "pipelines" / "README.md").read_text()
+    lines = readme.split("```yaml\n")[1].split("```")[0]
+    assert len(lines.strip().splitlines()) <= 10
+    (tmp_path / "mine.yaml").write_text(lines)
+    assert len(load_config(tmp_path / "mine.yaml").tasks) == 5
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ({"kind": "generation", "prompt": "{q}"}, "prompt and completion belong together"),
+        ({"kind": "generation", "prompt": "{q}", "completion": "{a}", "messages": "m"}, "give either"),
+        ({"kind": "generation"}, "give either"),
+        ({"kind": "multiple-choice", "prompt": "{q}", "choices": ["a"]}, "needs at least two choices"),
+        ({"kind": "generation", "prompt": "{q", "completion": "{a}"}, "unbalanced braces"),
+        ({"kind": "generation", "promt": "{q}"}, "did you mean 'prompt'?"),
+        ({"kind": "language-modeling", "documents": "seperate"}, "did you mean 'separate'?"),
+    ],
+)
+def test_tasks_that_make_no_sense(tmp_path, task, expected):
+    found = problems_of(minimal(tmp_path, tmp_path, tasks=[{"name": "t", "data": "x"} | task]))
+    assert expected in "\n".join(found)

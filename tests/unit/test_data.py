@@ -3,22 +3,17 @@
 import json
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines import data
 from pipelines.config import parse_config
-from pipelines.data import (
-    IGNORE,
-    check_data,
-    digest,
-    evaluation_set,
-    label_set,
-    load_split,
-    majority_rate,
-    subset_indices,
-    training_examples,
-    windows,
-)
+from pipelines.data import IGNORE, evaluation_set, majority_rate, subset_indices, training_examples
+from pipelines.door import check_data
+from pipelines.encode import windows
+from pipelines.kinds.classification import label_set
+from pipelines.sources import digest, load_split
 from tests.conftest import minimal, write_jsonl
 
 
@@ -32,10 +27,10 @@ def config_of(tmp_path, data, **task):
 def test_windows_score_every_token_but_the_first_once(length, window, stride):
     stride = min(stride, window - 1)
     stream = np.arange(length)
-    scored = [token for item in windows(stream, window, stride) for token in item.input_ids[item.start :]]
+    scored = [token for item in windows([stream], window, stride) for token in item.input_ids[item.start :]]
     assert scored == list(range(1, length))
-    assert all(len(item.input_ids) <= window for item in windows(stream, window, stride))
-    assert all(item.start >= 1 for item in windows(stream, window, stride))
+    assert all(len(item.input_ids) <= window for item in windows([stream], window, stride))
+    assert all(item.start >= 1 for item in windows([stream], window, stride))
 
 
 def test_digest_sees_content_and_order(tmp_path, reviews):
@@ -80,18 +75,22 @@ def test_text_is_packed_with_ends_between_documents(tmp_path, tokenizer):
     for split in ("train", "test"):
         write_jsonl(folder / f"{split}.jsonl", [{"text": "the film"}, {"text": "a story is good"}])
     raw = minimal(tmp_path, folder)
-    raw["tasks"] = [{"name": "t", "kind": "language-modeling", "data": str(folder)}]
-    task = parse_config(raw).tasks[0]
-    examples = training_examples(task, tokenizer, 9, None, seed=0)
-    tokens = [t for e in examples for t in e.input_ids]
-    assert tokenizer.decode(tokens) == "the film</s>a story is good</s>"
-    assert all(e.labels == e.input_ids and len(e.input_ids) <= 9 for e in examples)
+    for documents in ("separate", "joined"):
+        raw["tasks"] = [{"name": "t", "kind": "language-modeling", "data": str(folder), "documents": documents}]
+        examples = training_examples(parse_config(raw).tasks[0], tokenizer, 9, None, seed=0)
+        tokens = [t for e in examples for t in e.input_ids]
+        assert tokenizer.decode(tokens) == "the film</s>a story is good</s>"
+        assert [len(e.input_ids) for e in examples[:-1]] == [9] * (len(examples) - 1)
+        second = len(tokenizer("the film</s>")["input_ids"])  # where the second document begins
+        unlearned = {i for i, label in enumerate(t for e in examples for t in e.labels) if label == IGNORE}
+        assert unlearned == ({second} if documents == "separate" else set())
 
 
 def test_labels_by_name_by_mapping_and_by_occurrence(tmp_path, reviews):
     assert label_set(config_of(tmp_path, reviews).tasks[0]).index["positive"] == 1
     mapped = config_of(tmp_path, reviews, labels={4: "positive", 0: "negative"}).tasks[0]
-    assert (label_set(mapped).names, label_set(mapped).index) == (("positive", "negative"), {4: 0, 0: 1})
+    assert label_set(mapped).names == ("positive", "negative")
+    assert [label_set(mapped).of(value) for value in (4, 0, "4", 1, None)] == [0, 1, 0, None, None]
     other = tmp_path / "other"
     other.mkdir()
     write_jsonl(other / "train.jsonl", [{"sentence": "x", "label": v} for v in ("spam", "ham", "spam")])
@@ -117,7 +116,7 @@ def test_empty_split(tmp_path, reviews):
 def test_label_outside_the_label_set_names_row_and_value(tmp_path, reviews):
     write_jsonl(reviews / "test.jsonl", [{"sentence": "a", "label": 0}, {"sentence": "b", "label": 7}])
     found = problems(tmp_path, reviews)
-    assert "tasks.0.data: test row 2: label 7 is outside the label set" in found
+    assert f"tasks.0.data: {reviews}/test.jsonl:2: label 7 is outside the label set" in found
 
 
 def test_missing_column_names_the_nearest(tmp_path, reviews):
@@ -132,7 +131,7 @@ def test_broken_line_is_named(tmp_path, reviews):
 
 def test_missing_text_names_the_row(tmp_path, reviews):
     write_jsonl(reviews / "test.jsonl", [{"sentence": "a", "label": 0}, {"sentence": None, "label": 1}])
-    assert "test row 2: 'sentence' is missing" in problems(tmp_path, reviews)
+    assert "test.jsonl:2: 'sentence' is missing" in problems(tmp_path, reviews)
 
 
 def test_good_data_has_no_problem(tmp_path, reviews):
@@ -158,3 +157,57 @@ def test_one_file_gives_disjoint_train_and_test(tmp_path):
     train, test = (set(load_split(task, split)["sentence"]) for split in ("train", "test"))
     assert len(test) == 5
     assert not train & test
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often sequences were really made."""
+    made = []
+    write = data._write
+    monkeypatch.setattr(data, "_write", lambda sequences, path: (made.append(path), write(sequences, path))[1])
+    return made
+
+
+def test_tokens_are_made_once_for_the_same_content(tmp_path, reviews, tokenizer, counted, monkeypatch):
+    monkeypatch.setenv("CURLORA_CACHE", str(tmp_path / "cache"))
+    task = config_of(tmp_path, reviews).tasks[0]
+    first = training_examples(task, tokenizer, 16, None, seed=0)
+    moved = tmp_path / "moved"
+    reviews.rename(moved)
+    again = training_examples(config_of(tmp_path, moved).tasks[0], tokenizer, 16, None, seed=3)
+    assert list(again) == list(first)
+    assert len(counted) == 1
+    training_examples(config_of(tmp_path, moved).tasks[0], tokenizer, 17, None, seed=0)
+    training_examples(config_of(tmp_path, moved).tasks[0], tokenizer, 16, 5, seed=0)
+    write_jsonl(moved / "train.jsonl", [{"sentence": "other", "label": i % 2} for i in range(24)])
+    changed = training_examples(config_of(tmp_path, moved).tasks[0], tokenizer, 16, None, seed=0)
+    assert len(counted) == 4
+    assert list(changed) != list(first)
+
+
+def test_a_process_that_dies_while_it_makes_tokens_leaves_nothing_half(tmp_path, reviews, tokenizer, monkeypatch):
+    monkeypatch.setenv("CURLORA_CACHE", str(tmp_path / "cache"))
+    task = config_of(tmp_path, reviews).tasks[0]
+
+    def dies(sequences, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            training_examples(task, tokenizer, 16, None, seed=0)
+    assert len(training_examples(task, tokenizer, 16, None, seed=0)) == 24
+    assert not list((tmp_path / "cache" / "tokens").glob("*.tmp"))
+
+
+def test_examples_of_several_tasks_are_one_sequence(tmp_path, reviews, tokenizer):
+    one = config_of(tmp_path, reviews).tasks[0]
+    other = config_of(tmp_path, reviews, name="other", head="verbalizer", prompt="{sentence}:").tasks[0]
+    both = training_examples([one, other], tokenizer, 16, None, seed=0)
+    assert len(both) == 48
+    assert [e.task for e in both] == ["reviews"] * 24 + ["other"] * 24
+    assert both[-1] == both[47]
+    assert both[22:26] == [both[i] for i in range(22, 26)]
+    with pytest.raises(IndexError):
+        both[48]

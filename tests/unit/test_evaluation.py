@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from pipelines import heads
-from pipelines.data import EvaluationItem, EvaluationSet, windows
+from pipelines.encode import Encoded, windows
 from pipelines.evaluation import World, evaluate, last_token_features, make_batches, pad
+from pipelines.kinds import EvaluationSet
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -17,12 +18,12 @@ def sequences(count: int, vocabulary: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def text_set(stream: np.ndarray, window: int = 16, stride: int = 8) -> EvaluationSet:
-    items = tuple(windows(stream, window, stride))
-    return EvaluationSet("t", "text", "nll", items, (), tuple(range(len(items))), (), "digest")
+    items = tuple(windows([stream], window, stride))
+    return EvaluationSet("t", "retention", "nll", items, (), tuple(range(len(items))), (), "digest")
 
 
 def classifier_set(ids: list[np.ndarray], labels: list[int]) -> EvaluationSet:
-    items = tuple(EvaluationItem(i, tokens) for i, tokens in enumerate(ids))
+    items = tuple(Encoded(i, tokens) for i, tokens in enumerate(ids))
     rows = tuple(range(len(ids)))
     return EvaluationSet("reviews", "classifier", "accuracy", items, tuple(labels), rows, ("a", "b"), "digest")
 
@@ -30,7 +31,7 @@ def classifier_set(ids: list[np.ndarray], labels: list[int]) -> EvaluationSet:
 def plain_nll(model, stream: np.ndarray, window: int, stride: int) -> float:
     """The definition, one window at a time, without any batching."""
     total = count = 0
-    for item in windows(stream, window, stride):
+    for item in windows([stream], window, stride):
         ids = torch.as_tensor(item.input_ids)[None]
         with torch.no_grad():
             log_probabilities = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
@@ -75,7 +76,7 @@ def test_verbalizer_picks_the_likeliest_label(model, tokenizer):
     prompts = [rng.integers(3, len(tokenizer), size=5) for _ in range(8)]
     answers = [np.array([7]), np.array([9, 11])]
     items = tuple(
-        EvaluationItem(i, np.concatenate([p, a]), start=5, choice=c)
+        Encoded(i, np.concatenate([p, a]), start=5, choice=c)
         for i, p in enumerate(prompts)
         for c, a in enumerate(answers)
     )
@@ -92,7 +93,7 @@ def test_verbalizer_picks_the_likeliest_label(model, tokenizer):
 
 
 def test_the_last_token_is_the_last_real_one():
-    ids, mask = pad([[5, 6, 7], [8]], torch.device("cpu"))
+    ids, mask, _ = pad([[5, 6, 7], [8]], torch.device("cpu"))
     hidden = torch.arange(6.0).reshape(2, 3, 1)
     assert last_token_features(hidden, mask).flatten().tolist() == [2.0, 3.0]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]

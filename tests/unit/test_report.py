@@ -268,3 +268,17 @@ def test_numbers_for_people():
     assert [size(value) for value in (9, 9216, 1.4e9, None)] == ["9 B", "9.2 kB", "1.4 GB", "–"]
     assert [duration(value) for value in (3.25, 95, 7384, None)] == ["3.2 s", "1 min 35 s", "2 h 03 min", "–"]
     assert math.isclose(goodness([1.0, 2.0], "nll")[1], math.exp(-1))
+
+
+def test_written_answers_are_shown_in_every_metric(tmp_path):
+    run = make_run(tmp_path)
+    results = run.results()
+    name = results["tasks"][0]
+    rows = [{"rouge_l": 0.125 * k, "exact_match": 0.0625 * k} if k else None for k in range(len(results["scores"]))]
+    run.write_json("results.json", results | {"extras": {name: rows}, "metric": results["metric"] | {name: "rouge_l"}})
+    write_report(run)
+    page = run.read_bytes("report.html").decode()
+    assert "<h2>Written answers</h2>" in page
+    assert "rouge_l, the task&#x27;s metric" in page or "rouge_l, the task's metric" in page
+    assert "<td>0.375</td>" in page
+    assert "<td>0.188</td>" in page

@@ -1,0 +1,273 @@
+"""What is refused before any worker starts: every problem at once, with file, line and remedy, and never a crash."""
+
+import json
+import os
+import string
+
+import pyarrow
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from pipelines.config import parse_config
+from pipelines.door import check_data
+from tests.conftest import minimal, write_jsonl
+
+GOOD = [{"text": f"the film is {word}", "label": i % 2} for i, word in enumerate(("good", "bad", "warm", "dull"))]
+TESTED = [{"text": "a bright story", "label": 0}, {"text": "a slow joke", "label": 1}]
+
+
+@pytest.fixture
+def door(tmp_path, model, tokenizer):
+    """(problems, warnings) of one task; files are written into `door.folder`."""
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", GOOD)
+    write_jsonl(folder / "test.jsonl", TESTED)
+
+    def check(max_length: int = 60, **task) -> tuple[str, str]:
+        raw = minimal(tmp_path, folder, base_model={"path": str(tmp_path / "base")})
+        raw["training"] = {"max_length": max_length}
+        raw["tasks"] = [{"name": "task", "kind": "classification", "data": str(folder)} | task]
+        warnings: list[str] = []
+        problems = check_data(parse_config(raw), warnings.append)
+        return "\n".join(map(str, problems)), "\n".join(warnings)
+
+    check.folder = folder
+    return check
+
+
+def test_good_data_passes_without_a_word(door):
+    assert door() == ("", "")
+
+
+def test_all_problems_come_at_once(door):
+    write_jsonl(door.folder / "train.jsonl", [*GOOD, {"text": "", "label": 0}, {"text": "a plot", "label": None}])
+    write_jsonl(door.folder / "test.jsonl", [TESTED[0], {"text": None, "label": 1}])
+    problems, _ = door()
+    assert f"{door.folder}/train.jsonl:5: 'text' is empty text; fill it or drop the row" in problems
+    assert f"{door.folder}/train.jsonl:6: the label 'label' is missing; fill it or drop the row" in problems
+    assert f"{door.folder}/test.jsonl:2: 'text' is missing" in problems
+
+
+def test_lines_are_those_of_the_file_also_with_blank_ones_between(door):
+    rows = [json.dumps(row) for row in (*GOOD, {"text": " ", "label": 0})]
+    (door.folder / "train.jsonl").write_text("\n\n".join(rows) + "\n")
+    assert "train.jsonl:9: 'text' is empty text" in door()[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([{"text": i, "label": i % 2} for i in range(4)], "train.jsonl:1: 'text' is a int (0), expected text"),
+        ([{"text": ["a"], "label": 0}, {"text": ["b"], "label": 1}], "'text' is a list (['a']), expected text"),
+        ([{"words": "a", "label": 0}], "task/train has no column 'text', expected one of: label, words"),
+        ([{"text": "a", "label": 0}, {"text": "b", "label": 0}], "all 2 rows have the same label '0'"),
+        ([*GOOD, {"text": "a plot", "label": float("nan")}], "the label 'label' is NaN"),
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], "test.jsonl:1: label 0 is outside the label set"),
+    ],
+)
+def test_wrong_columns_types_and_labels(door, rows, expected):
+    write_jsonl(door.folder / "train.jsonl", rows)
+    assert expected in door()[0]
+
+
+def test_a_label_that_train_lacks_is_found(door):
+    write_jsonl(door.folder / "test.jsonl", [*TESTED, {"text": "x", "label": 2}])
+    assert "the label(s) 'c' never occur in train" in door(labels=["a", "b", "c"])[0]
+
+
+def test_one_class_in_test_is_a_warning(door):
+    write_jsonl(door.folder / "test.jsonl", [row | {"label": 1} for row in TESTED])
+    problems, warnings = door()
+    assert problems == ""
+    assert "task/test: all 2 rows have the same label '1'; scores on it say little" in warnings
+
+
+def test_many_bad_rows_are_counted_not_listed(door):
+    write_jsonl(door.folder / "train.jsonl", [*GOOD, *[{"text": "", "label": 0}] * 50])
+    problems, _ = door()
+    assert len(problems.splitlines()) == 6
+    assert "task/train: 45 more rows have such problems" in problems
+
+
+def test_overlap_is_a_warning_with_its_count(door):
+    copied = {"text": "the  film is good", "label": 0}  # spaces do not hide it
+    write_jsonl(door.folder / "test.jsonl", [*TESTED, copied, copied])
+    problems, warnings = door()
+    assert problems == ""
+    assert warnings.startswith("task: 2 of 4 test texts also occur in train")
+
+
+def test_broken_encoding_names_file_line_and_byte(door):
+    for name, line in (("train.jsonl", b'{"text": "caf\xe9", "label": 0}\n'), ("train.csv", b"caf\xe9,1\n")):
+        (door.folder / "train.jsonl").unlink(missing_ok=True)
+        head = b"text,label\n" if name.endswith("csv") else b""
+        (door.folder / name).write_bytes(head + line * 2)
+        problems, _ = door()
+        assert f"{door.folder}/{name}:{2 if head else 1}: " in problems
+        assert "UTF-8" in problems
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_truncated_files(door, form):
+    (door.folder / "train.jsonl").unlink()
+    file = door.folder / f"train.{form}"
+    if form == "jsonl":
+        write_jsonl(file, GOOD)
+    elif form == "csv":
+        file.write_text("text,label\n" + "".join(f'"{row["text"]}",{row["label"]}\n' for row in GOOD))
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(GOOD), file)
+    assert door()[0] == ""
+    content = file.read_bytes()
+    file.write_bytes(content[: -len(content) // 3] if form == "parquet" else content[:-5])
+    problems, _ = door()
+    place = {"jsonl": "train.jsonl:4", "csv": "train.csv:5", "parquet": "train.parquet"}[form]
+    assert f"{door.folder}/{place}" in problems
+
+
+def test_text_that_vanishes_and_answers_that_leave_no_room(door):
+    problems, _ = door(
+        head="verbalizer", prompt="{text}:", verbalizer=["good", "warm and bright and good"], max_length=8
+    )
+    assert "nothing of the prompt would be left; raise max_length" in problems
+    assert "has no tokens" in door(head="verbalizer", prompt="{text}:", verbalizer=["good", ""])[0]
+    assert "verbalizer has 1 texts for 2 labels" in door(head="verbalizer", prompt="{text}:", verbalizer=["x"])[0]
+
+
+def test_generation_needs_room_to_write(door):
+    task = {"kind": "generation", "prompt": "{text}", "completion": "{label}", "max_new_tokens": 64}
+    assert "tasks.0.max_new_tokens: 64 leaves no room in the model's context of 64 tokens" in door(**task)[0]
+
+
+def chat(*turns: tuple[str, str]) -> dict:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (chat(("user", "a"), ("user", "b")), "ends with message 2 of the role 'user'"),
+        (chat(("user", "a"), ("bot", "b")), "message 2 has the role 'bot', use one of: system, user"),
+        (chat(("user", "a"), ("assistant", " ")), "'messages, message 2' is empty text"),
+        (chat(("user", "a")), "expected at least two that end with the assistant's answer"),
+        ({"messages": []}, "'messages' is [], expected a list of {role, content}"),
+    ],
+)
+def test_chats_that_cannot_be_learned_from(door, row, expected):
+    write_jsonl(door.folder / "train.jsonl", [chat(("user", "a"), ("assistant", "b")), row])
+    write_jsonl(door.folder / "test.jsonl", [chat(("user", "c"), ("assistant", "d"))])
+    problems, _ = door(kind="generation", messages="messages")
+    assert f"{door.folder}/train.jsonl:2" in problems
+    assert expected in problems
+    assert "needs a chat template" not in problems  # found once the rows are whole
+    write_jsonl(door.folder / "train.jsonl", [chat(("user", "a"), ("assistant", "b"))])
+    assert "messages needs a chat template, the tokenizer has none" in door(kind="generation", messages="messages")[0]
+
+
+def test_choices_and_their_label(door):
+    rows = [{"text": "a", "choices": ["x", "y"], "label": 2}, {"text": "b", "choices": ["x"], "label": 0}]
+    write_jsonl(door.folder / "train.jsonl", rows)
+    write_jsonl(door.folder / "test.jsonl", rows)
+    problems, _ = door(kind="multiple-choice", prompt="{text}", choices="choices")
+    assert "train.jsonl:1: label 2 is outside the choices" in problems
+    assert "train.jsonl:2: 'choices' is ['x'], expected a list of at least two texts" in problems
+
+
+@pytest.mark.parametrize("template", ["{text.__class__}", "{0}", "{text!r}", "{text", "text}", "{}"])
+def test_templates_hold_plain_names_only(door, template):
+    from pipelines.config import ConfigError
+
+    with pytest.raises(ConfigError) as error:
+        door(head="verbalizer", prompt=template)
+    assert "brace" in str(error.value)
+
+
+# -- properties: whatever comes, a clear word or a clean pass
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+CELL = st.text(string.printable, max_size=8) | st.integers(-2, 3) | st.none() | ANYTHING
+KINDS = st.sampled_from(
+    [
+        {},
+        {"head": "verbalizer", "prompt": "{text}:"},
+        {"kind": "language-modeling"},
+        {"kind": "generation", "prompt": "{text}", "completion": "{label}", "max_new_tokens": 4},
+        {"kind": "generation", "messages": "text"},
+        {"kind": "multiple-choice", "prompt": "{label}", "choices": "text"},
+    ]
+)
+PROPERTY = settings(
+    max_examples=int(os.environ.get("CURLORA_TEST_EXAMPLES", "25")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def passes_or_says_why(door, **task) -> None:
+    """No crash; what passes can be encoded for training and for scoring."""
+    from pipelines.data import evaluation_set, training_examples
+
+    problems, _ = door(**task)
+    if problems:
+        assert all(len(line) > 20 for line in problems.splitlines())
+        return
+    raw = {"name": "x", "base_model": {"path": str(door.folder.parent / "base")}}
+    raw["tasks"] = [{"name": "task", "kind": "classification", "data": str(door.folder)} | task]
+    config = parse_config(raw)
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.base_model.path)
+    training_examples(config.tasks[0], tokenizer, 60, None, 0)
+    evaluation_set(config.tasks[0], tokenizer, config, 64)
+
+
+@PROPERTY
+@given(rows=st.lists(st.fixed_dictionaries({}, optional={"text": CELL, "label": CELL}), max_size=4), task=KINDS)
+def test_any_rows_pass_or_are_explained(door, rows, task):
+    write_jsonl(door.folder / "train.jsonl", rows)
+    write_jsonl(door.folder / "test.jsonl", rows[:2])
+    passes_or_says_why(door, **task)
+
+
+@PROPERTY
+@given(content=st.binary(max_size=60), form=st.sampled_from(["jsonl", "json", "csv", "tsv", "parquet", "txt"]))
+def test_any_bytes_pass_or_are_explained(door, content, form):
+    for file in door.folder.glob("train.*"):
+        file.unlink()
+    (door.folder / f"train.{form}").write_bytes(content)
+    passes_or_says_why(door)
+
+
+@PROPERTY
+@given(data=st.data(), form=st.sampled_from(["jsonl", "csv", "parquet"]))
+def test_any_damage_to_a_good_file_passes_or_is_explained(door, data, form):
+    for file in door.folder.glob("train.*"):
+        file.unlink()
+    file = door.folder / f"train.{form}"
+    if form == "jsonl":
+        write_jsonl(file, GOOD)
+    elif form == "csv":
+        file.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in GOOD))
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(GOOD), file)
+    content = bytearray(file.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    how = data.draw(st.sampled_from(["cut", "flip", "insert"]))
+    if how == "cut":
+        del content[at:]
+    elif how == "flip":
+        content[at] ^= data.draw(st.integers(1, 255))
+    else:
+        content[at:at] = data.draw(st.binary(min_size=1, max_size=4))
+    file.write_bytes(bytes(content))
+    passes_or_says_why(door)

@@ -1,0 +1,153 @@
+"""`predict` on a run as workers write it: the same answers as the evaluation, for every kind."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from pipelines import adapters, heads
+from pipelines.cli import main
+from pipelines.config import ConfigError, parse_config
+from pipelines.data import evaluation_set
+from pipelines.evaluation import World, evaluate
+from pipelines.kinds import kind_of
+from pipelines.predict import load_trained, predict, rows_of_file, rows_of_texts
+from pipelines.runs import RunDirectory
+from pipelines.sources import load_split, records
+from tests.conftest import WORDS, write_jsonl
+
+ROWS = [
+    {
+        "text": f"the film is {word} and {WORDS[(i * 7) % 20]}",
+        "second": "a plot",
+        "label": i % 2,
+        "choices": [word, "and of with", "dull"],
+    }
+    for i, word in enumerate(WORDS)
+]
+TASKS = [
+    {"name": "head", "kind": "classification", "text": ["text", "second"]},
+    {"name": "words", "kind": "classification", "head": "verbalizer", "prompt": "{text}:", "labels": ["bad", "good"]},
+    {"name": "write", "kind": "generation", "prompt": "{text}", "completion": "{second}", "max_new_tokens": 5},
+    {"name": "choose", "kind": "multiple-choice", "prompt": "{text}", "choices": "choices"},
+    {"name": "read", "kind": "language-modeling"},
+    {"name": "later", "kind": "classification", "text": "text"},
+]
+
+
+@pytest.fixture
+def trained(tmp_path, model, tokenizer):
+    """A run with one finished step whose adapter and head say something; and its model."""
+    import torch
+
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "test"):
+        write_jsonl(data / f"{split}.jsonl", ROWS)
+    raw = {"name": "run", "base_model": {"path": str(tmp_path / "base")}, "storage": str(tmp_path / "runs")}
+    raw |= {"adapter": {"type": "curlora", "r": 4}, "training": {"max_length": 40}}
+    raw["tasks"] = [task | {"data": str(data)} for task in TASKS]
+    config = parse_config(raw)
+    run = RunDirectory(config.run_uri)
+    run.open_for_writing(config)
+    adapted = adapters.attach_adapter(model, config.adapter, 0)
+    heads.attach_heads(adapted, {"head": 2, "later": 2}, 0)
+    generator = torch.Generator().manual_seed(1)
+    chosen = {}
+    for name, parameter in adapted.named_parameters():
+        if "curlora_" in name or heads.saved_name(name):
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            chosen[name] = parameter.detach().clone()
+    buffers = {name: b for name, b in adapted.state_dict().items() if "curlora_" in name}
+    folder = tmp_path / "step"
+    folder.mkdir()
+    adapters.save_adapter(adapted, buffers | chosen, folder)
+    run.upload(folder, "steps/1-head-abcdef12")
+    metrics = {"fingerprint": "abcdef1234", "tasks": ["head"], "parent": "base", "cells": [], "position": 1}
+    run.write_json("steps/1-head-abcdef12/metrics.json", metrics)
+    step = {"task": "head", "directory": "steps/1-head-abcdef12", "fingerprint": "abcdef1234"}
+    run.write_json("results.json", {"steps": [step]})
+    return run, adapted
+
+
+@pytest.mark.parametrize("name", ["head", "words", "write", "choose", "read"])
+def test_predictions_agree_with_the_evaluation_of_the_same_rows(trained, tokenizer, name):
+    run, adapted = trained
+    config = run.config()
+    evaluation = evaluation_set(config.task(name), tokenizer, config, 64)
+    import torch
+
+    _, outcomes = evaluate(adapted, evaluation, World(0, 1, torch.device("cpu")), 300, "task", "k")
+    wanted = kind_of(config.task(name)).inputs(config.task(name))
+    rows = list(records(load_split(config.task(name), "test"), wanted))  # without labels: nothing to cheat with
+    found = predict(run, name, rows)
+    if name == "read":
+        assert [p["nll"] * p["tokens"] for p in found] == pytest.approx([o["nll"] for o in outcomes], rel=1e-5)
+    else:
+        assert [p["prediction"] for p in found] == [o["prediction"] for o in outcomes]
+    if name in ("head", "write"):
+        assert len({p["prediction"] for p in found}) > 1  # so the agreement says something
+
+
+def test_the_base_is_a_step_too(trained):
+    run, _ = trained
+    row = [{"text": "the film is good"}]
+    assert predict(run, "read", row, "base")[0]["nll"] != pytest.approx(predict(run, "read", row)[0]["nll"], rel=1e-4)
+    assert not hasattr(load_trained(run, "base").model, "peft_config")
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "step", "expected"),
+    [
+        ("haed", [{}], None, "did you mean 'head'?"),
+        ("head", [{"text": "a"}], None, "row 1: has no 'second'"),
+        ("read", [{"text": "a"}, {"text": 3}], None, "row 2: 'text' is a int (3), expected text"),
+        ("read", [], None, "nothing to predict"),
+        ("head", [{"text": "a", "second": "b"}], "ghost", "no finished step 'ghost'"),
+        ("head", [{"text": "a", "second": "b"}], "base", "its head is untrained at step 'base'"),
+        ("later", [{"text": "a"}], None, "its head is untrained"),
+    ],
+)
+def test_what_cannot_be_predicted_is_explained(trained, task, rows, step, expected):
+    with pytest.raises(ConfigError, match=expected.replace("?", r"\?").replace("(", r"\(").replace(")", r"\)")):
+        predict(trained[0], task, rows, step)
+
+
+def test_texts_become_rows_by_the_tasks_fields(trained):
+    run, _ = trained
+    assert rows_of_texts(run, "head", ["a", "b", "c", "d"]) == [
+        {"text": "a", "second": "b"},
+        {"text": "c", "second": "d"},
+    ]
+    with pytest.raises(ConfigError, match="must be given 2 times a row: text, second"):
+        rows_of_texts(run, "head", ["a"])
+    with pytest.raises(ConfigError, match="by --file"):
+        rows_of_texts(run, "choose", ["a"])
+
+
+def test_command_line(trained, tmp_path):
+    run, _ = trained
+
+    def call(*arguments: str):
+        return CliRunner().invoke(main, ["predict", run.uri, *arguments])
+
+    plain = call("--task", "words", "--text", "the film", "--text", "a plot")
+    assert plain.exit_code == 0, plain.output
+    assert set(plain.stdout.split()) <= {"bad", "good"}
+    write_jsonl(tmp_path / "in.jsonl", ROWS)
+    found = [
+        json.loads(line)
+        for line in call("--task", "choose", "--file", str(tmp_path / "in.jsonl"), "--json").stdout.splitlines()
+    ]
+    assert [p["label"] for p in found] == [row["choices"][p["prediction"]] for p, row in zip(found, ROWS, strict=True)]
+    assert "perplexity" in call("--task", "read", "--text", "the film is good").stdout
+    assert call("--task", "read").exit_code == 2
+    (tmp_path / "in.jsonl").write_text('{"text": "a"\n[1]\n')
+    broken = call("--task", "read", "--file", str(tmp_path / "in.jsonl"))
+    assert broken.exit_code == 2
+    assert "in.jsonl:1: not valid JSON" in broken.output
+    assert "in.jsonl:2: expected an object" in broken.output
+    with pytest.raises(ConfigError, match="cannot be read"):
+        rows_of_file(tmp_path / "nowhere.jsonl")
