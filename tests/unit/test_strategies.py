@@ -224,7 +224,9 @@ def test_no_row_enters_twice():
 
 def test_memory_survives_its_own_serialisation():
     memory = ReservoirMemory(8)
-    memory.add_task("a", [*rows("a", 6), Example("a", (4, 5, 6), (4, 5, 6), breaks=(2,)), Example("a", (1, 2, 3), None, 1)], 0)
+    memory.add_task(
+        "a", [*rows("a", 6), Example("a", (4, 5, 6), (4, 5, 6), breaks=(2,)), Example("a", (1, 2, 3), None, 1)], 0
+    )
     again = ReservoirMemory(8)
     again.load_state(*through_json(memory.state()))
     assert again.rows == memory.rows
