@@ -10,7 +10,7 @@ import pytest
 from tests.cluster.chaos import DAMAGES, Chaos, Server
 
 STEPS = 60
-SHORT = {"sequential": ["worker", "disk", "driver"], "joint": ["mlflow", "raylet", "sigterm"]}
+SHORT = {"replay": ["worker", "disk", "driver"], "ilora": ["mlflow", "raylet", "sigterm"]}
 
 
 @pytest.fixture
