@@ -231,6 +231,56 @@ def _print_facts(config, facts, table: dict) -> None:
 
 
 @main.command()
+@click.argument("config", type=click.Path())
+@click.option("--methods", required=True, help="adapter or adapter+strategy, separated by commas.")
+@click.option("--seeds", default="0", show_default=True, help="Training seeds, separated by commas.")
+@click.option("--learning-rates", default="", help="Grid for each method, judged on the first task's validation part.")
+@click.option("--reference", help="Method that the paired intervals are against; default: the first.")
+@click.option("--catalogue", type=click.Path(path_type=Path), help="YAML of methods; default: pipelines/configs.")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field of CONFIG.")
+@click.option("--address", help="Ray cluster; default: RAY_ADDRESS, else a local one.")
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
+def compare(
+    config, methods, seeds, learning_rates, reference, catalogue, overrides, address, as_json, verbose
+) -> None:
+    """Methods side by side on the sequence of CONFIG: a table with errors over seeds, paired intervals, a figure.
+
+    Goes on where it was interrupted; a method or seed named later costs only its own runs.
+
+    \b
+    Example:  curlora compare domains.yaml --methods curlora,lora,lora+ewc --seeds 0,1,2 --learning-rates 1e-3,3e-3
+    """
+    from pipelines.compare import CATALOGUE, Comparison, markdown, read_methods
+    from pipelines.compare import compare as run_comparison
+    from pipelines.config import read_config
+
+    chosen = read_methods([name.strip() for name in methods.split(",")], catalogue or CATALOGUE)
+    comparison = Comparison(
+        read_config(config, overrides),
+        chosen,
+        _numbers(seeds, int, "--seeds"),
+        _numbers(learning_rates, float, "--learning-rates"),
+        reference or chosen[0].name,
+    )
+    console = _console(err=as_json)
+
+    def report(event: dict) -> None:
+        if event["kind"] in ("run", "warning"):
+            console.print(event.get("text") or event["name"], highlight=False)
+
+    result = run_comparison(comparison, verbose, address, report)
+    click.echo(json.dumps(result, indent=1) if as_json else markdown(result))
+
+
+def _numbers(text: str, kind: type, option: str) -> list:
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise click.BadParameter(f"'{text}' is not a list of numbers such as 1,2,3", param_hint=option) from None
+
+
+@main.command()
 @click.argument("run", required=False)
 @click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
 @click.option("--json", "as_json", is_flag=True)

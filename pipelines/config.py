@@ -140,6 +140,8 @@ class TrainingConfig(Section):
 
 class EvaluationConfig(Section):
     max_examples: int | None = Field(None, gt=0, description="seeded subset of each test split")
+    max_retention_tokens: int | None = Field(None, gt=0, description="the beginning of each retention corpus")
+    seed: int = Field(0, ge=0, description="of the subset; the same rows under every training seed")
     batch_tokens: int = Field(8192, gt=0, description="padded tokens a forward pass")
 
 
@@ -477,11 +479,16 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Pipel
     Raises:
         ConfigError: with every problem found.
     """
+    return parse_config(read_config(path, overrides))
+
+
+def read_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> dict:
+    """A configuration file with overrides as a plain mapping, not yet validated."""
     raw = read_yaml(path)
     problems = [problem for item in overrides if (problem := _override(raw, item))]
     if problems:
         raise ConfigError(problems)
-    return parse_config(raw)
+    return raw
 
 
 def parse_config(raw: dict) -> PipelineConfig:

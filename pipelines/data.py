@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,14 +47,16 @@ def score_identity(source: Source, config: PipelineConfig) -> dict:
     """What a score cell is a score of: the key of a cell that need not be evaluated again."""
     if isinstance(source, RetentionCorpus):
         fields = source.model_dump(include={"name", "text", "window", "stride"})
-        return fields | {"digest": digest_of(source, source.split), "metric": "nll"}
+        at_most = config.evaluation.max_retention_tokens
+        return fields | {"digest": digest_of(source, source.split), "metric": "nll", "max_tokens": at_most}
+    at_most = config.evaluation.max_examples
     return source.scoring_identity() | {
         "digest": digest_of(source, "test"),
         "metric": source.metric,
         "classes": kind_of(source).classes(source),
         "max_length": config.training.max_length,
-        "max_examples": config.evaluation.max_examples,
-        "seed": config.training.seed,
+        "max_examples": at_most,
+        "seed": config.evaluation.seed if at_most else None,
     }
 
 
@@ -136,11 +138,16 @@ def evaluation_set(
     rows = load_split(source, split)
     numbers = np.arange(len(rows))
     if isinstance(source, TaskSource):
-        numbers = subset_indices(len(rows), config.evaluation.max_examples, config.training.seed)
-        rows = _subset(rows, config.evaluation.max_examples, config.training.seed)
+        chosen = (config.evaluation.max_examples, config.evaluation.seed)
+        numbers, rows = subset_indices(len(rows), *chosen), _subset(rows, *chosen)
     encoder, kind = Encoder(tokenizer, scored_length(source, config, context)), kind_of(source)
     identity = {"part": split} | score_identity(source, config)
-    items = _cached(identity, encoder, lambda: kind.items(source, batches(rows, kind.inputs(source)), encoder))
+    at_most = config.evaluation.max_retention_tokens if isinstance(source, RetentionCorpus) else None
+
+    def encode() -> Iterable[Encoded]:
+        return _beginning(kind.items(source, batches(rows, kind.inputs(source)), encoder), at_most)
+
+    items = _cached(identity, encoder, encode)
     examples = items.last_example + 1
     return EvaluationSet(
         name=source.name,
@@ -153,6 +160,16 @@ def evaluation_set(
         tokenizer=tokenizer,
         **({"labels": (), "class_names": ()} | kind.targets(source, rows, encoder) | kind.settings(source, encoder)),
     )
+
+
+def _beginning(items: Iterable[Encoded], at_most: int | None) -> Iterator[Encoded]:
+    """Items until so many tokens are scored."""
+    scored = 0
+    for item in items:
+        if at_most is not None and scored >= at_most:
+            return
+        scored += len(item.input_ids) - max(item.start, 1)
+        yield item
 
 
 def scored_length(source: Source, config: PipelineConfig, context: int) -> int:

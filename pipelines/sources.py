@@ -28,7 +28,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.config import Problem, Source, is_uri, looks_local
+from pipelines.config import Problem, Source, TaskSource, is_uri, looks_local
 
 if TYPE_CHECKING:
     import datasets
@@ -38,6 +38,9 @@ CARVED = 0.1  # share of a single file that becomes its test split
 AT_MOST = 5  # broken lines named for each file
 BATCH = 1000  # rows read at a time
 REOPEN_ROWS = 20_000  # rows after which a memory map is opened anew, which gives back the pages it has touched
+
+
+HELD_OUT = {"kept": "train", "held-out": "test"}  # name of a part of a split → side of the cut
 
 
 class DataError(ValueError):
@@ -52,13 +55,26 @@ class DataError(ValueError):
 
 
 def load_split(source: Source, split: str) -> datasets.Dataset:
-    """The rows of one split.
+    """The rows of one split. `train@kept` and `train@held-out` are 90 % and 10 % of `train`, drawn once and for all.
 
     Raises:
         DataError: nothing there, not readable, or no rows; names the file and, for broken text, the line.
     """
-    expression = _expression(source, split)
-    return _load(source.data, source.subset, source.revision, expression, split, _stamp(source.data))
+    expression, _, part = _expression(source, split).partition("@")
+    split = "train" if part else split
+    rows = _load(source.data, source.subset, source.revision, expression, split, _stamp(source.data))
+    return _carved(rows, HELD_OUT[part]) if part else rows
+
+
+def validation_view(task: TaskSource) -> TaskSource:
+    """The task as those see it who choose: scored on `validation`, or on a part of `train` that it then lacks."""
+    if "validation" not in task.splits:
+        try:
+            load_split(task, "validation")
+        except DataError:
+            train = task.splits.get("train", "train")
+            return task.model_copy(update={"splits": {"train": f"{train}@kept", "test": f"{train}@held-out"}})
+    return task.model_copy(update={"splits": {**task.splits, "test": task.splits.get("validation", "validation")}})
 
 
 def _stamp(data: str) -> tuple:
@@ -111,9 +127,14 @@ def _carve(rows: datasets.Dataset, data: str, split: str) -> datasets.Dataset:
     """This split's part of a single file, in the order of the file."""
     if split not in ("train", "test"):
         raise DataError([Problem(data, f"one file has no '{split}' split; use a folder with {split}.jsonl")])
+    return _carved(rows, split)
+
+
+def _carved(rows: datasets.Dataset, side: str) -> datasets.Dataset:
+    """Nine tenths ("train") or one ("test") of some rows, in their order."""
     if len(rows) < 2:
         return rows
-    part = rows.train_test_split(test_size=CARVED, seed=0, shuffle=True)[split]
+    part = rows.train_test_split(test_size=CARVED, seed=0, shuffle=True)[side]
     return rows.select(sorted(part._indices.column(0).to_pylist()))
 
 
@@ -185,7 +206,7 @@ def _format(path: str) -> str | None:
 
 def _folder_files(data: str, expression: str) -> dict[str, tuple[str, ...]]:
     """Name → files of every part that a split expression speaks of."""
-    stems = re.findall(r"(?:^|\+)\s*([^\s\[+]+)", expression)
+    stems = re.findall(r"(?:^|\+)\s*([^\s\[+@]+)", expression)
     return {stem: tuple(_files_of_part(data, stem)) for stem in dict.fromkeys(stems)}
 
 
@@ -368,7 +389,7 @@ def _paths(source: Source, split: str) -> list[str]:
 def place(source: Source, split: str, row: int) -> str:
     """Where a row (counted from 0) stands: `file:line`, or split and row number where there are no lines."""
     by_number = f"{source.data}, {split} row {row + 1}"
-    if re.search(r"[\[+]", _expression(source, split)):
+    if re.search(r"[\[+@]", _expression(source, split)):
         return by_number
     if _format(source.data):
         indices = load_split(source, split)._indices

@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from pipelines import sources
 from pipelines.config import parse_config
-from pipelines.sources import DataError, batches, digest_of, load_split, local_copy, place, records
+from pipelines.sources import DataError, batches, digest_of, load_split, local_copy, place, records, validation_view
 from tests.conftest import minimal, write_jsonl
 
 ROWS = [{"sentence": f"row {i}, with „quotes“", "label": i % 2} for i in range(40)]
@@ -208,3 +208,24 @@ def test_the_workers_of_a_node_download_once(tmp_path, bucket):
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_those_who_choose_see_validation_and_never_test(tmp_path):
+    write(tmp_path / "with", "jsonl")
+    write(tmp_path / "with", "jsonl", ROWS[:5], "validation")
+    write(tmp_path / "with", "jsonl", ROWS[:3], "test")
+    view = validation_view(source(tmp_path / "with"))
+    assert len(load_split(view, "test")) == 5
+    assert len(load_split(view, "train")) == len(ROWS)
+
+
+def test_without_validation_a_tenth_of_train_is_held_out_of_it(tmp_path):
+    write(tmp_path / "without", "jsonl")
+    write(tmp_path / "without", "jsonl", ROWS[:3], "test")
+    view = validation_view(source(tmp_path / "without"))
+    kept, held_out = (list(records(load_split(view, split))) for split in ("train", "test"))
+    assert len(held_out) == len(ROWS) // 10
+    sentences = sorted(row["sentence"] for row in [*kept, *held_out])
+    assert sentences == sorted(row["sentence"] for row in ROWS)
+    assert digest_of(view, "train") != digest_of(source(tmp_path / "without"), "train")
+    assert "row" in place(view, "test", 1)

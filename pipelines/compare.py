@@ -1,0 +1,439 @@
+"""Methods on one sequence, side by side: runs over seeds, one table, paired intervals, a picture of the trade-off.
+
+A method is an adapter of a catalogue, or `adapter+strategy`. Its learning rate comes from a small grid, judged on the
+first task's validation part. Every run is an ordinary run directory below `<storage>/<name>/`, so a comparison that
+was interrupted, or gets another method later, trains only what is missing. All runs share a warm worker group and the
+base's scores.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.config import ConfigError, PipelineConfig, Problem, did_you_mean, parse_config, read_yaml
+from pipelines.group import WorkerGroup
+from pipelines.runs import RunDirectory
+
+CATALOGUE = Path(__file__).parent / "configs" / "methods.yaml"
+RESAMPLES = 2000
+FIGURES = (  # key in results.json, heading, digits
+    ("learning_accuracy", "learning acc.", 3),
+    ("average_accuracy", "average acc.", 3),
+    ("backward_transfer", "backward tr.", 3),
+    ("forgetting", "forgetting", 3),
+    ("forward_transfer", "forward tr.", 3),
+    ("nll_learning", "NLL learning", 3),
+    ("nll_backward_transfer", "NLL backward tr.", 3),
+    ("nll_average", "NLL average", 3),
+    ("perplexity_ratio", "ppl ratio", 3),
+    ("trainable_parameters", "parameters", 0),
+    ("adapter_bytes", "adapter bytes", 0),
+    ("tokens_per_second", "tokens/s", 0),
+    ("peak_memory_bytes", "peak memory", 0),
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A name and what it changes in a configuration; `tuned`: whether its learning rate is chosen from the grid."""
+
+    name: str
+    changes: dict
+    tuned: bool = True
+
+    @property
+    def safe_name(self) -> str:
+        return self.name.replace("+", "_")
+
+
+@dataclass
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        raw: the sequence's configuration as a plain mapping, without a method.
+        learning_rates: the grid; empty: every method at the configuration's own.
+        reference: the method that the paired intervals are against.
+    """
+
+    raw: dict
+    methods: list[Method]
+    seeds: list[int]
+    learning_rates: list[float] = field(default_factory=list)
+    reference: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"compare-{self.raw['name']}"
+
+    def configuration(self, method: Method, **training: Any) -> dict:
+        """The raw configuration of a method; `training` overrides that section."""
+        raw = merged(self.raw, method.changes)
+        raw = merged(raw, {"training": training, "tracking": None})
+        return raw | {"storage": f"{self.raw.get('storage', './runs')}/{self.name}"}
+
+
+def merged(base: Any, changes: Any) -> Any:
+    """`base` with the nested mapping `changes` laid over it; a section of another `type` or `name` starts empty."""
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    for key in ("type", "name"):
+        if key in changes and key in base and "tasks" not in base and base[key] != changes[key]:
+            return changes
+    return base | {key: merged(base.get(key), value) for key, value in changes.items()}
+
+
+def read_methods(names: Sequence[str], catalogue: Path = CATALOGUE) -> list[Method]:
+    """The methods of those names.
+
+    Raises:
+        ConfigError: unknown names.
+    """
+    known = read_yaml(catalogue)
+    adapters, strategies = known.get("adapters", {}), known.get("strategies", {})
+    methods, problems = [], []
+    for name in names:
+        adapter, plus, strategy = name.partition("+")
+        if adapter not in adapters:
+            problems.append(Problem("--methods", f"unknown adapter '{adapter}', {did_you_mean(adapter, adapters)}"))
+        elif plus and strategy not in strategies:
+            problems.append(
+                Problem("--methods", f"unknown strategy '{strategy}', {did_you_mean(strategy, strategies)}")
+            )
+        else:
+            changes = merged(strategies.get(strategy, {}), adapters[adapter])
+            tuned = changes.get("tuned", True)
+            methods.append(Method(name, {k: v for k, v in changes.items() if k != "tuned"}, tuned))
+    if problems:
+        raise ConfigError(problems)
+    return methods
+
+
+# -- running
+
+
+def compare(
+    comparison: Comparison, verbose: bool = False, address: str | None = None, on_event: Callable = lambda event: None
+) -> dict:
+    """Run what is missing, in order of seed, and return `{"methods": …, "table": …}`.
+
+    A method that fails is reported as such and does not end the comparison.
+
+    Raises:
+        ConfigError: a method's configuration is impossible, before anything is trained.
+    """
+    from pipelines.workflow import cluster, gpus_per_worker
+
+    configs = {m.name: _parsed(m, comparison.configuration(m)) for m in comparison.methods}
+    first = next(iter(configs.values()))
+    folder = RunDirectory(f"{first.storage}")
+    with cluster(first, verbose, address):
+        group = WorkerGroup(first, folder.uri, gpus_per_worker(first), verbose)
+        try:
+            rates = {m.name: _learning_rate(comparison, m, group, on_event) for m in comparison.methods}
+            for seed, method in itertools.product(comparison.seeds, comparison.methods):
+                config = _config_of_run(comparison, method, seed, rates[method.name])
+                _run(config, group, on_event)
+        finally:
+            group.close()
+    return summarise(comparison, folder, rates)
+
+
+def _parsed(method: Method, raw: dict) -> PipelineConfig:
+    try:
+        config = parse_config(raw)
+    except ConfigError as error:
+        raise ConfigError(Problem(f"{method.name}: {p.field}", p.message) for p in error.problems) from error
+    from pipelines.preflight import check_model
+
+    if problems := check_model(config):
+        raise ConfigError(Problem(f"{method.name}: {p.field}", p.message) for p in problems)
+    return config
+
+
+def _config_of_run(comparison: Comparison, method: Method, seed: int, rate: float | None) -> PipelineConfig:
+    training = {"seed": seed} | ({"learning_rate": rate} if rate else {})
+    return parse_config(comparison.configuration(method, **training) | {"name": f"{method.safe_name}-s{seed}"})
+
+
+def _learning_rate(comparison: Comparison, method: Method, group: WorkerGroup, on_event) -> float | None:
+    """The grid's best on the first task's validation part; None where there is nothing to choose."""
+    if not method.tuned or not comparison.learning_rates:
+        return None
+    losses = {}
+    for rate in comparison.learning_rates:
+        config = tuning_config(comparison, method, rate)
+        results = _run(config, group, on_event)
+        if results is not None:
+            losses[rate] = validation_loss(RunDirectory(config.run_uri), results)
+    return min(losses, key=losses.get) if losses else comparison.learning_rates[0]
+
+
+def tuning_config(comparison: Comparison, method: Method, rate: float) -> PipelineConfig:
+    """The first task alone, scored on what is not its test split."""
+    from pipelines.sources import validation_view
+
+    raw = comparison.configuration(method, seed=comparison.seeds[0], learning_rate=rate)
+    raw |= {"name": f"tune-{method.safe_name}-{rate:g}".replace(".", "_"), "retention": []}
+    if raw.get("strategy", {}).get("name") != "joint":
+        raw["tasks"] = raw["tasks"][:1]
+    config = parse_config(raw)
+    tasks = [validation_view(task) for task in config.tasks]
+    return config.model_copy(update={"tasks": tasks})
+
+
+def validation_loss(run: RunDirectory, results: dict) -> float:
+    """Lower is better: NLL of text, 1 − score of the rest; mean over the tasks."""
+    last = [value for value in results["scores"][-1] if value is not None]
+    kinds = [results["metric"][task] for task in results["tasks"]]
+    return math.fsum(v if kind == "nll" else 1 - v for v, kind in zip(last, kinds, strict=True)) / len(last)
+
+
+def _run(config: PipelineConfig, group: WorkerGroup, on_event) -> dict | None:
+    """results.json of a run that is now finished; None if its training failed."""
+    from pipelines.workflow import RunFailed, make_plan, run_chain
+
+    _share_base(config, make_plan(config).base_directory)
+    on_event({"kind": "run", "name": config.name})
+    try:
+        return run_chain(config, on_event, group=group)
+    except RunFailed as error:
+        on_event({"kind": "warning", "text": f"{config.name} failed: {error}"})
+        return None
+
+
+def _share_base(config: PipelineConfig, base_directory: str) -> None:
+    """Copy the base's scores of another run here; cells that this one needs besides are evaluated as usual."""
+    run = RunDirectory(config.run_uri)
+    if run.metrics(base_directory):
+        return
+    siblings = RunDirectory(config.storage)
+    for name in siblings.list(""):
+        other = RunDirectory(f"{config.storage}/{name}")
+        if name != config.name and (metrics := other.metrics(base_directory)):
+            for prediction in other.list(f"{base_directory}/predictions"):
+                path = f"{base_directory}/predictions/{prediction}"
+                run.write_bytes(path, other.read_bytes(path))
+            run.write_json("format.json", other.read_json("format.json"))
+            run.write_json(f"{base_directory}/metrics.json", metrics)
+            return
+
+
+# -- summary
+
+
+def summarise(comparison: Comparison, folder: RunDirectory, rates: dict[str, float | None]) -> dict:
+    """`{"name", "seeds", "reference", "methods": {name: {"learning_rate", "runs", figures …}}}`, written as JSON, CSV,
+    Markdown and a figure into the comparison's folder."""
+    outcomes = {m.name: _finished(comparison, m, rates) for m in comparison.methods}
+    methods = {name: _summary(runs, rates[name]) for name, runs in outcomes.items() if runs}
+    reference = comparison.reference if comparison.reference in methods else None
+    for name, summary in methods.items():
+        if reference and name != reference:
+            summary["against_reference"] = paired(outcomes[name], outcomes[reference])
+    result = {"name": comparison.name, "seeds": comparison.seeds, "reference": reference, "methods": methods}
+    folder.write_json("comparison.json", result)
+    folder.write_bytes("comparison.md", markdown(result).encode())
+    folder.write_bytes("comparison.csv", as_csv(result).encode())
+    folder.write_bytes("tradeoff.png", tradeoff_figure(result))
+    return result
+
+
+def _finished(comparison: Comparison, method: Method, rates: dict) -> list[RunDirectory]:
+    runs = [RunDirectory(_config_of_run(comparison, method, s, rates[method.name]).run_uri) for s in comparison.seeds]
+    return [run for run in runs if (run.results() or {}).get("status") == "finished"]
+
+
+def _summary(runs: list[RunDirectory], rate: float | None) -> dict:
+    results = [run.results() for run in runs]
+    summary: dict = {"runs": len(runs), "learning_rate": rate}
+    for key, _, _ in FIGURES:
+        values = [v for v in (_figure(r, key) for r in results) if v is not None]
+        summary[key] = mean_and_error(values)
+    return summary
+
+
+def _figure(results: dict, key: str) -> float | None:
+    if key not in ("tokens_per_second", "peak_memory_bytes"):
+        return results[key]
+    values = [step[key] for step in results["steps"] if step[key]]
+    if not values:
+        return None
+    return max(values) if key == "peak_memory_bytes" else math.fsum(values) / len(values)
+
+
+def mean_and_error(values: Sequence[float]) -> list[float | None]:
+    """[mean, standard error of the mean]; the error is None for one value, both for none."""
+    if not values:
+        return [None, None]
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return [mean, None]
+    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return [mean, math.sqrt(variance / len(values))]
+
+
+# -- paired intervals
+
+
+def paired(runs: Sequence[RunDirectory], reference: Sequence[RunDirectory]) -> dict:
+    """95 % intervals of the difference to the reference method, over the same test examples.
+
+    `learning` is the score right after a task's training, `forgetting` its loss from there to the end; both as means
+    over tasks, higher = more, in units of score (1 − … nats a token for text). Examples are resampled within tasks;
+    an example's outcome is its mean over the seeds that both methods have.
+    """
+    pairs = list(zip(runs, reference, strict=False))
+    tasks = pairs[0][0].results()["tasks"]
+    learning, forgetting = [], []
+    for position, task in enumerate(tasks):
+        ours = [example_outcomes(run, position, task) for run, _ in pairs]
+        theirs = [example_outcomes(run, position, task) for _, run in pairs]
+        if any(o is None for o in ours + theirs):
+            continue
+        weight = ours[0].weight
+        gain = np.mean([a.after - b.after for a, b in zip(ours, theirs, strict=True)], axis=0)
+        learning.append((gain, weight))
+        if position < len(tasks) - 1:
+            loss = np.mean([(a.after - a.end) - (b.after - b.end) for a, b in zip(ours, theirs, strict=True)], axis=0)
+            forgetting.append((loss, weight))
+    return {"learning": bootstrap(learning), "forgetting": bootstrap(forgetting)}
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """(examples,) score of each right after the task's training and at the end, higher is better; and its weight."""
+
+    after: np.ndarray
+    end: np.ndarray
+    weight: np.ndarray
+
+
+def example_outcomes(run: RunDirectory, position: int, task: str) -> Outcomes | None:
+    """None where the run has no row of its own for the task (joint training)."""
+    steps = run.results()["steps"]
+    if len(steps) <= position:
+        return None
+    after, weight = _scores(run.read_jsonl(f"{steps[position]['directory']}/predictions/{task}.jsonl"))
+    end, _ = _scores(run.read_jsonl(f"{steps[-1]['directory']}/predictions/{task}.jsonl"))
+    return Outcomes(after, end, weight)
+
+
+def _scores(outcomes: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """(score of each example, weight of each example): text counts by its tokens."""
+    if "nll" in outcomes[0] and "tokens" in outcomes[0] and "correct" not in outcomes[0]:
+        tokens = np.array([o["tokens"] for o in outcomes], dtype=float)
+        return -np.array([o["nll"] for o in outcomes]) / np.maximum(tokens, 1), tokens
+    scores = np.array([float(o.get("score", o["correct"])) for o in outcomes])
+    return scores, np.ones(len(scores))
+
+
+def bootstrap(parts: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> dict | None:
+    """Mean over tasks of weighted means over examples, and its 95 % percentile interval.
+
+    Args:
+        parts: (values, weights) of each task.
+    """
+    if not parts:
+        return None
+    generator = np.random.default_rng(seed)
+    draws = np.zeros(RESAMPLES)
+    for values, weights in parts:
+        chosen = generator.integers(0, len(values), size=(RESAMPLES, len(values)))
+        draws += (values * weights)[chosen].sum(1) / weights[chosen].sum(1)
+    draws /= len(parts)
+    mean = float(np.mean([np.average(values, weights=weights) for values, weights in parts]))
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {"mean": mean, "low": float(low), "high": float(high)}
+
+
+# -- views
+
+
+def columns_of(result: dict) -> list[tuple[str, str, int]]:
+    """The figures that some method has."""
+    return [f for f in FIGURES if any(m[f[0]][0] is not None for m in result["methods"].values())]
+
+
+def _cell(value: Sequence[float | None], digits: int) -> str:
+    mean, error = value
+    if mean is None:
+        return "–"
+    text = f"{mean:,.{digits}f}"
+    return text if error is None or not digits else f"{text} ± {error:.{digits}f}"
+
+
+def markdown(result: dict) -> str:
+    """The table, and the paired intervals where there is a reference."""
+    columns = columns_of(result)
+    lines = ["| method | lr | runs | " + " | ".join(title for _, title, _ in columns) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(columns))
+    for name, summary in result["methods"].items():
+        rate = f"{summary['learning_rate']:g}" if summary["learning_rate"] else "config"
+        cells = [_cell(summary[key], digits) for key, _, digits in columns]
+        lines.append(f"| {name} | {rate} | {summary['runs']} | " + " | ".join(cells) + " |")
+    if result["reference"]:
+        lines += ["", f"Difference to {result['reference']}, 95 % interval over test examples:", ""]
+        lines += ["| method | learning | forgetting |", "|---|---|---|"]
+        for name, summary in result["methods"].items():
+            if against := summary.get("against_reference"):
+                lines.append(f"| {name} | {_interval(against['learning'])} | {_interval(against['forgetting'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval(value: dict | None) -> str:
+    return "–" if value is None else f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
+
+
+def as_csv(result: dict) -> str:
+    columns = columns_of(result)
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(["method", "learning_rate", "runs", *(f"{k}{s}" for k, _, _ in columns for s in ("", "_se"))])
+    for name, summary in result["methods"].items():
+        cells = [v for key, _, _ in columns for v in summary[key]]
+        writer.writerow([name, summary["learning_rate"], summary["runs"], *cells])
+    return out.getvalue()
+
+
+def tradeoff_figure(result: dict) -> bytes:
+    """PNG: learning to the right, forgetting upwards (the best is at the lower right), one panel a kind of metric."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = [
+        ("learning accuracy", "forgetting", "learning_accuracy", "forgetting", 1),
+        ("NLL learning, nats a token", "NLL lost again, nats a token", "nll_learning", "nll_backward_transfer", -1),
+    ]
+    points = [[_point(m, x, y, sign) for m in result["methods"].values()] for *_, x, y, sign in panels]
+    shown = [(p, row) for p, row in zip(panels, points, strict=True) if any(row)] or [(panels[0], points[0])]
+    figure, axes = plt.subplots(1, len(shown), figsize=(7 * len(shown), 5), squeeze=False, layout="constrained")
+    for axis, ((x_title, y_title, *_), row) in zip(axes[0], shown, strict=True):
+        for name, point in zip(result["methods"], row, strict=True):
+            if point:
+                (x, dx), (y, dy) = point
+                axis.errorbar(x, y, xerr=dx, yerr=dy, marker="o", capsize=2, linestyle="none")
+                axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.set_xlabel(f"{x_title} →")
+        axis.set_ylabel(f"{y_title} (lower is better)")
+        axis.grid(alpha=0.3)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=120)
+    plt.close(figure)
+    return out.getvalue()
+
+
+def _point(summary: dict, x: str, y: str, sign: int) -> tuple | None:
+    (x_mean, x_error), (y_mean, y_error) = summary[x], summary[y]
+    return None if x_mean is None or y_mean is None else ((x_mean, x_error), (sign * y_mean, y_error))

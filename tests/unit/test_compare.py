@@ -1,0 +1,114 @@
+"""Comparing methods: configurations, intervals and tables as pure functions."""
+
+import csv
+import io
+
+import numpy as np
+import pytest
+
+from pipelines.compare import Comparison, as_csv, bootstrap, markdown, mean_and_error, merged, read_methods
+from pipelines.config import ConfigError
+
+RAW = {
+    "name": "sequence",
+    "storage": "/s",
+    "adapter": {"type": "curlora", "r": 32, "whiten": True},
+    "training": {"max_steps": 5},
+    "tasks": [],
+}
+
+
+def test_another_adapter_type_starts_from_nothing_and_the_same_type_is_refined():
+    assert merged(RAW, {"adapter": {"type": "lora", "r": 8}})["adapter"] == {"type": "lora", "r": 8}
+    assert merged(RAW, {"adapter": {"r": 8}})["adapter"] == {"type": "curlora", "r": 8, "whiten": True}
+    assert RAW["adapter"]["r"] == 32
+
+
+def test_a_method_is_an_adapter_with_a_strategy():
+    method, plain = read_methods(["lora+olora", "curlora"])
+    comparison = Comparison(RAW, [method, plain], [0])
+    raw = comparison.configuration(method, seed=3, learning_rate=1e-3)
+    assert raw["adapter"]["type"] == "lora"
+    assert raw["adapter"]["carry"] == "stack"
+    assert raw["strategy"]["name"] == "olora"
+    assert raw["training"] == {"max_steps": 5, "seed": 3, "learning_rate": 1e-3}
+    assert raw["storage"] == "/s/compare-sequence"
+    assert "strategy" not in comparison.configuration(plain)
+
+
+def test_unknown_methods_are_named_with_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'lora'") as error:
+        read_methods(["lorra", "curlora+replya", "lora"])
+    assert len(error.value.problems) == 2
+
+
+def test_shipped_methods_are_valid_configurations(tmp_path):
+    from pipelines.compare import CATALOGUE
+    from pipelines.config import parse_config, read_yaml
+    from tests.conftest import minimal
+
+    for name in read_yaml(CATALOGUE)["adapters"]:
+        (method,) = read_methods([name])
+        parse_config(Comparison(minimal(tmp_path, tmp_path), [method], [0]).configuration(method))
+    for name in read_yaml(CATALOGUE)["strategies"]:
+        (method,) = read_methods([f"lora+{name}"])
+        parse_config(Comparison(minimal(tmp_path, tmp_path), [method], [0]).configuration(method))
+
+
+def test_standard_error_is_that_of_the_mean():
+    assert mean_and_error([1.0, 3.0]) == [2.0, 1.0]
+    assert mean_and_error([5.0]) == [5.0, None]
+    assert mean_and_error([]) == [None, None]
+
+
+def test_bootstrap_covers_the_truth_about_nineteen_times_in_twenty():
+    generator = np.random.default_rng(0)
+    hits = 0
+    for trial in range(100):
+        parts = [(generator.normal(0.3, 1.0, 80), np.ones(80)) for _ in range(3)]
+        interval = bootstrap(parts, seed=trial)
+        hits += interval["low"] <= 0.3 <= interval["high"]
+    assert 88 <= hits <= 100
+
+
+def test_bootstrap_weighs_examples_and_counts_tasks_alike():
+    parts = [(np.array([0.0, 1.0]), np.array([3.0, 1.0])), (np.array([1.0]), np.array([50.0]))]
+    assert bootstrap(parts)["mean"] == pytest.approx((0.25 + 1.0) / 2)
+    assert bootstrap([]) is None
+
+
+def result() -> dict:
+    figures = {
+        key: [None, None]
+        for key in (
+            *("learning_accuracy", "average_accuracy", "backward_transfer", "forgetting", "forward_transfer"),
+            *("nll_learning", "nll_backward_transfer", "nll_average", "perplexity_ratio", "trainable_parameters"),
+            *("adapter_bytes", "tokens_per_second", "peak_memory_bytes"),
+        )
+    }
+    interval = {"mean": -0.1, "low": -0.2, "high": -0.05}
+    methods = {
+        "lora": {"runs": 3, "learning_rate": 1e-3, **figures, "nll_learning": [0.5, 0.01]},
+        "curlora": {
+            "runs": 3,
+            "learning_rate": None,
+            **figures,
+            "nll_learning": [0.4, 0.02],
+            "against_reference": {"learning": interval, "forgetting": None},
+        },
+    }
+    return {"name": "c", "seeds": [0], "reference": "lora", "methods": methods}
+
+
+def test_table_shows_what_there_is_and_dashes_for_the_rest():
+    text = markdown(result())
+    assert "| lora | 0.001 | 3 | 0.500 ± 0.010 |" in text
+    assert "| curlora | config | 3 | 0.400 ± 0.020 |" in text
+    assert "| curlora | -0.100 [-0.200, -0.050] | – |" in text
+    assert "ppl" not in text
+
+
+def test_csv_has_a_column_for_each_error():
+    rows = list(csv.DictReader(io.StringIO(as_csv(result()))))
+    assert rows[0]["nll_learning_se"] == "0.01"
+    assert [row["method"] for row in rows] == ["lora", "curlora"]
