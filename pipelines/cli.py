@@ -236,7 +236,7 @@ def _print_facts(config, facts, table: dict) -> None:
 @click.option("--seeds", default="0", show_default=True, help="Training seeds, separated by commas.")
 @click.option("--learning-rates", default="", help="Grid for each method, judged on the first task's validation part.")
 @click.option("--reference", help="Method that the paired intervals are against; default: the first.")
-@click.option("--catalogue", type=click.Path(path_type=Path), help="YAML of methods; default: pipelines/configs.")
+@click.option("--catalogue", type=click.Path(path_type=Path), help="YAML of methods; default: pipelines/methods.yaml.")
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field of CONFIG.")
 @click.option("--address", help="Ray cluster; default: RAY_ADDRESS, else a local one.")
 @click.option("--json", "as_json", is_flag=True)

@@ -23,7 +23,7 @@ from pipelines.config import ConfigError, PipelineConfig, Problem, did_you_mean,
 from pipelines.group import WorkerGroup
 from pipelines.runs import RunDirectory
 
-CATALOGUE = Path(__file__).parent / "configs" / "methods.yaml"
+CATALOGUE = Path(__file__).parent / "methods.yaml"
 RESAMPLES = 2000
 FIGURES = (  # key in results.json, heading, digits
     ("learning_accuracy", "learning acc.", 3),
