@@ -23,7 +23,7 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 FIELD_NAME = re.compile(r"[^\W\d][\w\- ]*")
 VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 SELECTION_RULES = ("inverse", "uniform", "importance", "leverage", "deim", "activation")
-STRATEGIES = ("sequential", "replay", "ilora", "clora", "ewc", "olora", "joint")
+STRATEGIES = ("sequential", "replay", "rehearsal", "ilora", "clora", "ewc", "olora", "joint")
 
 
 @dataclass(frozen=True)
