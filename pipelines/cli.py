@@ -232,17 +232,20 @@ def _print_facts(config, facts, table: dict) -> None:
 
 @main.command()
 @click.argument("config", type=click.Path())
-@click.option("--methods", required=True, help="adapter or adapter+strategy, separated by commas.")
+@click.option("--methods", required=True, help="adapter or adapter+strategy, with commas; a/b+c/d: all pairs.")
 @click.option("--seeds", default="0", show_default=True, help="Training seeds, separated by commas.")
 @click.option("--learning-rates", default="", help="Grid for each method, judged on the first task's validation part.")
 @click.option("--reference", help="Method that the paired intervals are against; default: the first.")
+@click.option(
+    "--parallel", type=click.IntRange(1), help="Runs at the same time; default: as many as the cluster holds."
+)
 @click.option("--catalogue", type=click.Path(path_type=Path), help="YAML of methods; default: pipelines/methods.yaml.")
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field of CONFIG.")
 @click.option("--address", help="Ray cluster; default: RAY_ADDRESS, else a local one.")
 @click.option("--json", "as_json", is_flag=True)
 @click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
 def compare(
-    config, methods, seeds, learning_rates, reference, catalogue, overrides, address, as_json, verbose
+    config, methods, seeds, learning_rates, reference, parallel, catalogue, overrides, address, as_json, verbose
 ) -> None:
     """Methods side by side on the sequence of CONFIG: a table with errors over seeds, paired intervals, a figure.
 
@@ -269,7 +272,7 @@ def compare(
         if event["kind"] in ("run", "warning"):
             console.print(event.get("text") or event["name"], highlight=False)
 
-    result = run_comparison(comparison, verbose, address, report)
+    result = run_comparison(comparison, verbose, address, report, parallel)
     click.echo(json.dumps(result, indent=1) if as_json else markdown(result))
 
 

@@ -3,7 +3,8 @@
 Rows of earlier tasks keep those tasks; what the base knew before the first task has no rows at hand. But the base can
 write some: sequences sampled from it before anything was trained. Their cross-entropy under the adapted model is, up
 to a constant, an unbiased estimate of KL(base ‖ adapted model) over the base's own distribution, so that to learn them
-again is to stay the model that one was. (Pseudo-rehearsal: Robins 1995; with language models arXiv 1909.03329, 2403.01244.)
+again is to stay the model that one was. (Pseudo-rehearsal: Robins 1995; with language models arXiv 1909.03329 and
+2403.01244.)
 """
 
 from __future__ import annotations
