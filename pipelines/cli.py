@@ -400,6 +400,31 @@ def sync(run: str, storage: str, uri: str | None) -> None:
 
 @main.command()
 @click.argument("run")
+@click.option("--points", type=click.IntRange(2), default=5, show_default=True, help="On each line, ends included.")
+@click.option("--storage", default="./runs", show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def connectivity(run: str, points: int, storage: str, as_json: bool) -> None:
+    """Loss of every task on the straight line from each adapter of RUN to the next: is there a path that forgets less?
+
+    \b
+    Example:  curlora connectivity domains-tiny
+    """
+    from pipelines.connectivity import write
+
+    directory = _open(run, storage)
+    found = write(directory, points)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    for line in found:
+        click.echo(f"{line['from']} → {line['to']}")
+        for name, values in line["loss"].items():
+            click.echo(f"  {name:<20}" + "".join(f"{value:9.4f}" for value in values))
+    click.echo(f"{directory.uri}/figures/connectivity.png")
+
+
+@main.command()
+@click.argument("run")
 @click.option("--as", "form", type=click.Choice(["lora", "merged"]), required=True, help="LoRA adapter or full model.")
 @click.option("--to", "target", type=click.Path(path_type=Path), required=True, help="New folder.")
 @click.option("--step", help="Task name, position or fingerprint; default: the last finished step.")

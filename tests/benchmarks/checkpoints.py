@@ -1,9 +1,10 @@
-"""What checkpoints in the middle of a step cost: bytes and seconds, against the time of an optimizer step.
+r"""What checkpoints in the middle of a step cost: bytes and seconds, against the time of an optimizer step.
 
 One text task, two workers, ZeRO-2, a checkpoint at every look (about once a second), under a strategy without state
 and under two with state. Seconds are those that all workers stand still. Run by hand:
 
-    python tests/benchmarks/checkpoints.py --model ../shared/models/tiny-llama --data ../shared/data/domain_biomed_pubmedqa
+    python tests/benchmarks/checkpoints.py --model ../shared/models/tiny-llama \
+        --data ../shared/data/domain_biomed_pubmedqa
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def main() -> None:
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as root:
         for strategy in ("sequential", "replay", "ilora"):
-            m = measure(str(Path(arguments.model).resolve()), str(Path(arguments.data).resolve()), strategy, Path(root))
+            m = measure(
+                str(Path(arguments.model).resolve()), str(Path(arguments.data).resolve()), strategy, Path(root)
+            )
             cells = (f"{m['kilobytes']:.0f}", f"{m['seconds']:.3f}", f"{m['steps']:.2f}", f"{m['share']:.2%}")
             print(f"| {strategy} | " + " | ".join(cells) + " |", flush=True)
 
