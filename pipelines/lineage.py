@@ -360,7 +360,7 @@ Point = tuple[str, float | None, float, int]
 def score_points(metrics: dict) -> list[Point]:
     """One row of the score matrix; its step is the position in the sequence."""
     points: list[Point] = []
-    for cell in _newest_cells(metrics):
+    for cell in newest_cells(metrics):
         name, moment, position = cell["name"], cell["time"], metrics["position"]
         if cell["role"] == "task":
             points.append((f"score/{name}", cell["value"], moment, position))
@@ -372,7 +372,7 @@ def score_points(metrics: dict) -> list[Point]:
     return points
 
 
-def _newest_cells(metrics: dict) -> list[dict]:
+def newest_cells(metrics: dict) -> list[dict]:
     """One cell a name: a test split that was changed leaves the older cell behind."""
     return list({cell["name"]: cell for cell in sorted(metrics["cells"], key=lambda cell: cell["time"])}.values())
 
@@ -427,7 +427,7 @@ def _send_metrics(
 
 def _datasets(metrics: dict) -> dict[str, tuple[str, str]]:
     """Metric → (name, digest) of the test data behind it, as `_send_inputs` names them."""
-    digests = {cell["name"]: cell["digest"][:DIGEST_LENGTH] for cell in _newest_cells(metrics)}
+    digests = {cell["name"]: cell["digest"][:DIGEST_LENGTH] for cell in newest_cells(metrics)}
     names = ((key, key.split("/")[-1]) for key, *_ in score_points(metrics))
     return {key: (f"{name}/test", digests[name]) for key, name in names}
 

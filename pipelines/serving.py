@@ -7,7 +7,6 @@ pickled), so curlora and pipelines must be importable there; the model's require
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,6 @@ import yaml
 from mlflow.pyfunc import PythonModel
 
 from pipelines.config import ConfigError, PipelineConfig, Problem
-
-# Its advice to give `predict` type hints: a model that answers several kinds of task has no single one.
-warnings.filterwarnings("ignore", message=r".*Add type hints to the `predict`")
 
 STEP = "step"  # name of the artifact folder: adapter/, heads.safetensors, config.yaml, model.json
 
