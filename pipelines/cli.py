@@ -381,7 +381,8 @@ def sync(run: str, storage: str, uri: str | None) -> None:
     \b
     Example:  curlora sync demo --uri http://127.0.0.1:5000
     """
-    from pipelines.lineage import LineageError, project
+    from pipelines.lineage import project
+    from pipelines.store import LineageError
 
     directory = _open(run, storage)
     config = directory.config()
@@ -461,7 +462,7 @@ def ui(run: str | None, storage: str, port: int) -> None:
     \b
     Example:  curlora ui demo
     """
-    from pipelines.lineage import LineageError, page_url, ui_command, ui_environment
+    from pipelines.store import LineageError, page_url, ui_command, ui_environment
 
     uri, page = "sqlite:///mlflow.db", f"http://127.0.0.1:{port}"
     if run:

@@ -19,30 +19,26 @@ Conventions a dashboard can rely on, the same for every sequence:
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import posixpath
 import re
-import socket
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from pipelines.config import PipelineConfig
 from pipelines.runs import RunDirectory, fingerprint
+from pipelines.store import artifact_root, connect, errors, quiet
 
 PREFIX = "curlora."
 METRICS_A_BATCH = 1000
 PARAMS_A_BATCH = 100
 PARAM_LENGTH = 500  # what every MLflow server accepts; the whole text is in config.yaml
 DIGEST_LENGTH = 36
-PROBE_SECONDS = 4.0
 AGGREGATES = (
     "average_accuracy",
     "learning_accuracy",
@@ -59,143 +55,6 @@ CHAIN_NOTE = (
     "(0 = the untouched base), so each chart shows one task being learned and kept or forgotten. "
     "Child runs are the steps. The whole story: `report.html` among the artifacts."
 )
-# The client's own defaults retry for four minutes; a training run must not wait for its record.
-CLIENT_DEFAULTS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
-
-
-class LineageError(RuntimeError):
-    """MLflow could not be reached or refused what was sent. The run directory still holds everything."""
-
-
-# -- the store
-
-
-def initialize(uri: str) -> None:
-    """Create the store's tables where they are missing. Once, before anything else writes: it takes seconds.
-
-    Raises:
-        LineageError: the store cannot be reached or created.
-    """
-    with _errors(uri, "check tracking.uri"), _quiet():
-        _client(uri).search_experiments(max_results=1)
-
-
-def ui_command(uri: str, port: int = 5000) -> list[str]:
-    """Command line of MLflow's own server, on loopback, over a database store.
-
-    Raises:
-        LineageError: `uri` is already a server; it has its own page.
-    """
-    if urlsplit(uri).scheme in ("http", "https", "databricks"):
-        raise LineageError(f"tracking.uri {_shown(uri)} is a server already; open that address in a browser")
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
-    if artifacts := _artifact_root(uri):
-        command += ["--default-artifact-root", artifacts]
-    # One worker: the default of four costs 1.5 GB and serves nobody else on loopback.
-    return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-
-
-def ui_environment() -> dict[str, str]:
-    """Environment for `ui_command`: without the seven job processes (1.2 GB) that only LLM evaluations need."""
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    return {**quiet, **os.environ}
-
-
-def page_url(uri: str, experiment: str, address: str = "http://127.0.0.1:5000") -> str:
-    """Where a browser finds the experiment's runs on the server at `address`; its front page before there are any.
-
-    Raises:
-        LineageError: the store cannot be reached.
-    """
-    with _errors(uri, "check tracking.uri"), _quiet():
-        found = _client(uri).get_experiment_by_name(experiment)
-    # Without the view MLflow opens on its pages for LLM applications.
-    return f"{address}/#/experiments/{found.experiment_id}/runs?workflowType=machine_learning" if found else address
-
-
-def _client(uri: str):
-    """An `MlflowClient`, after a quick look whether anybody is there at all."""
-    for name, value in CLIENT_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    _probe(uri)
-    # Imported here: mlflow takes 2-3 s, and most commands never need it.
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
-
-
-def _probe(uri: str) -> None:
-    """Fail within seconds where MLflow would retry for minutes: dead host, unwritable folder.
-
-    Raises:
-        OSError: no server answers, or the folder of a sqlite file cannot be written.
-    """
-    parts = urlsplit(uri)
-    if parts.scheme in ("http", "https"):
-        import requests  # comes with mlflow; any answer will do, so no status is checked
-
-        try:
-            requests.get(uri, timeout=PROBE_SECONDS, allow_redirects=False)
-        except requests.RequestException as error:
-            raise ConnectionError("no server answers there") from error
-    elif database := _sqlite_file(uri):
-        database.parent.mkdir(parents=True, exist_ok=True)
-        target = database if database.exists() else database.parent
-        if not os.access(target, os.W_OK):
-            raise PermissionError(f"{target} is not writable")
-    elif parts.hostname and parts.port:
-        socket.create_connection((parts.hostname, parts.port), timeout=PROBE_SECONDS).close()
-
-
-def _sqlite_file(uri: str) -> Path | None:
-    prefix = "sqlite:///"
-    return Path(uri[len(prefix) :]).absolute() if uri.startswith(prefix) else None
-
-
-def _artifact_root(uri: str) -> str | None:
-    """Artifacts of a sqlite store lie beside it; MLflow's own default is whatever directory one happens to be in."""
-    database = _sqlite_file(uri)
-    return (database.parent / "mlruns").as_uri() if database else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the forty lines that a first migration logs."""
-    loggers = [logging.getLogger(name) for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def _errors(uri: str, remedy: str) -> Iterator[None]:
-    """Whatever the client, its database driver or the network raises, as one clear line."""
-    import requests
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, requests.RequestException, OSError, ImportError) as error:
-        # ImportError: the store's database driver is not installed
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise LineageError(f"MLflow at {_shown(uri)} cannot be used ({reason}); {remedy}") from error
-
-
-def _shown(uri: str) -> str:
-    """The URI without its password."""
-    return re.sub(r"//[^/@]*@", "//***@", uri)
-
 
 # -- the projection
 
@@ -216,8 +75,8 @@ def project(run: RunDirectory, uri: str, experiment: str, chain: Sequence[str] |
     Raises:
         LineageError: MLflow is away or refuses.
     """
-    with _errors(uri, f"nothing is lost; send it later with: curlora sync {run.uri}"), _quiet():
-        client = _client(uri)
+    with errors(uri, f"nothing is lost; send it later with: curlora sync {run.uri}"), quiet():
+        client = connect(uri)
         to = _Target(client, _experiment(client, uri, experiment), run, run.config())
         steps = current_steps(run, chain)
         parent = _parent(to, steps)
@@ -277,7 +136,7 @@ def _experiment(client, uri: str, name: str) -> str:
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        root = _artifact_root(uri)
+        root = artifact_root(uri)
         folder = re.sub(r"[^A-Za-z0-9._-]", "_", name)
         location = f"{root}/{folder}" if root else None
         # The tag makes MLflow's list of experiments open this one on its runs, not as an LLM application.

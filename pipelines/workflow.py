@@ -665,7 +665,8 @@ class Projector:
         return self.runs, self.warning
 
     def _loop(self) -> None:
-        from pipelines.lineage import LineageError, project
+        from pipelines.lineage import project
+        from pipelines.store import LineageError
 
         while True:
             self._wanted.wait()
