@@ -355,7 +355,9 @@ class PipelineConfig(Section):
     name: str
     base_model: BaseModelConfig
     storage: str = "./runs"
-    start_from: None = Field(None, description="null: a chain starts from the base in this version")
+    start_from: str | None = Field(
+        None, description="what the chain grows from: <run URI or path>/<step> or models:/name@alias; null: the base"
+    )
     adapter: AdapterConfig = AdapterConfig()
     strategy: StrategyConfig = StrategyConfig()
     training: TrainingConfig = TrainingConfig()
@@ -465,6 +467,8 @@ def resolve(config: PipelineConfig) -> PipelineConfig:
     raw["base_model"]["path"] = _absolute(raw["base_model"]["path"])
     if not is_uri(raw["storage"]):
         raw["storage"] = os.path.abspath(os.path.expanduser(os.path.expandvars(raw["storage"])))
+    if raw["start_from"] and not is_uri(raw["start_from"]) and not raw["start_from"].startswith("models:/"):
+        raw["start_from"] = os.path.abspath(os.path.expanduser(os.path.expandvars(raw["start_from"])))
     for source in [*raw["tasks"], *raw["retention"]]:
         source["data"] = _absolute(source["data"])
     if isinstance(raw["deepspeed"], str) and raw["deepspeed"].endswith(".json"):

@@ -178,7 +178,8 @@ def _cost_headlines(results: dict) -> list[tuple[str, str, str, str]]:
 
 def row_labels(results: dict) -> list[str]:
     """`base`, then one label for every trained row."""
-    return ["base", *(f"{k} {step['task']}" for k, step in enumerate(results["steps"], start=1))][
+    first = "start" if results.get("start_from") else "base"
+    return [first, *(f"{k} {step['task']}" for k, step in enumerate(results["steps"], start=1))][
         : len(results["scores"])
     ]
 
@@ -189,7 +190,8 @@ def is_joint(results: dict) -> bool:
 
 def trained_row(results: dict, column: int) -> int:
     """The row right after a task's own training."""
-    return 1 if is_joint(results) else column + 1
+    default = 1 if is_joint(results) else column + 1
+    return results.get("learned_at", {}).get(results["tasks"][column], default)
 
 
 def direction(metric: str) -> str:
@@ -590,8 +592,11 @@ def story(results: dict) -> str:
     count, done = len(results["tasks"]), sum(1 for step in results["steps"] if step["seconds"])
     how = "together, in one step" if is_joint(results) else "one after another"
     text = [f"{count} task{'s' if count > 1 else ''}, trained {how}." if count > 1 else "One task."]
-    if not is_joint(results) and done < count:
-        text.append(f"{done} of {count} steps are done so far.")
+    if results.get("start_from"):
+        earlier = sum(row == 0 for row in results["learned_at"].values())
+        text.append(f"The chain goes on from an earlier run, which had learned {earlier} of them.")
+    if done < len(results["steps"]):
+        text.append(f"{done} of {len(results['steps'])} steps are done so far.")
     if results["learning_accuracy"] is not None:
         text.append(f"Right after its own training a task scored {number(results['learning_accuracy'])} on average.")
     if results["nll_learning"] is not None:

@@ -5,7 +5,9 @@ Works on any fsspec URI without append or rename (object stores have neither). A
 
     config.yaml                      resolved configuration
     steps/<k>-<task>-<fp8>/          adapter/, heads.safetensors, strategy/, predictions/<name>.jsonl, metrics.json
-    steps/0-base-<fp8>/              the untouched base: predictions/ and metrics.json only (row 0)
+    steps/0-base-<fp8>/              the untouched base: predictions/ and metrics.json only (row 0); under
+                                     start_from 0-start-<fp8>, the step that the chain grows from
+    start.json                       which step start_from meant
     train/<fp8>/                     checkpoints in the middle of a step; deleted when it is done
     events/<time>-<id>.json          immutable, one a file
     results.json, report.html, figures/*.png
@@ -56,13 +58,20 @@ def fingerprint(value: Any) -> str:
 class StepPlan:
     """One step of the chain: what it trains on, what it grows from, where it lies.
 
-    `position` counts from 1 (0 is the base); `tasks` has one name, or all of them under `joint`.
+    `position` counts from 1 (0 is what the chain grows from); `tasks` has one name, or all of them under `joint`;
+    `earlier` counts the steps of the run that this one continues.
     """
 
     position: int
     tasks: tuple[str, ...]
     fingerprint: str
     parent: str | None
+    earlier: int = 0
+
+    @property
+    def depth(self) -> int:
+        """Steps between the base and this one, itself included: what seeds count by."""
+        return self.earlier + self.position
 
     @property
     def label(self) -> str:
@@ -83,11 +92,12 @@ class StepPlan:
             "tasks": list(self.tasks),
             "fingerprint": self.fingerprint,
             "parent": self.parent,
+            "earlier": self.earlier,
         }
 
     @classmethod
     def from_json(cls, raw: dict) -> StepPlan:
-        return cls(raw["position"], tuple(raw["tasks"]), raw["fingerprint"], raw["parent"])
+        return cls(raw["position"], tuple(raw["tasks"]), raw["fingerprint"], raw["parent"], raw["earlier"])
 
 
 class RunDirectory:
