@@ -155,7 +155,7 @@ def _run(path, overrides, as_json, verbose, address=None, segment_length=None, r
     if as_json:
         click.echo(json.dumps(results, indent=1))
         return
-    from pipelines.report import print_summary, print_verdict
+    from pipelines.summary import print_summary, print_verdict
 
     if not results.pop("ran"):
         console.print("Everything is done already; nothing was trained.")
@@ -305,7 +305,7 @@ def status(run: str | None, storage: str, as_json: bool) -> None:
             f"{entry['run']}: {entry['status']}, {entry['steps_done']} of {entry['steps']} tasks, {entry['last']}"
         )
     if run and found[0]["steps_done"]:
-        from pipelines.report import print_summary
+        from pipelines.summary import print_summary
 
         print_summary(directories[0].results(), _console())
 
