@@ -262,7 +262,8 @@ def _send_parent(to: _Target, models, parent, steps: list[tuple[str, dict]]) -> 
     tags = {PREFIX + "tasks": ",".join(task.name for task in to.config.tasks)[:TAG_LENGTH]}
     if steps:
         tags[PREFIX + "last_step"] = steps[-1][1]["fingerprint"]
-        tags[PREFIX + "base_fingerprint"] = steps[0][1]["fingerprint"]
+        if not steps[0][1].get("parent_run"):  # row 0 is the base, not another run's step
+            tags[PREFIX + "base_fingerprint"] = steps[0][1]["fingerprint"]
     if results and results.get("gate"):
         tags |= gate_tags(results["gate"])
     _set_tags(to, parent, tags)
