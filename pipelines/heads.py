@@ -77,7 +77,13 @@ def load_heads(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         task, _, part = name.rpartition(".")
         heads = get_heads(model)
         if _key(task) in heads:
-            getattr(heads[_key(task)], part).data.copy_(tensor)
+            own = getattr(heads[_key(task)], part)
+            if own.shape != tensor.shape:
+                raise ValueError(
+                    f"task '{task}' has {own.shape[0]} classes, its trained head {tensor.shape[0]}; "
+                    "give the task with other classes another name"
+                )
+            own.data.copy_(tensor)
 
 
 def saved_name(parameter_name: str) -> str | None:

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 
 Matrix = Sequence[Sequence[float | None]]
+# for each column the first row after its task was trained; 0 for tasks that the chain had learned before it began
+Rows = Sequence[int] | None
 
 LOWER_IS_BETTER = frozenset({"nll"})
 
@@ -42,55 +44,46 @@ def average_score(scores: Matrix, columns: Sequence[int]) -> float | None:
     return mean(scores[-1][i] for i in columns)
 
 
-def learning_score(scores: Matrix, columns: Sequence[int]) -> float | None:
+def learning_score(scores: Matrix, columns: Sequence[int], rows: Rows = None) -> float | None:
     """mean_i R[i][i]: how well each task was learned at the time."""
-    if not _is_chain(scores):
-        return None
-    return mean(scores[i + 1][i] for i in columns)
+    rows = _rows(scores, rows)
+    return mean(scores[rows[i]][i] for i in columns if rows[i]) if rows else None
 
 
-def backward_transfer(scores: Matrix, columns: Sequence[int]) -> float | None:
+def backward_transfer(scores: Matrix, columns: Sequence[int], rows: Rows = None) -> float | None:
     """mean_{i<T} (R[T][i] − R[i][i]); negative = forgetting (for scores where higher is better)."""
-    if not _is_chain(scores):
-        return None
-    last = len(scores) - 1
-    return mean(_minus(scores[last][i], scores[i + 1][i]) for i in columns if i + 1 < last)
+    rows, last = _rows(scores, rows), len(scores) - 1
+    return mean(_minus(scores[last][i], scores[rows[i]][i]) for i in columns if rows[i] < last) if rows else None
 
 
-def forgetting(scores: Matrix, columns: Sequence[int]) -> float | None:
+def forgetting(scores: Matrix, columns: Sequence[int], rows: Rows = None) -> float | None:
     """mean_{i<T} (max_{i≤t<T} R[t][i] − R[T][i])."""
-    if not _is_chain(scores):
-        return None
-    last = len(scores) - 1
+    rows, last = _rows(scores, rows), len(scores) - 1
     drops = []
-    for i in columns:
-        if i + 1 < last:
-            history = [scores[t][i] for t in range(i + 1, last)]
+    for i in columns if rows else ():
+        if rows[i] < last:
+            history = [scores[t][i] for t in range(rows[i], last)]
             drops.append(None if None in history else _minus(max(history), scores[last][i]))
     return mean(drops)
 
 
-def forward_transfer(scores: Matrix, columns: Sequence[int]) -> float | None:
+def forward_transfer(scores: Matrix, columns: Sequence[int], rows: Rows = None) -> float | None:
     """mean_{i≥2} (R[i−1][i] − R[0][i]) over the tasks that have a score before training."""
-    if not _is_chain(scores):
-        return None
-    gains = [_minus(scores[i][i], scores[0][i]) for i in columns if i >= 1]
+    rows = _rows(scores, rows)
+    gains = [_minus(scores[rows[i] - 1][i], scores[0][i]) for i in columns if rows[i] >= 2] if rows else []
     return mean(gain for gain in gains if gain is not None)
 
 
-def nll_learning(scores: Matrix, columns: Sequence[int]) -> float | None:
+def nll_learning(scores: Matrix, columns: Sequence[int], rows: Rows = None) -> float | None:
     """mean_i (R[0][i] − R[i][i]): nats a token that each text task gained right after its own training."""
-    if not _is_chain(scores):
-        return None
-    return mean(_minus(scores[0][i], scores[i + 1][i]) for i in columns)
+    rows = _rows(scores, rows)
+    return mean(_minus(scores[0][i], scores[rows[i]][i]) for i in columns if rows[i]) if rows else None
 
 
-def nll_backward_transfer(scores: Matrix, columns: Sequence[int]) -> float | None:
+def nll_backward_transfer(scores: Matrix, columns: Sequence[int], rows: Rows = None) -> float | None:
     """mean_{i<T} (R[i][i] − R[T][i]): negative = forgetting, as for the other metrics."""
-    if not _is_chain(scores):
-        return None
-    last = len(scores) - 1
-    return mean(_minus(scores[i + 1][i], scores[last][i]) for i in columns if i + 1 < last)
+    rows, last = _rows(scores, rows), len(scores) - 1
+    return mean(_minus(scores[rows[i]][i], scores[last][i]) for i in columns if rows[i] < last) if rows else None
 
 
 def perplexity(nll: float | None) -> float | None:
@@ -105,26 +98,29 @@ def perplexity_ratio(nll_by_corpus: dict[str, Sequence[float | None]]) -> float 
     return perplexity(rise)
 
 
-def aggregates(scores: Matrix, metrics: Sequence[str], nll_by_corpus: dict[str, Sequence[float | None]]) -> dict:
+def aggregates(
+    scores: Matrix, metrics: Sequence[str], nll_by_corpus: dict[str, Sequence[float | None]], rows: Rows = None
+) -> dict:
     """Every aggregate of a run.
 
     Args:
         scores: (T + 1) rows of T cells; under `joint` two rows.
         metrics: the metric of each column; `nll` columns are apart from those in [0, 1].
         nll_by_corpus: retention NLL of every row.
+        rows: see `Rows`.
     """
     bounded = [i for i, metric in enumerate(metrics) if higher_is_better(metric)]
     text = [i for i, metric in enumerate(metrics) if not higher_is_better(metric)]
     return {
         "average_accuracy": average_score(scores, bounded),
-        "learning_accuracy": learning_score(scores, bounded),
-        "backward_transfer": backward_transfer(scores, bounded),
-        "forward_transfer": forward_transfer(scores, bounded),
-        "forgetting": forgetting(scores, bounded),
+        "learning_accuracy": learning_score(scores, bounded, rows),
+        "backward_transfer": backward_transfer(scores, bounded, rows),
+        "forward_transfer": forward_transfer(scores, bounded, rows),
+        "forgetting": forgetting(scores, bounded, rows),
         "perplexity_ratio": perplexity_ratio(nll_by_corpus),
         "nll_average": average_score(scores, text),
-        "nll_learning": nll_learning(scores, text),
-        "nll_backward_transfer": nll_backward_transfer(scores, text),
+        "nll_learning": nll_learning(scores, text, rows),
+        "nll_backward_transfer": nll_backward_transfer(scores, text, rows),
     }
 
 
@@ -188,9 +184,11 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def _is_chain(scores: Matrix) -> bool:
-    """Rows 0 … T for T columns; `joint` has two rows and no order."""
-    return len(scores) == len(scores[0]) + 1
+def _rows(scores: Matrix, rows: Rows) -> Rows:
+    """The given rows; without them 1 … T for T columns, and None under `joint`, which has two rows and no order."""
+    if rows is None and len(scores) == len(scores[0]) + 1:
+        return range(1, len(scores))
+    return rows
 
 
 def _minus(a: float | None, b: float | None) -> float | None:

@@ -5,7 +5,9 @@ Works on any fsspec URI without append or rename (object stores have neither). A
 
     config.yaml                      resolved configuration
     steps/<k>-<task>-<fp8>/          adapter/, heads.safetensors, strategy/, predictions/<name>.jsonl, metrics.json
-    steps/0-base-<fp8>/              the untouched base: predictions/ and metrics.json only (row 0)
+    steps/0-base-<fp8>/              the untouched base: predictions/ and metrics.json only (row 0); under
+                                     start_from 0-start-<fp8>, the step that the chain grows from
+    start.json                       which step start_from meant
     train/<fp8>/                     checkpoints in the middle of a step; deleted when it is done
     events/<time>-<id>.json          immutable, one a file
     results.json, report.html, figures/*.png
@@ -56,13 +58,20 @@ def fingerprint(value: Any) -> str:
 class StepPlan:
     """One step of the chain: what it trains on, what it grows from, where it lies.
 
-    `position` counts from 1 (0 is the base); `tasks` has one name, or all of them under `joint`.
+    `position` counts from 1 (0 is what the chain grows from); `tasks` has one name, or all of them under `joint`;
+    `earlier` counts the steps of the run that this one continues.
     """
 
     position: int
     tasks: tuple[str, ...]
     fingerprint: str
     parent: str | None
+    earlier: int = 0
+
+    @property
+    def depth(self) -> int:
+        """Steps between the base and this one, itself included: what seeds count by."""
+        return self.earlier + self.position
 
     @property
     def label(self) -> str:
@@ -83,11 +92,12 @@ class StepPlan:
             "tasks": list(self.tasks),
             "fingerprint": self.fingerprint,
             "parent": self.parent,
+            "earlier": self.earlier,
         }
 
     @classmethod
     def from_json(cls, raw: dict) -> StepPlan:
-        return cls(raw["position"], tuple(raw["tasks"]), raw["fingerprint"], raw["parent"])
+        return cls(raw["position"], tuple(raw["tasks"]), raw["fingerprint"], raw["parent"], raw["earlier"])
 
 
 class RunDirectory:
@@ -213,6 +223,34 @@ class RunDirectory:
             if metrics is not None:
                 finished[metrics["fingerprint"]] = f"steps/{entry}"
         return finished
+
+    def find_step(self, fingerprint: str) -> str | None:
+        """Directory of the finished step (or row 0) with this fingerprint; only folders whose name fits are opened."""
+        for entry in self.list("steps"):
+            metrics = self.metrics(f"steps/{entry}") if entry.endswith(f"-{fingerprint[:8]}") else None
+            if metrics and metrics["fingerprint"] == fingerprint:
+                return f"steps/{entry}"
+        return None
+
+    def ancestors(self, directory: str) -> Iterator[tuple[RunDirectory, str, dict]]:
+        """(run, directory, metrics.json) of a finished step, of its parent, … and of the base.
+
+        Goes on in another run where a chain started from that one's adapter (`parent_run` in metrics.json).
+
+        Raises:
+            RunDirectoryError: a step that it grew from is gone.
+        """
+        run, metrics = self, self.metrics(directory)
+        while True:
+            yield run, directory, metrics
+            if metrics["parent"] is None:
+                return
+            child = directory
+            run = RunDirectory(metrics["parent_run"]) if metrics.get("parent_run") else run
+            directory = run.find_step(metrics["parent"])
+            if directory is None:
+                raise RunDirectoryError(f"{run.uri} has no step {metrics['parent']}, which {child} grew from")
+            metrics = run.metrics(directory)
 
     def damaged_files(self, directory: str, files: dict[str, dict]) -> list[str]:
         """Published files that are missing or of another size (their contents are compared when they are loaded)."""

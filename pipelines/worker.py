@@ -12,7 +12,6 @@ import dataclasses
 import errno
 import gc
 import hashlib
-import importlib.metadata
 import json
 import logging
 import resource
@@ -29,7 +28,7 @@ import torch
 from torch import nn
 
 from curlora.continual import Example, TaskContext, make_strategy
-from pipelines import adapters, checkpoint, engine, heads
+from pipelines import adapters, checkpoint, engine, environment, heads
 from pipelines.checkpoint import Checkpoint
 from pipelines.config import ClassificationTask, PipelineConfig
 from pipelines.data import evaluation_set, training_examples
@@ -39,6 +38,7 @@ from pipelines.kinds import EvaluationSet, kind_of
 from pipelines.pulse import Pulse
 from pipelines.runs import RunDirectory, StepPlan, fingerprint
 from pipelines.sources import digest_of, load_split
+from pipelines.start import Start
 from pipelines.trainer import (
     ContinualTrainer,
     DivergedError,
@@ -68,6 +68,7 @@ class Assignment:
     base_fingerprint: str
     missing: dict[str, list[str]]  # step directory → names of the cells to evaluate
     cell_keys: dict[str, str]
+    start: dict | None = None  # the step of another run that the chain grows from (`start.Start`)
     lease: str = ""  # token of the driver that sent this; another one in charge means: stop
     verbose: bool = False
 
@@ -199,7 +200,8 @@ class Worker:
         self._asked = self._kept = time.monotonic()
         self.settings = engine.complete_settings(config, self.world.size)
         self.world = dataclasses.replace(self.world, lockstep=engine.stage_of(self.settings) == 3)
-        self.finished = self.run_directory.finished_steps()
+        self.start = Start(**assignment.start) if assignment.start else None
+        self.finished = self._finished_steps()
         identity = fingerprint([config.base_model.model_dump(), self.world.lockstep])
         if self._loaded != identity:
             self.base = None  # before the next one is loaded
@@ -213,6 +215,28 @@ class Worker:
             for task in config.tasks
             if isinstance(task, ClassificationTask) and task.head == "classifier"
         }
+        if self.start:
+            self.classes = self._inherited_heads() | self.classes
+
+    def _finished_steps(self) -> dict[str, tuple[RunDirectory, str]]:
+        """Fingerprint → where the step lies: in this run, or, for what it starts from, in another one."""
+        here = self.run_directory
+        finished = {name: (here, directory) for name, directory in here.finished_steps().items()}
+        if self.start:
+            finished[self.start.fingerprint] = (self.start.run, self.start.directory)
+        return finished
+
+    def _inherited_heads(self) -> dict[str, int]:
+        """Task → classes of the heads that the chain starts with: they stay, whether the tasks are listed or not."""
+        from safetensors import safe_open
+
+        with tempfile.TemporaryDirectory() as scratch:
+            file = self._step_files(self.start.fingerprint, Path(scratch)) / "heads.safetensors"
+            if not file.exists():
+                return {}
+            with safe_open(file, "pt") as saved:
+                names = [name for name in saved.keys() if name.endswith(".weight")]  # noqa: SIM118
+                return {name.removesuffix(".weight"): saved.get_slice(name).get_shape()[0] for name in names}
 
     def _load_base(self) -> tuple[nn.Module, object]:
         import transformers
@@ -240,7 +264,7 @@ class Worker:
             self._stop_if_asked()
             if self.run_directory.metrics(plan.directory) is None:
                 self._step(plan)
-            self.finished[plan.fingerprint] = plan.directory
+            self.finished[plan.fingerprint] = (self.run_directory, plan.directory)
 
     def _evaluate_finished(self) -> None:
         """Row 0, and cells that finished steps lack (a task or a corpus was added later)."""
@@ -266,10 +290,11 @@ class Worker:
 
     def _base_metrics(self) -> dict:
         return {
-            "fingerprint": self.assignment.base_fingerprint,
+            "fingerprint": self.start.fingerprint if self.start else self.assignment.base_fingerprint,
             "position": 0,
             "tasks": [],
             "parent": None,
+            "parent_run": self.start.run_uri if self.start else None,
             "cells": [],
             "seconds": {"train": 0.0, "evaluate": 0.0, "overhead": 0.0, "total": 0.0},
             "peak_memory_bytes": _peak_memory(self.world.device),
@@ -279,16 +304,16 @@ class Worker:
         }
 
     def _model_of(self, metrics: dict) -> nn.Module:
-        """The model as a finished step left it (the bare base for row 0)."""
-        if metrics["position"] == 0:
+        """The model as a finished step left it (row 0: what the chain starts from, or the bare base)."""
+        if metrics["position"] == 0 and self.start is None:
             heads.attach_heads(self.base, self.classes, self.config.training.seed)
             return self.base
-        return self._attach(self.finished[metrics["fingerprint"]])
+        return self._attach(metrics["fingerprint"])
 
-    def _attach(self, directory: str | None, extend: bool = False) -> nn.Module:
-        """Base, adapter and heads: those of a step directory, or new ones; `extend` them for the next task."""
+    def _attach(self, step: str | None, extend: bool = False) -> nn.Module:
+        """Base, adapter and heads: those of a step (its fingerprint), or new ones; `extend` them for the next task."""
         with tempfile.TemporaryDirectory() as scratch:
-            folder = self._step_files(directory, Path(scratch)) if directory else None
+            folder = self._step_files(step, Path(scratch)) if step else None
             carried = folder / "adapter" if folder else None
             if carried is not None and not carried.exists():
                 carried = None  # adapter: none has no file
@@ -301,14 +326,17 @@ class Worker:
                 heads.load_heads(model, load_file(folder / "heads.safetensors"))
         return model if engine.is_partitioned(model) else model.to(self.world.device)
 
-    def _step_files(self, directory: str, scratch: Path) -> Path:
-        """A local folder with a step's files, each the one that was published.
+    def _step_files(self, step: str, scratch: Path) -> Path:
+        """A local folder with the files of a step (its fingerprint), each the one that was published.
 
         Raises:
             DamagedStepError: a file is missing or another one.
         """
-        folder = self.run_directory.download(directory, scratch)
-        record = self.run_directory.metrics(directory) or self.run_directory.read_json(f"{directory}/trained.json")
+        run, directory = self.finished[step]
+        folder = run.download(directory, scratch)
+        record = run.metrics(directory) or run.read_json(f"{directory}/trained.json")
+        if record is None:
+            raise DamagedStepError(f"{run.uri}/{directory} holds no finished step; restore it")
         for name, published in record.get("files", {}).items():
             file = folder / name
             if not file.exists() or _sha256(file) != published["sha256"]:
@@ -329,7 +357,8 @@ class Worker:
             model, trained = self._learn(plan)
         else:
             self._barrier()  # all ranks have read it
-            model = self._attach(plan.directory)
+            self.finished[plan.fingerprint] = (self.run_directory, plan.directory)
+            model = self._attach(plan.fingerprint)
         self._stop_if_asked()
         begun = time.time()
         missing = self.assignment.missing.get(plan.directory, [])
@@ -345,8 +374,11 @@ class Worker:
             "position": plan.position,
             "tasks": list(plan.tasks),
             "parent": plan.parent,
+            "parent_run": self.start.run_uri if self.start and plan.parent == self.start.fingerprint else None,
+            "depth": plan.depth,
             "setting": setting(self.config),
             "data": {name: _data_identity(self.config, name) for name in plan.tasks},
+            "classes": _classes(self.config, plan.tasks),
             "cells": cells,
             **trained,
             "seconds": {
@@ -370,7 +402,7 @@ class Worker:
     def _learn(self, plan: StepPlan) -> tuple[nn.Module, dict]:
         """Train a step and save what it trained; (model, what metrics.json will say of it)."""
         begun = time.time()
-        parent = self.finished[plan.parent] if plan.parent != self.assignment.base_fingerprint else None
+        parent = plan.parent if plan.parent != self.assignment.base_fingerprint else None
         model = self._attach(parent, extend=True)
         heads.train_heads(model, plan.tasks)
         counts = {
@@ -430,7 +462,7 @@ class Worker:
         examples = self._examples(plan)
         context = TaskContext(
             plan.label,
-            plan.position,
+            plan.depth,
             self.config.training.seed,
             examples,
             write=self._write_text,
@@ -652,13 +684,7 @@ class Worker:
         return tensor
 
     def _environment(self) -> dict:
-        packages = ("torch", "transformers", "peft", "deepspeed", "ray", "datasets")
-        return {name: importlib.metadata.version(name) for name in packages} | {
-            "python": sys.version.split()[0],
-            "world_size": self.world.size,
-            "deepspeed_stage": engine.stage_of(self.settings),
-            "device": str(self.world.device.type),
-        }
+        return environment.describe(self.world.size, engine.stage_of(self.settings), self.world.device.type)
 
 
 class _TrainingLog:
@@ -744,6 +770,12 @@ def setting(config: PipelineConfig) -> dict:
 def _data_identity(config: PipelineConfig, name: str) -> dict:
     task = config.task(name)
     return {"train": {"digest": digest_of(task, "train"), "rows": len(load_split(task, "train"))}}
+
+
+def _classes(config: PipelineConfig, names: Sequence[str]) -> dict[str, list[str]]:
+    """Class names of the step's classifications: who uses the adapter elsewhere has no data to read them from."""
+    classes = {name: kind_of(config.task(name)).classes(config.task(name)) for name in names}
+    return {name: list(found) for name, found in classes.items() if found}
 
 
 def _world() -> World:

@@ -20,7 +20,9 @@ from typing import Any
 from pipelines import metrics as formulas
 from pipelines.config import BaseModelConfig, ClassificationTask, ConfigError, PipelineConfig, Problem, looks_local
 from pipelines.group import GroupLost, WorkerGroup
+from pipelines.publish import already_published, publish
 from pipelines.runs import Lease, RunDirectory, RunDirectoryError, StepPlan, fingerprint
+from pipelines.start import Start, find_start, record_start
 
 WHOLE_FILE = 1 << 30  # larger weight files are fingerprinted by samples
 STOP_SECONDS = 4.0  # for workers to write a checkpoint after a request to stop, before they are ended
@@ -39,9 +41,10 @@ class Plan:
     """A configuration turned into steps and score cells.
 
     Attributes:
-        base_directory: the step directory of row 0.
+        base_directory: the step directory of row 0: the base, or what the chain starts from.
         cell_keys: name of a task or corpus → identity of its score (test digest, metric, how it is scored).
         needed: step directory → names of all cells of that row.
+        earlier: tasks that the step it starts from has learned; scored, not trained.
     """
 
     base_fingerprint: str
@@ -49,6 +52,12 @@ class Plan:
     steps: tuple[StepPlan, ...]
     cell_keys: dict[str, str]
     needed: dict[str, tuple[str, ...]]
+    start: Start | None = None
+    earlier: tuple[str, ...] = ()
+
+    def learned_at(self) -> dict[str, int]:
+        """Task → row of the score matrix that is the first after its training."""
+        return dict.fromkeys(self.earlier, 0) | {name: step.position for step in self.steps for name in step.tasks}
 
     def missing_cells(self, run: RunDirectory) -> dict[str, list[str]]:
         """step directory → cells that are not there yet."""
@@ -98,29 +107,40 @@ def _file_digest(path: Path) -> str:
     return sha.hexdigest()
 
 
-def make_plan(config: PipelineConfig) -> Plan:
-    """Steps with their fingerprints, and the cells that the metrics need."""
+def make_plan(config: PipelineConfig, run: RunDirectory | None = None) -> Plan:
+    """Steps with their fingerprints, and the cells that the metrics need.
+
+    Args:
+        run: where the plan is to be carried out: what an alias in `start_from` meant stands there.
+
+    Raises:
+        ConfigError: `start_from` names nothing that this configuration can grow from.
+    """
     from pipelines.data import data_identity  # imports `datasets`
 
     base = base_fingerprint(config.base_model)
-    parent: str | None = None
-    groups = [tuple(task.name for task in config.tasks)] if config.is_joint else [(t.name,) for t in config.tasks]
+    start = find_start(config, run)
+    identities = {task.name: data_identity(task) for task in config.tasks}
+    earlier = tuple(name for name in identities if start and start.knows(name, identities[name]["digest"]))
+    new = [name for name in identities if name not in earlier]
+    if not new:
+        raise ConfigError([Problem("tasks", f"{start.named} has learned all of them already; add one")])
+    parent = start.fingerprint if start else base
     steps = []
-    for position, names in enumerate(groups, 1):
-        tasks = [config.task(name) for name in names]
+    for position, names in enumerate([tuple(new)] if config.is_joint else [(name,) for name in new], 1):
         identity = {
             "base": base,
-            "parent": parent or base,
+            "parent": parent,
             "adapter": config.adapter.model_dump(),
             "strategy": config.strategy.model_dump(),
             "training": config.training.model_dump(),
-            "tasks": [data_identity(task) for task in tasks],
+            "tasks": [identities[name] for name in names],
         }
-        step = StepPlan(position, names, fingerprint(identity), parent or base)
-        steps.append(step)
-        parent = step.fingerprint
-    base_directory = f"steps/0-base-{base[:8]}"
-    return Plan(base, base_directory, tuple(steps), _cell_keys(config), _needed(config, base_directory, steps))
+        steps.append(StepPlan(position, names, fingerprint(identity), parent, start.depth if start else 0))
+        parent = steps[-1].fingerprint
+    first = f"steps/0-start-{start.fingerprint[:8]}" if start else f"steps/0-base-{base[:8]}"
+    needed = _needed(config, first, steps, earlier)
+    return Plan(base, first, tuple(steps), _cell_keys(config), needed, start, earlier)
 
 
 def _cell_keys(config: PipelineConfig) -> dict[str, str]:
@@ -129,15 +149,21 @@ def _cell_keys(config: PipelineConfig) -> dict[str, str]:
     return {source.name: fingerprint(score_identity(source, config)) for source in [*config.tasks, *config.retention]}
 
 
-def _needed(config: PipelineConfig, base_directory: str, steps: Sequence[StepPlan]) -> dict[str, tuple[str, ...]]:
-    """Row 0, then columns 1 … t + 1 of row t, and retention everywhere. A head that is untrained has no score."""
+def _needed(
+    config: PipelineConfig, first: str, steps: Sequence[StepPlan], earlier: tuple[str, ...]
+) -> dict[str, tuple[str, ...]]:
+    """Row 0, then what was seen and the task that comes next, and retention everywhere.
+
+    A head that is untrained has no score.
+    """
     names = [task.name for task in config.tasks]
     corpora = tuple(corpus.name for corpus in config.retention)
-    needed = {base_directory: tuple(n for n in names if not has_untrained_head(config, n)) + corpora}
-    for step in steps:
-        seen = names if config.is_joint else names[: step.position]
-        ahead = [n for n in names[len(seen) : len(seen) + 1] if not has_untrained_head(config, n)]
-        needed[step.directory] = (*seen, *ahead, *corpora)
+    scored = tuple(n for n in names if n in earlier or not has_untrained_head(config, n))
+    needed, seen = {first: scored + corpora}, set(earlier)
+    for step, after in zip(steps, [*steps[1:], None], strict=True):
+        seen |= set(step.tasks)
+        ahead = [n for n in (after.tasks if after else ()) if not has_untrained_head(config, n)]
+        needed[step.directory] = (*(n for n in names if n in seen), *ahead, *corpora)
     return needed
 
 
@@ -159,6 +185,7 @@ def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status:
     nll = {c.name: [_value(row, c.name, "nll") for row in cells] for c in config.retention}
     done = [row for row in rows[1:] if row]
     metric_names = [task.metric for task in config.tasks]
+    learned_at = {name: plan.learned_at()[name] for name in names}
     first = next((row for row in done), {})
     results = {
         "run": config.name,
@@ -167,7 +194,9 @@ def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status:
         "base_fingerprint": plan.base_fingerprint,
         "adapter": {"type": config.adapter.type, "r": config.adapter.r},
         "strategy": config.strategy.name,
+        "start_from": {"run": plan.start.run_uri, "step": plan.start.directory} if plan.start else None,
         "tasks": names,
+        "learned_at": learned_at,
         "metric": dict(zip(names, metric_names, strict=True)),
         "trainable_parameters": first.get("trainable_parameters"),
         "head_parameters": sum(row.get("head_parameters", 0) for row in done),
@@ -177,15 +206,12 @@ def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status:
         "nll": nll,
         "majority": {name: next((r[name]["majority"] for r in cells if name in r), None) for name in names},
         "extras": {name: found for name in names if any(found := [r.get(name, {}).get("extras") for r in cells])},
-        **formulas.aggregates(scores, metric_names, nll),
+        **formulas.aggregates(scores, metric_names, nll, None if config.is_joint else list(learned_at.values())),
         "gate": None,
+        "registry": None,
         "seconds": _seconds(run, [row for row in rows if row]),
         "steps": [_step_summary(step, row) for step, row in zip(plan.steps, rows[1:], strict=True)],
     }
-    if config.gate is not None and status == "finished":
-        from pipelines.gate import judge
-
-        results["gate"] = judge(results, config.gate)
     return results
 
 
@@ -272,10 +298,11 @@ def run_chain(
     problems = check_data(config, warn=lambda text: on_event({"kind": "warning", "text": text}))
     if problems:
         raise ConfigError(problems)
-    plan = make_plan(config)
     run = RunDirectory(config.run_uri)
+    plan = make_plan(config, run)
     with run.acquire_lease() as lease:
         run.open_for_writing(config)
+        record_start(run, plan.start)
         run.remove("stop.json")  # it was meant for an earlier driver
         _forget(run, plan, redo)
         _check_files(run, plan)
@@ -349,6 +376,10 @@ def _forget(run: RunDirectory, plan: Plan, redo: Sequence[str]) -> None:
 def _check_files(run: RunDirectory, plan: Plan) -> None:
     """Raises RunDirectoryError if a finished step lacks what it published (adapter, heads, strategy state)."""
     problems = []
+    if plan.start and plan.missing_steps(run):
+        files = (plan.start.run.metrics(plan.start.directory) or {"files": {"metrics.json": {"bytes": None}}})["files"]
+        for name in plan.start.run.damaged_files(plan.start.directory, files):
+            problems.append(f"start_from: {plan.start.run_uri}/{plan.start.directory}/{name} is missing or damaged")
     for step in plan.steps:
         metrics = run.metrics(step.directory)
         for name in run.damaged_files(step.directory, (metrics or {}).get("files", {})):
@@ -361,29 +392,15 @@ def _check_files(run: RunDirectory, plan: Plan) -> None:
 
 
 def _publish(run: RunDirectory, config: PipelineConfig, results: dict, projector: Projector, on_event) -> dict:
-    """Report and lineage; they follow the run directory and are made anew only where it has changed."""
-    identity = fingerprint([results["scores"], results["nll"], [s["fingerprint"] for s in results["steps"]]])
-    stamp = run.read_json("published.json") or {}
-    if stamp.get("identity") == identity and (stamp.get("lineage") or config.tracking is None):
-        return results | {"steps": _with_run_ids(results["steps"], stamp.get("runs", {}))}
-    from pipelines.report import write_figures, write_report
-
+    """Verdict, report, lineage and registry; they follow the run directory and are made anew only where it changed."""
+    if done := already_published(run, config, results):
+        run.write_json("results.json", done)
+        return done
     on_event({"kind": "reporting"})
-    write_figures(run)
-    write_report(run)
-    runs, warning = projector.finish()
-    results["steps"] = _with_run_ids(results["steps"], runs)
-    run.write_json("results.json", results)
-    if runs and warning is None:
-        runs, warning = projector.finish()  # once more: now results.json names the MLflow runs
-    run.write_json("published.json", {"identity": identity, "lineage": warning is None, "runs": runs})
-    if warning:
-        on_event({"kind": "warning", "text": warning})
+    results, warnings = publish(run, config, results, projector.finish)
+    for text in warnings:
+        on_event({"kind": "warning", "text": text})
     return results
-
-
-def _with_run_ids(steps: list[dict], runs: dict[str, str]) -> list[dict]:
-    return [step | {"mlflow_run_id": runs.get(step["fingerprint"])} for step in steps]
 
 
 def _save_results(run: RunDirectory, config: PipelineConfig, plan: Plan, status: str) -> dict:
@@ -447,6 +464,7 @@ def _run_segment(drive: Drive, steps: tuple[StepPlan, ...]) -> None:
             "steps": [step.to_json() for step in steps],
             "base_directory": plan.base_directory,
             "base_fingerprint": plan.base_fingerprint,
+            "start": plan.start.to_json() if plan.start else None,
             "missing": plan.missing_cells(run),
             "cell_keys": plan.cell_keys,
             "lease": drive.lease.token,
@@ -632,7 +650,8 @@ class Projector:
         return self.runs, self.warning
 
     def _loop(self) -> None:
-        from pipelines.lineage import LineageError, project
+        from pipelines.lineage import project
+        from pipelines.store import LineageError
 
         while True:
             self._wanted.wait()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from pipelines.lineage import ui_command, ui_environment
+from pipelines.store import ui_command, ui_environment
 from tests.bench import Bench
 
 DRIVER_SURVIVES = ("worker", "hang", "mlflow")

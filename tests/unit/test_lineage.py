@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 from sample_run import START, make_run
 
-from pipelines import lineage
-from pipelines.lineage import LineageError, finite, flatten, project
+from pipelines import store as mlflow_store
+from pipelines.lineage import finite, flatten, project
+from pipelines.store import LineageError
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory) -> str:
     """One store for all tests: the first migration of a sqlite file takes seconds."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-    lineage.initialize(uri)
+    mlflow_store.initialize(uri)
     return uri
 
 
@@ -248,7 +249,7 @@ def test_dead_server_is_one_clear_error_soon(tmp_path):
 )
 def test_unusable_store_is_named_with_its_reason(uri, reason):
     with pytest.raises(LineageError, match=reason) as caught:
-        lineage.initialize(uri)
+        mlflow_store.initialize(uri)
     assert "check tracking.uri" in str(caught.value) and "secret" not in str(caught.value)
 
 
@@ -283,20 +284,20 @@ def test_only_finite_numbers_are_sent(value, stored):
 
 
 def test_ui_listens_on_loopback_only_and_a_server_needs_none(tmp_path):
-    command = lineage.ui_command(f"sqlite:///{tmp_path}/mlflow.db", port=5999)
+    command = mlflow_store.ui_command(f"sqlite:///{tmp_path}/mlflow.db", port=5999)
     assert command[:4] == [sys.executable, "-m", "mlflow", "server"]
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert command[command.index("--default-artifact-root") + 1] == (tmp_path / "mlruns").as_uri()
     with pytest.raises(LineageError, match="is a server already"):
-        lineage.ui_command("http://example.org:5000")
+        mlflow_store.ui_command("http://example.org:5000")
 
 
 def test_page_of_an_experiment_is_its_list_of_training_runs(chain, store, client):
     number = client.get_experiment_by_name("chain").experiment_id
-    assert lineage.page_url(store, "chain", "http://h:1") == (
+    assert mlflow_store.page_url(store, "chain", "http://h:1") == (
         f"http://h:1/#/experiments/{number}/runs?workflowType=machine_learning"
     )
-    assert lineage.page_url(store, "not yet there", "http://h:1") == "http://h:1"
+    assert mlflow_store.page_url(store, "not yet there", "http://h:1") == "http://h:1"
 
 
 def test_importing_lineage_does_not_import_mlflow():

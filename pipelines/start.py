@@ -1,0 +1,194 @@
+"""What a chain grows from when it does not begin at the base: a finished step of an earlier run (`start_from`).
+
+`<run URI or path>/<step>` names a step by task, position, fingerprint or directory; `models:/name@alias` is asked of
+the model registry *once* for a run: an alias moves, and a run that goes on must not change its parent.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+from pipelines.config import ConfigError, PipelineConfig, Problem
+from pipelines.runs import RunDirectory
+
+RECORD = "start.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A finished step of another run.
+
+    Attributes:
+        named: `start_from` as it was written.
+        depth: steps between the base and this step, itself included.
+        digests: task → digest of the data it was trained on last, over the whole lineage; oldest first.
+        base: `path` and `dtype` of its base model.
+        adapter: its `adapter:` section.
+        strategy: name of the strategy whose state it carries; None if there is none.
+    """
+
+    named: str
+    run_uri: str
+    directory: str
+    fingerprint: str
+    base_fingerprint: str
+    depth: int
+    digests: dict[str, str]
+    base: dict[str, str]
+    adapter: dict
+    strategy: str | None
+
+    @property
+    def run(self) -> RunDirectory:
+        return RunDirectory(self.run_uri)
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    def knows(self, task: str, digest: str) -> bool:
+        """Whether this step, or one it grew from, was trained on exactly this data under this name."""
+        return self.digests.get(task) == digest
+
+
+def find_start(config: PipelineConfig, run: RunDirectory | None = None) -> Start | None:
+    """The step that `start_from` means; None where the chain begins at the base.
+
+    Args:
+        run: the run that is to go on: what an alias meant when it began stands there.
+
+    Raises:
+        ConfigError: no such run, step, model or alias, or it does not fit this configuration.
+    """
+    if config.start_from is None:
+        return None
+    record = run.read_json(RECORD) if run else None
+    if record and record["named"] == config.start_from:
+        start = Start(**record)
+    else:
+        start = _read(config, *_place(config))
+    problems = list(_misfits(config, start))
+    if problems:
+        raise ConfigError(problems)
+    return start
+
+
+def record_start(run: RunDirectory, start: Start | None) -> None:
+    """Remember in the run what its `start_from` meant."""
+    if start is not None and run.read_json(RECORD) != start.to_json():
+        run.write_json(RECORD, start.to_json())
+
+
+# -- finding it
+
+
+def _fault(message: str) -> ConfigError:
+    return ConfigError([Problem("start_from", message)])
+
+
+def _place(config: PipelineConfig) -> tuple[str, str]:
+    """(run URI, step) of `start_from`."""
+    named = config.start_from
+    if named.startswith("models:/"):
+        return _registered(config)
+    run, _, step = named.rstrip("/").rpartition("/")
+    if posixpath.basename(run) == "steps":
+        run = posixpath.dirname(run)
+    return run, step
+
+
+def _registered(config: PipelineConfig) -> tuple[str, str]:
+    name, _, alias = config.start_from.removeprefix("models:/").partition("@")
+    if not name or not alias:
+        raise _fault(f"'{config.start_from}' has no alias; write models:/<name>@champion")
+    if config.tracking is None:
+        raise _fault(f"'{config.start_from}' needs a model registry; set tracking.uri, or name <run>/<step>")
+    from pipelines.registry import by_alias  # imports mlflow
+
+    version = by_alias(config.tracking.uri, name, alias)
+    if version is None:
+        raise _fault(
+            f"no version of '{name}' has the alias '{alias}' in {config.tracking.uri}; "
+            "register a run first (tracking.register_as), or name <run>/<step>"
+        )
+    return version.run_uri, posixpath.basename(version.step_directory)
+
+
+def _read(config: PipelineConfig, run_uri: str, step: str) -> Start:
+    from pipelines.export import choose_step
+
+    run = RunDirectory(run_uri)
+    results = run.results()
+    if results is None:
+        raise _fault(f"'{config.start_from}': {run_uri} is not a run with results; write <run URI or path>/<step>")
+    named = [f"steps/{step}"] if run.metrics(f"steps/{step}") else []
+    try:
+        directory = named[0] if named else choose_step(run, step)
+    except ConfigError as error:
+        raise _fault(error.problems[0].message) from error
+    metrics, base = run.metrics(directory), run.config().base_model
+    if metrics["position"] == 0:
+        raise _fault(f"'{config.start_from}' is what that run began with; name a step that was trained")
+    return Start(
+        named=config.start_from,
+        run_uri=run_uri,
+        directory=directory,
+        fingerprint=metrics["fingerprint"],
+        base_fingerprint=results["base_fingerprint"],
+        depth=metrics.get("depth", metrics["position"]),
+        digests=dict(reversed([item for step in lineage(run, directory) for item in trained_on(step).items()])),
+        base={"path": base.path, "dtype": base.dtype},
+        adapter=metrics["setting"]["adapter"],
+        strategy=metrics["setting"]["strategy"]["name"] if run.exists(f"{directory}/strategy") else None,
+    )
+
+
+def lineage(run: RunDirectory, directory: str) -> Iterator[dict]:
+    """`metrics.json` of a step and of all it grew from, newest first, over the runs that it leads through."""
+    trained, metrics = _trained(run), run.metrics(directory)
+    while metrics is not None:
+        yield metrics
+        if metrics.get("parent_run"):
+            run = RunDirectory(metrics["parent_run"])
+            trained = _trained(run)
+        metrics = trained.get(metrics["parent"])
+
+
+def _trained(run: RunDirectory) -> dict[str, dict]:
+    """Fingerprint → `metrics.json` of every finished step; row 0 was trained elsewhere or not at all."""
+    rows = [run.metrics(f"steps/{entry}") for entry in run.list("steps")]
+    return {row["fingerprint"]: row for row in rows if row and row["position"] > 0}
+
+
+def trained_on(metrics: Mapping) -> dict[str, str]:
+    """Task → digest of the training data of one step."""
+    return {task: parts["train"]["digest"] for task, parts in metrics["data"].items()}
+
+
+# -- whether it fits
+
+
+def _misfits(config: PipelineConfig, start: Start) -> Iterator[Problem]:
+    """What of the configuration keeps it from growing from there; each with the value that would."""
+    from pipelines.workflow import base_fingerprint
+
+    if base_fingerprint(config.base_model) != start.base_fingerprint:
+        yield Problem(
+            "base_model",
+            f"'{config.base_model.path}' ({config.base_model.dtype}) is not the base that {start.named} was trained "
+            f"on; set base_model.path: {start.base['path']}, dtype: {start.base['dtype']}, or start from another run",
+        )
+    for field, value in config.adapter.model_dump().items():
+        theirs = start.adapter.get(field, value)
+        if theirs != value:
+            yield Problem(
+                f"adapter.{field}",
+                f"is {value}, but the adapter of {start.named} has {theirs}; set adapter.{field}: {theirs}",
+            )
+    if start.strategy not in (None, config.strategy.name):
+        yield Problem(
+            "strategy.name",
+            f"is {config.strategy.name}, but {start.named} carries the state of '{start.strategy}'; "
+            f"set strategy.name: {start.strategy}",
+        )
