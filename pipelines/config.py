@@ -518,12 +518,21 @@ def _strings(value: Any) -> Iterable[str]:
             yield from _strings(nested)
 
 
+def _read_text(path: str) -> str:
+    if not is_uri(path):
+        return Path(path).read_text(encoding="utf-8")
+    import fsspec  # for jobs, whose configuration lies in the run's storage
+
+    return fsspec.open(path, "rb").open().read().decode("utf-8")
+
+
 def read_yaml(path: str | os.PathLike) -> dict:
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
+        text = _read_text(str(path))
+    except (OSError, ValueError) as error:
         remedy = "check the path; shipped configurations lie in pipelines/configs"
-        raise ConfigError([Problem(str(path), f"cannot be read ({error.strerror}); {remedy}")]) from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError([Problem(str(path), f"cannot be read ({reason}); {remedy}")]) from error
     try:
         raw = yaml.load(text, _YamlLoader)
     except yaml.YAMLError as error:

@@ -592,10 +592,10 @@ def connect(verbose: bool = False, address: str | None = None) -> None:
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(
-        address=address or os.environ.get("RAY_ADDRESS"),
+        address=address or os.environ.get("RAY_ADDRESS") or "local",  # None: whatever cluster was started here last
         log_to_driver=verbose,
         logging_level="INFO" if verbose else "ERROR",
-        include_dashboard=None if address else False,
+        include_dashboard=None if address or os.environ.get("RAY_ADDRESS") else False,
     )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the cluster before the workers can save anything
