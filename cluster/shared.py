@@ -23,6 +23,8 @@ def named_places(config: PipelineConfig) -> Iterator[tuple[str, str]]:
     yield "storage", config.storage
     if config.start_from and not config.start_from.startswith("models:/"):
         yield "start_from", config.start_from
+    if config.domains:
+        yield "domains.inbox", config.domains.inbox
     if config.tracking and config.tracking.uri.startswith(SQLITE):
         yield "tracking.uri", config.tracking.uri
     sources = [("base_model.path", config.base_model.path)]

@@ -30,6 +30,7 @@ EXCLUDES = [
 ]
 STOP_SECONDS = 60  # for a driver that was asked to stop: its workers write a checkpoint first
 POLL_SECONDS = 1.0
+AGENT_SECONDS = 30  # for a cluster that has just started to be able to take jobs
 RUN_KEY = "curlora_run"
 
 
@@ -69,6 +70,19 @@ def load_for_cluster(path: str, overrides: Iterable[str], one_machine: bool) -> 
     if problems:
         raise ConfigError(problems)
     return _self_contained(config)
+
+
+def load_for_tick(path: str, overrides: Iterable[str]) -> PipelineConfig:
+    """A configuration that means the same wherever a scheduler calls from.
+
+    Raises:
+        ConfigError: it is not valid, or relative places are in it.
+    """
+    raw = read_config(path, overrides)
+    config = parse_config(raw)
+    if problems := unshared(PipelineConfig.model_validate(raw), one_machine=True):
+        raise ConfigError(problems)
+    return config
 
 
 def _self_contained(config: PipelineConfig) -> PipelineConfig:
@@ -153,20 +167,24 @@ class Cluster:
 
     def _start(self, name: str, config: PipelineConfig, verbose: bool) -> bool:
         """False if somebody else has started it at this moment."""
+        end = time.monotonic() + AGENT_SECONDS
         command = ["python", "-m", "pipelines", "run", _write_config(config), *(["--verbose"] if verbose else [])]
-        try:
-            with _errors(self.address):
-                self._client.submit_job(
-                    entrypoint=shlex.join(command),
-                    submission_id=name,
-                    runtime_env=runtime_env(),
-                    metadata={RUN_KEY: config.name, "storage": config.storage},
-                )
-            return True
-        except ClusterError:
-            if self.job(name) is None:
-                raise
-            return False
+        while True:
+            try:
+                with _errors(self.address):
+                    self._client.submit_job(
+                        entrypoint=shlex.join(command),
+                        submission_id=name,
+                        runtime_env=runtime_env(),
+                        metadata={RUN_KEY: config.name, "storage": config.storage},
+                    )
+                return True
+            except ClusterError as error:
+                if self.job(name) is not None:
+                    return False
+                if "No available agent" not in str(error) or time.monotonic() > end:
+                    raise
+            time.sleep(POLL_SECONDS)
 
     def job(self, name: str) -> Job | None:
         """A job by its name; None if the cluster does not know it."""

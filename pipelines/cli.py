@@ -326,6 +326,81 @@ def _cluster(address: str | None):
     return Cluster(address)
 
 
+@main.command()
+@click.argument("config", type=click.Path())
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done.")
+@click.option("--again", metavar="DOMAIN", help="Take back what was decided on this domain, then look.")
+@click.option("--json", "as_json", is_flag=True)
+def tick(config, overrides, dry_run, again, as_json) -> None:
+    """Look at the inbox of CONFIG once: train what is new, complete and sound from the champion on. For any scheduler.
+
+    Safe to call at any rate; nothing is trained twice. A domain that is refused is looked at again when it changes.
+
+    \b
+    Example:  curlora tick my.yaml --dry-run
+    """
+    from cluster.submit import load_for_tick
+    from pipelines import schedule
+
+    pipeline = load_for_tick(config, overrides)
+    schedule.check_schedule(pipeline)
+    if again:
+        schedule.again(pipeline, again)
+    outcome = schedule.tick(pipeline, lambda: _cluster(pipeline.domains.address), dry_run)
+    if as_json:
+        click.echo(json.dumps(outcome.to_json()))
+        return
+    for line in outcome.did:
+        click.echo(line)
+
+
+@main.command()
+@click.argument("config", type=click.Path())
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
+@click.option("--dry-run", is_flag=True, help="Say when it would look and what it would do now.")
+@click.option("--history", is_flag=True, help="Every decision so far.")
+@click.option("--pause/--resume", "paused", default=None, help="No tick does anything until --resume.")
+@click.option("--json", "as_json", is_flag=True, help="For --history.")
+def schedule(config, overrides, dry_run, history, paused, as_json) -> None:
+    """Look at the inbox of CONFIG by its cron expression until Ctrl-C, which ends the loop and no job.
+
+    \b
+    Example:  curlora schedule my.yaml
+              curlora schedule my.yaml --history
+    """
+    from cluster.submit import load_for_tick
+    from pipelines import schedule as scheduling
+    from pipelines.loop import Loop, next_times
+
+    pipeline = load_for_tick(config, overrides)
+    scheduling.check_schedule(pipeline)
+    if paused is not None:
+        scheduling.pause(pipeline, paused)
+        click.echo("paused" if paused else "goes on")
+    elif history:
+        _print_history(scheduling.history(pipeline), as_json)
+    elif dry_run:
+        for moment in next_times(pipeline):
+            click.echo(f"would look at {moment:%Y-%m-%d %H:%M:%S %Z}")
+        for line in scheduling.tick(pipeline, lambda: _cluster(pipeline.domains.address), dry_run=True).did:
+            click.echo(f"now: {line}")
+    else:
+        settings = [part for override in overrides for part in ("--set", override)]
+        Loop(pipeline, [config, *settings], click.echo).run()
+
+
+def _print_history(decisions: list[dict], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(decisions, indent=1))
+        return
+    for entry in decisions:
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["time"]))
+        facts = [entry.get(key) for key in ("verdict", "version", "job", "start_from") if entry.get(key)]
+        details = "; ".join([*facts, *entry.get("reasons", [])])
+        click.echo(f"{moment}  {entry['domain']}  {entry['kind']}" + (f": {details}" if details else ""))
+
+
 def _print_jobs(jobs: list, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([job.__dict__ for job in jobs], indent=1))

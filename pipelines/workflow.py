@@ -123,7 +123,8 @@ def make_plan(config: PipelineConfig, run: RunDirectory | None = None) -> Plan:
     earlier = tuple(name for name in identities if start and start.knows(name, identities[name]["digest"]))
     new = [name for name in identities if name not in earlier]
     if not new:
-        raise ConfigError([Problem("tasks", f"{start.named} has learned all of them already; add one")])
+        why = f"{start.named} has learned all of them already" if start else "there are none"
+        raise ConfigError([Problem("tasks", f"{why}; add one")])
     parent = start.fingerprint if start else base
     steps = []
     for position, names in enumerate([tuple(new)] if config.is_joint else [(name,) for name in new], 1):

@@ -41,6 +41,7 @@ class Head:
             f"--port={head.port}",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-port={head.dashboard}",
+            f"--dashboard-agent-listen-port={free_port()}",
             f"--temp-dir={folder / 'ray'}",
             "--num-cpus=2",
             "--object-store-memory=100000000",
@@ -66,7 +67,7 @@ class Head:
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_API_SERVER_ADDRESS": self.address,
         }
-        return kept | own | {"PATH": path, "PYTHONPATH": str(REPOSITORY)}
+        return kept | own | {"RAY_API_SERVER_ADDRESS": self.address, "PATH": path, "PYTHONPATH": str(REPOSITORY)}
 
     def ray(self, *arguments: str, **options) -> subprocess.CompletedProcess:
         command = [str(Path(sys.executable).with_name("ray")), *arguments]
