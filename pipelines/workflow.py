@@ -79,6 +79,8 @@ def base_fingerprint(base: BaseModelConfig) -> str:
     if not looks_local(base.path):
         return fingerprint({"hub": base.path, "commit": _hub_commit(base), "dtype": base.dtype})
     folder = Path(base.path)
+    if not folder.is_dir():
+        raise ConfigError([Problem("base_model.path", f"'{base.path}': no such folder; check the path or hub id")])
     names = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
     return fingerprint({"files": {p.name: _file_digest(p) for p in names}, "dtype": base.dtype})
 

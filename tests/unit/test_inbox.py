@@ -110,8 +110,9 @@ def test_a_link_that_takes_a_files_place_after_the_listing_is_not_followed(inbox
     domain = only(inbox)
     (folder / "train.jsonl").unlink()
     (folder / "train.jsonl").symlink_to("/etc/passwd")
-    with pytest.raises(OSError, match="symbolic links"):
-        copy_domain(str(inbox), domain, MARKER, RunDirectory(str(tmp_path / "storage")), "data/news-1")
+    target = RunDirectory(str(tmp_path / "storage"))
+    assert copy_domain(str(inbox), domain, MARKER, target, "data/news-1") is None
+    assert not list((tmp_path / "storage").rglob("*.jsonl"))
 
 
 def test_a_bucket_prefix_is_an_inbox_too(tmp_path):
@@ -119,11 +120,8 @@ def test_a_bucket_prefix_is_an_inbox_too(tmp_path):
     for path in ("news/train.jsonl", "news/test.jsonl", "news/_SUCCESS", "a b/train.jsonl", "loose.jsonl"):
         fs.pipe_file(f"/inbox-test/{path}", b'{"text": "row"}\n')
     news, odd = sorted(scan("memory://inbox-test", MARKER), key=lambda domain: domain.name, reverse=True)
-    assert (news.name, news.marked, [file.path for file in news.files]) == (
-        "news",
-        True,
-        ["test.jsonl", "train.jsonl"],
-    )
+    assert news.marked
+    assert [file.path for file in news.files] == ["test.jsonl", "train.jsonl"]
     assert "not a safe name" in odd.problems[0]
     before = news.stamp
     target = RunDirectory(str(tmp_path / "storage"))
