@@ -157,11 +157,12 @@ def _run(path, overrides, as_json, verbose, address=None, segment_length=None, r
     if as_json:
         click.echo(json.dumps(results, indent=1))
         return
-    from pipelines.report import print_summary
+    from pipelines.summary import print_summary, print_verdict
 
     if not results.pop("ran"):
         console.print("Everything is done already; nothing was trained.")
     print_summary(results, console)
+    print_verdict(results, console)
     console.print(f"report: {config.run_uri}/report.html", soft_wrap=True, highlight=False)
     if config.tracking:
         console.print(f"MLflow: curlora ui {config.run_uri}", soft_wrap=True, highlight=False)
@@ -442,7 +443,7 @@ def status(run: str | None, storage: str, address: str | None, as_json: bool) ->
             f"{entry['run']}: {entry['status']}, {entry['steps_done']} of {entry['steps']} tasks, {entry['last']}"
         )
     if run and found[0]["steps_done"]:
-        from pipelines.report import print_summary
+        from pipelines.summary import print_summary
 
         print_summary(directories[0].results(), _console())
 
@@ -536,19 +537,88 @@ def sync(run: str, storage: str, uri: str | None) -> None:
     \b
     Example:  curlora sync demo --uri http://127.0.0.1:5000
     """
-    from pipelines.lineage import project
+    from pipelines.publish import sync as send
     from pipelines.store import LineageError
 
-    directory = _open(run, storage)
-    config = directory.config()
-    target = uri or (config.tracking.uri if config.tracking else "sqlite:///mlflow.db")
-    experiment = (config.tracking.experiment if config.tracking else None) or config.name
     try:
-        runs = project(directory, target, experiment)
+        runs, target, warned = send(_open(run, storage), uri)
     except LineageError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     click.echo(f"{len(runs)} MLflow runs are up to date in {target}")
+    for line in warned:
+        click.echo(f"warning: {line}", err=True)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--to", "version", type=click.IntRange(1), help="Go (back) to this version of the run's model.")
+@click.option("--force", is_flag=True, help="Whatever the gate says; needs --reason.")
+@click.option("--reason", default="", help="Recorded in MLflow with the promotion.")
+@click.option("--no-hook", is_flag=True, help="Do not run gate.on_promotion.")
+@click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
+@click.option("--json", "as_json", is_flag=True)
+def promote(run: str, version: int | None, force: bool, reason: str, no_hook: bool, storage: str, as_json: bool):
+    """Make the adapter of RUN the champion of its registered model, if the gate lets it; or go back to a version.
+
+    The command of `gate.on_promotion` that RUN's configuration names is run: promote only runs that you trust.
+
+    \b
+    Example:  curlora promote support-bot
+              curlora promote support-bot --to 3 --reason "the new one misreads invoices"
+    """
+    from pipelines import promotion
+    from pipelines.store import LineageError
+
+    if force and not reason.strip():
+        raise click.UsageError("--force needs --reason TEXT: whoever asks in six months should find it")
+    directory = _open(run, storage)
+    try:
+        if version is not None:
+            done = promotion.restore(directory, version, force, reason, not no_hook)
+        else:
+            done = promotion.promote_run(directory, force, reason, not no_hook)
+    except promotion.Refused as refused:
+        click.echo(f"refused: {refused}", err=True)
+        sys.exit(1)
+    except LineageError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    before = f", before it version {done.before.version}" if done.before else ""
+    words = f"{done.version.name}: version {done.version.version} is the champion ({done.why}){before}"
+    click.echo(json.dumps(done.to_json(), indent=1) if as_json else words)
+    if done.hook_failure:
+        click.echo(f"error: promoted, but {done.hook_failure}", err=True)
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("adapter")
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--figure", type=click.Path(path_type=Path), help="Draw it too: a .png, .svg or .pdf file.")
+@click.option("--uri", help="MLflow store of a models:/ name; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db.")
+@click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
+def lineage(adapter: str, as_json: bool, figure: Path | None, uri: str | None, storage: str) -> None:
+    """Which adapter ADAPTER grew from, on which data, with which settings and scores, down to the base.
+
+    ADAPTER is a run (its last step), run/step, a step's folder, models:/NAME@champion or models:/NAME/3.
+
+    \b
+    Example:  curlora lineage models:/support-bot@champion --figure lineage.png
+    """
+    from pipelines.ancestry import as_text, find
+    from pipelines.store import LineageError
+
+    try:
+        found = find(adapter, storage, uri or os.environ.get("MLFLOW_TRACKING_URI"))
+    except LineageError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    if figure:
+        from pipelines.figures import write_ancestry
+
+        write_ancestry(found, figure)
+    click.echo(json.dumps(found.to_json(), indent=1) if as_json else as_text(found))
 
 
 @main.command()

@@ -335,16 +335,29 @@ class DurabilityConfig(Section):
 class TrackingConfig(Section):
     uri: str = "sqlite:///mlflow.db"
     experiment: str | None = Field(None, description="default: the run's name")
-    register_as: None = Field(None, description="null: the model registry is not used by this version")
+    register_as: str | None = Field(None, description="model of the registry that finished chains become versions of")
+
+    @field_validator("register_as")
+    @classmethod
+    def _safe(cls, value: str | None) -> str | None:
+        return None if value is None else check_name(value)
 
 
 class GateConfig(Section):
-    """Limits that a finished chain is held against; the verdict stands in results.json."""
+    """Limits that a finished chain is held against; the verdict stands in results.json.
+
+    Against a champion (tracking.register_as) they are what each task and each corpus may lose; see pipelines/gate.py.
+    """
 
     max_forgetting: float | None = Field(0.02, ge=0)
     max_nll_increase: float | None = Field(0.05, ge=0)
     max_perplexity_ratio: float | None = Field(1.05, gt=0)
     min_learning_accuracy: float | None = Field(None, ge=0, le=1)
+    promote: bool = Field(True, description="a candidate that passes becomes the champion; false: by curlora promote")
+    on_promotion: list[str] | None = Field(
+        None, min_length=1, description="command and arguments run after a promotion, without a shell"
+    )
+    hook_timeout: float = Field(600.0, gt=0, description="seconds that the command may take")
 
 
 def _seconds(value: Any) -> Any:

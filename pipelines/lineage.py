@@ -7,13 +7,15 @@ thread and a process. MLflow is a projection: when it is away a run loses nothin
 Conventions a dashboard can rely on, the same for every sequence:
 
     tags (`curlora.` + …)   kind (chain | step), run, run_uri, base_model, adapter, strategy on every run;
-                            tasks, last_step on the parent;
-                            step_fingerprint, parent_fingerprint, task, position on a child
+                            tasks, last_step, base_fingerprint, gate, gate_reasons on the parent;
+                            step_fingerprint, parent_fingerprint, parent_run (where it grew from another run's step),
+                            step_directory, task, tasks, position on a child
     metrics of the parent   score/<task>, for written answers also rouge_l/<task>, token_f1/<task> and
                             exact_match/<task>; for retained text nll/<corpus>, perplexity/<corpus>; step = position in
                             the sequence, 0 = untouched base; average_accuracy, forgetting, …; step = number of steps
     metrics of a child      train/loss, train/learning_rate; step = optimizer step; its own row of scores and its cost
     inputs                  <task>/train and <name>/test with the digest of the run directory
+    logged model of a child the adapter (pipelines/logged_models.py), its row of scores by dataset, its parent as input
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ PREFIX = "curlora."
 METRICS_A_BATCH = 1000
 PARAMS_A_BATCH = 100
 PARAM_LENGTH = 500  # what every MLflow server accepts; the whole text is in config.yaml
+TAG_LENGTH = 5000
+CONVENTIONS = 2  # of this module; another number sends finished steps again
 DIGEST_LENGTH = 36
 AGGREGATES = (
     "average_accuracy",
@@ -75,21 +79,25 @@ def project(run: RunDirectory, uri: str, experiment: str, chain: Sequence[str] |
     Raises:
         LineageError: MLflow is away or refuses.
     """
+    # Imported here: the kinds of task bring numpy along, which most commands never need.
+    from pipelines.logged_models import LoggedModels
+
     with errors(uri, f"nothing is lost; send it later with: curlora sync {run.uri}"), quiet():
         client = connect(uri)
         to = _Target(client, _experiment(client, uri, experiment), run, run.config())
         steps = current_steps(run, chain)
         parent = _parent(to, steps)
         children = _children(to, parent.info.run_id)
+        models = LoggedModels(client, to.experiment_id, parent.info.run_id, run, steps)
         ids = {"parent": parent.info.run_id}
         for directory, metrics in steps:
             if metrics["position"] == 0:
                 _send_base(to, parent, directory, metrics)
                 continue
-            child = children.get(metrics["fingerprint"]) or _new_child(to, parent, metrics)
-            _send_step(to, parent, child, directory, metrics)
+            child = children.get(metrics["fingerprint"]) or _new_child(to, parent, directory, metrics)
+            _send_step(to, models, parent, child, directory, metrics)
             ids[metrics["fingerprint"]] = child.info.run_id
-        _send_parent(to, parent, steps)
+        _send_parent(to, models, parent, steps)
         return ids
 
 
@@ -120,6 +128,9 @@ def current_steps(run: RunDirectory, chain: Sequence[str] | None = None) -> list
         members = sorted(found.values(), key=lambda item: item[1]["finished"])[-1:]
     if members:
         members = _ancestors(found, members[0][1]) + members
+    if all(metrics["position"] for _, metrics in members):  # a chain that started from another run's adapter
+        bases = [item for item in found.values() if item[1]["position"] == 0]
+        members += sorted(bases, key=lambda item: item[1]["finished"])[-1:]
     return sorted(members, key=lambda item: item[1]["position"])
 
 
@@ -140,7 +151,13 @@ def _experiment(client, uri: str, name: str) -> str:
         folder = re.sub(r"[^A-Za-z0-9._-]", "_", name)
         location = f"{root}/{folder}" if root else None
         # The tag makes MLflow's list of experiments open this one on its runs, not as an LLM application.
-        return client.create_experiment(name, location, tags={"mlflow.experimentKind": "custom_model_development"})
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        try:
+            return client.create_experiment(name, location, tags=tags)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)  # made by another run at this moment
     if experiment.lifecycle_stage == "deleted":
         raise MlflowException(
             f"experiment '{name}' is deleted; restore it with `mlflow experiments restore -x "
@@ -149,17 +166,22 @@ def _experiment(client, uri: str, name: str) -> str:
     return experiment.experiment_id
 
 
-def _search(to: _Target, tags: Mapping[str, str]) -> list:
-    """Every run of an experiment with these tags, whatever the number of pages."""
-    escaped = {key: value.replace("\\", "\\\\").replace("'", "\\'") for key, value in tags.items()}
-    where = " and ".join(f"tags.`{key}` = '{value}'" for key, value in escaped.items())
+def search_runs(client, experiments: Sequence[str], tags: Mapping[str, str]) -> list:
+    """Every run of these experiments with these tags, whatever the number of pages."""
+    where = where_tags(tags)
     runs, token = [], None
     while True:
-        page = to.client.search_runs([to.experiment_id], where, max_results=1000, page_token=token)
+        page = client.search_runs(list(experiments), where, max_results=1000, page_token=token)
         runs.extend(page)
         token = page.token
         if not token:
             return runs
+
+
+def where_tags(tags: Mapping[str, str]) -> str:
+    """MLflow's filter for all of these tags."""
+    escaped = {key: value.replace("\\", "\\\\").replace("'", "\\'") for key, value in tags.items()}
+    return " and ".join(f"tags.`{key}` = '{value}'" for key, value in escaped.items())
 
 
 # -- parent run = chain
@@ -172,10 +194,10 @@ def _parent(to: _Target, steps: list[tuple[str, dict]]):
     everything before it does: a sequence that grew continues its parent run; one whose past was changed gets a new
     run, and the old one stays as the record of what was.
     """
-    tags = {PREFIX + "kind": "chain", PREFIX + "run": to.run.name, PREFIX + "run_uri": _identity(to.run)}
+    tags = {PREFIX + "kind": "chain", PREFIX + "run": to.run.name, PREFIX + "run_uri": identity(to.run)}
     depth = {metrics["fingerprint"]: metrics["position"] for _, metrics in steps}
     candidates = []
-    for found in _search(to, tags):
+    for found in search_runs(to.client, [to.experiment_id], tags):
         last = found.data.tags.get(PREFIX + "last_step")
         if last is None or last in depth:
             candidates.append((depth.get(last, -1), found.info.start_time, found))
@@ -185,7 +207,7 @@ def _parent(to: _Target, steps: list[tuple[str, dict]]):
     return to.client.create_run(to.experiment_id, _milliseconds(_started(to.run, steps)), tags, to.run.name)
 
 
-def _identity(run: RunDirectory) -> str:
+def identity(run: RunDirectory) -> str:
     """One spelling of where a run lies, whatever directory the command was called in."""
     return os.path.abspath(run.root) if run.is_local else run.uri
 
@@ -224,23 +246,25 @@ def _latest(steps: list[tuple[str, dict]]) -> float:
     return max(moments, default=0.0)
 
 
-def _send_parent(to: _Target, parent, steps: list[tuple[str, dict]]) -> None:
+def _send_parent(to: _Target, models, parent, steps: list[tuple[str, dict]]) -> None:
     """Parameters, aggregates, pages and status of the chain."""
     run, run_id, results = to.run, parent.info.run_id, to.run.results()
     _send_params(to, parent, flatten(to.config.model_dump(exclude={"name", "storage", "tracking"})))
     if results and results["status"] == "finished" and steps:
         moment = _latest(steps)
         aggregates = [(name, results.get(name), moment, steps[-1][1]["position"]) for name in AGGREGATES]
-        _send_metrics(to, run_id, aggregates)
+        last = models.found.get(steps[-1][1]["fingerprint"])
+        _send_metrics(to, run_id, aggregates, last.model_id if last else None)
     files = ["config.yaml", "results.json", "report.html", *(f"figures/{name}" for name in run.list("figures"))]
     for name in files:
         if run.exists(name):
             _upload(to, run_id, name, name, known={})
-    tags = {PREFIX + "tasks": ",".join(task.name for task in to.config.tasks)[:5000]}
+    tags = {PREFIX + "tasks": ",".join(task.name for task in to.config.tasks)[:TAG_LENGTH]}
     if steps:
         tags[PREFIX + "last_step"] = steps[-1][1]["fingerprint"]
+        tags[PREFIX + "base_fingerprint"] = steps[0][1]["fingerprint"]
     if results and results.get("gate"):
-        tags[PREFIX + "gate"] = json.dumps(results["gate"])[:5000]
+        tags |= gate_tags(results["gate"])
     _set_tags(to, parent, tags)
     status = {"finished": "FINISHED", "failed": "FAILED"}.get(results["status"] if results else "", "RUNNING")
     if status != "RUNNING":
@@ -251,65 +275,77 @@ def _send_parent(to: _Target, parent, steps: list[tuple[str, dict]]) -> None:
         to.client.update_run(run_id, status)
 
 
+def gate_tags(verdict: Mapping[str, Any]) -> dict[str, str]:
+    """A verdict as tags, in words that a list of runs can be filtered by."""
+    word = {True: "passed", False: "refused", None: "undecided"}[verdict["passed"]]
+    return {PREFIX + "gate": word, PREFIX + "gate_reasons": "; ".join(verdict["reasons"])[:TAG_LENGTH]}
+
+
 # -- child run = step
 
 
 def _children(to: _Target, parent_id: str) -> dict[str, Any]:
-    found = _search(to, {"mlflow.parentRunId": parent_id})
+    found = search_runs(to.client, [to.experiment_id], {"mlflow.parentRunId": parent_id})
     return {child.data.tags[PREFIX + "step_fingerprint"]: child for child in found}
 
 
-def _new_child(to: _Target, parent, metrics: dict):
-    label = _label(metrics)
+def _new_child(to: _Target, parent, directory: str, metrics: dict):
+    label = label_of(metrics)
     tags = {
         "mlflow.parentRunId": parent.info.run_id,
         PREFIX + "kind": "step",
         PREFIX + "run": to.run.name,
-        PREFIX + "run_uri": _identity(to.run),
+        PREFIX + "run_uri": identity(to.run),
         PREFIX + "step_fingerprint": metrics["fingerprint"],
+        PREFIX + "step_directory": directory,
         PREFIX + "parent_fingerprint": metrics["parent"] or "",
         PREFIX + "task": label,
+        PREFIX + "tasks": ",".join(metrics["tasks"])[:TAG_LENGTH],
         PREFIX + "position": str(metrics["position"]),
         **_common(to.config),
     }
+    if origin := metrics.get("parent_run"):
+        tags[PREFIX + "parent_run"] = origin
     if commit := metrics["environment"].get("git_commit"):
         tags["mlflow.source.git.commit"] = commit
     name = f"{metrics['position']}-{label}"
     return to.client.create_run(to.experiment_id, _milliseconds(metrics["started"]), tags, name)
 
 
-def _label(metrics: dict) -> str:
+def label_of(metrics: dict) -> str:
     return metrics["tasks"][0] if len(metrics["tasks"]) == 1 else "joint"
 
 
 def _send_base(to: _Target, parent, directory: str, metrics: dict) -> None:
     """Row 0 trained nothing, so it is no child: its scores start the parent's curves."""
-    run_id, sent = parent.info.run_id, fingerprint(metrics)
+    run_id, sent = parent.info.run_id, fingerprint([CONVENTIONS, metrics])
     if parent.data.tags.get(PREFIX + "sent_base") == sent:
         return
-    _send_metrics(to, run_id, _row(metrics))
+    _send_metrics(to, run_id, score_points(metrics))
     _send_inputs(to, run_id, metrics)
     _upload_folder(to, run_id, directory, "base")
     to.client.set_tag(run_id, PREFIX + "sent_base", sent)
 
 
-def _send_step(to: _Target, parent, child, directory: str, metrics: dict) -> None:
+def _send_step(to: _Target, models, parent, child, directory: str, metrics: dict) -> None:
     """Everything of one step. The tag `sent` comes last, so that a long chain is not sent again at every step."""
-    run_id, sent = child.info.run_id, fingerprint(metrics)
+    run_id, sent = child.info.run_id, fingerprint([CONVENTIONS, metrics])
     if child.data.tags.get(PREFIX + "sent") == sent:
         return
     settings = {
         **metrics.get("setting", {}),
         "data": metrics.get("data"),
         "environment": metrics["environment"],
+        "evaluation": to.config.evaluation.model_dump(),
         "tasks": metrics["tasks"],
         "position": metrics["position"],
     }
     _send_params(to, child, flatten(settings))
     _send_inputs(to, run_id, metrics)
     _send_inputs(to, parent.info.run_id, metrics)
-    row = _row(metrics)
-    _send_metrics(to, run_id, [*row, *_cost(metrics), *_curve(metrics)])
+    row = score_points(metrics)
+    _send_metrics(to, run_id, row, models.send(child, directory, metrics), _datasets(metrics))
+    _send_metrics(to, run_id, [*_cost(metrics), *_curve(metrics)])
     _send_metrics(to, parent.info.run_id, row)
     _upload_folder(to, run_id, directory, "")
     to.client.set_terminated(run_id, "FINISHED", _milliseconds(metrics["finished"]))
@@ -321,10 +357,10 @@ def _send_step(to: _Target, parent, child, directory: str, metrics: dict) -> Non
 Point = tuple[str, float | None, float, int]
 
 
-def _row(metrics: dict) -> list[Point]:
+def score_points(metrics: dict) -> list[Point]:
     """One row of the score matrix; its step is the position in the sequence."""
     points: list[Point] = []
-    for cell in _newest_cells(metrics):
+    for cell in newest_cells(metrics):
         name, moment, position = cell["name"], cell["time"], metrics["position"]
         if cell["role"] == "task":
             points.append((f"score/{name}", cell["value"], moment, position))
@@ -336,7 +372,7 @@ def _row(metrics: dict) -> list[Point]:
     return points
 
 
-def _newest_cells(metrics: dict) -> list[dict]:
+def newest_cells(metrics: dict) -> list[dict]:
     """One cell a name: a test split that was changed leaves the older cell behind."""
     return list({cell["name"]: cell for cell in sorted(metrics["cells"], key=lambda cell: cell["time"])}.values())
 
@@ -369,16 +405,31 @@ def finite(value: float | None) -> float | None:
     return max(-sys.float_info.max, min(sys.float_info.max, float(value)))
 
 
-def _send_metrics(to: _Target, run_id: str, points: Iterable[Point]) -> None:
+def _send_metrics(
+    to: _Target,
+    run_id: str,
+    points: Iterable[Point],
+    model_id: str | None = None,
+    datasets: Mapping[str, tuple[str, str]] | None = None,
+) -> None:
+    """Metrics of a run; of a logged model too, with the (name, digest) of the data that each was measured on."""
     from mlflow.entities import Metric
 
+    of_run = run_id if model_id else None
     metrics = [
-        Metric(key, number, _milliseconds(moment), step)
+        Metric(key, number, _milliseconds(moment), step, model_id, *(datasets or {}).get(key, (None, None)), of_run)
         for key, value, moment, step in points
         if (number := finite(value)) is not None
     ]
     for batch in _batches(metrics, METRICS_A_BATCH):
         to.client.log_batch(run_id, metrics=batch)
+
+
+def _datasets(metrics: dict) -> dict[str, tuple[str, str]]:
+    """Metric → (name, digest) of the test data behind it, as `_send_inputs` names them."""
+    digests = {cell["name"]: cell["digest"][:DIGEST_LENGTH] for cell in newest_cells(metrics)}
+    names = ((key, key.split("/")[-1]) for key, *_ in score_points(metrics))
+    return {key: (f"{name}/test", digests[name]) for key, name in names}
 
 
 # -- parameters, tags, datasets, artifacts

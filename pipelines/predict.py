@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,18 @@ class Trained:
     context: int
     tasks: frozenset[str]  # trained so far
 
+    def answer(self, task: str, rows: Sequence[dict]) -> list[dict]:
+        """See `predict`."""
+        source = _task(self.config, task)
+        _check(source, rows)
+        if kind_of(source).scorer == "head" and task not in self.tasks:
+            reason = "its head is untrained at this step; choose its own step or a later one"
+            raise ConfigError([Problem(task, reason)])
+        evaluation = prediction_set(source, rows, self.tokenizer, self.config, self.context)
+        world = World(0, 1, next(self.model.parameters()).device)
+        scored = score(self.model, evaluation, world, self.config.evaluation.batch_tokens)
+        return kind_of(source).predictions(evaluation, scored)
+
 
 def predict(run: RunDirectory, task: str, rows: Sequence[dict], step: str | None = None) -> list[dict]:
     """What a run's model says of each row, in their order.
@@ -51,19 +63,10 @@ def predict(run: RunDirectory, task: str, rows: Sequence[dict], step: str | None
         ConfigError: no such task or step, or a row that cannot be used.
     """
     config = run.config()
-    source = _task(config, task)
-    _check(source, rows)
+    _check(_task(config, task), rows)  # before anything is loaded
     if step is None and config.adapter.carry == "fresh":
         step = task
-    trained = load_trained(run, step)
-    if kind_of(source).scorer == "head" and task not in trained.tasks:
-        raise ConfigError(
-            [Problem(task, f"its head is untrained at step '{step}'; choose its own step or a later one")]
-        )
-    evaluation = prediction_set(source, rows, trained.tokenizer, config, trained.context)
-    world = World(0, 1, next(trained.model.parameters()).device)
-    scored = score(trained.model, evaluation, world, config.evaluation.batch_tokens)
-    return kind_of(source).predictions(evaluation, scored)
+    return load_trained(run, step).answer(task, rows)
 
 
 def load_trained(run: RunDirectory, step: str | None) -> Trained:
@@ -73,17 +76,24 @@ def load_trained(run: RunDirectory, step: str | None) -> Trained:
         ConfigError: no such step, or it is not finished.
     """
     config = run.config()
-    directory = None if step in BASE else choose_step(run, step)
+    if step in BASE:
+        return load_folder(None, config, frozenset())
+    directory = choose_step(run, step)
+    with tempfile.TemporaryDirectory() as scratch:
+        return load_folder(run.download(directory, Path(scratch)), config, _tasks_until(run, directory))
+
+
+def load_folder(folder: Path | None, config: PipelineConfig, tasks: Iterable[str]) -> Trained:
+    """Base with the adapter and heads of a folder (a step directory, or a copy of its files); None: the bare base."""
     base = config.base_model
     options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
     model = transformers.AutoModelForCausalLM.from_pretrained(base.path, dtype=getattr(torch, base.dtype), **options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base.path, **options)
     context = int(getattr(model.config, "max_position_embeddings", None) or 1024)
-    if directory is not None:
-        with tempfile.TemporaryDirectory() as scratch:
-            model = _with_adapter(model, run.download(directory, Path(scratch)), config)
+    if folder is not None:
+        model = _with_adapter(model, folder, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Trained(config, model.to(device).eval(), tokenizer, context, _tasks_until(run, directory))
+    return Trained(config, model.to(device).eval(), tokenizer, context, frozenset(tasks))
 
 
 def _with_adapter(model: torch.nn.Module, folder: Path, config: PipelineConfig) -> torch.nn.Module:
@@ -103,17 +113,9 @@ def _with_adapter(model: torch.nn.Module, folder: Path, config: PipelineConfig) 
     return model
 
 
-def _tasks_until(run: RunDirectory, directory: str | None) -> frozenset[str]:
+def _tasks_until(run: RunDirectory, directory: str) -> frozenset[str]:
     """Tasks that a step's ancestors and it were trained on."""
-    if directory is None:
-        return frozenset()
-    by_fingerprint, tasks = run.finished_steps(), set()
-    metrics = run.metrics(directory)
-    while metrics is not None:
-        tasks |= set(metrics["tasks"])
-        parent = by_fingerprint.get(metrics["parent"])
-        metrics = run.metrics(parent) if parent else None
-    return frozenset(tasks)
+    return frozenset(task for _, _, metrics in run.ancestors(directory) for task in metrics["tasks"])
 
 
 # -- rows

@@ -227,6 +227,34 @@ class RunDirectory:
                 finished[metrics["fingerprint"]] = f"steps/{entry}"
         return finished
 
+    def find_step(self, fingerprint: str) -> str | None:
+        """Directory of the finished step (or row 0) with this fingerprint; only folders whose name fits are opened."""
+        for entry in self.list("steps"):
+            metrics = self.metrics(f"steps/{entry}") if entry.endswith(f"-{fingerprint[:8]}") else None
+            if metrics and metrics["fingerprint"] == fingerprint:
+                return f"steps/{entry}"
+        return None
+
+    def ancestors(self, directory: str) -> Iterator[tuple[RunDirectory, str, dict]]:
+        """(run, directory, metrics.json) of a finished step, of its parent, … and of the base.
+
+        Goes on in another run where a chain started from that one's adapter (`parent_run` in metrics.json).
+
+        Raises:
+            RunDirectoryError: a step that it grew from is gone.
+        """
+        run, metrics = self, self.metrics(directory)
+        while True:
+            yield run, directory, metrics
+            if metrics["parent"] is None:
+                return
+            child = directory
+            run = RunDirectory(metrics["parent_run"]) if metrics.get("parent_run") else run
+            directory = run.find_step(metrics["parent"])
+            if directory is None:
+                raise RunDirectoryError(f"{run.uri} has no step {metrics['parent']}, which {child} grew from")
+            metrics = run.metrics(directory)
+
     def damaged_files(self, directory: str, files: dict[str, dict]) -> list[str]:
         """Published files that are missing or of another size (their contents are compared when they are loaded)."""
         damaged = []

@@ -12,7 +12,6 @@ import dataclasses
 import errno
 import gc
 import hashlib
-import importlib.metadata
 import json
 import logging
 import resource
@@ -29,7 +28,7 @@ import torch
 from torch import nn
 
 from curlora.continual import Example, TaskContext, make_strategy
-from pipelines import adapters, checkpoint, engine, heads
+from pipelines import adapters, checkpoint, engine, environment, heads
 from pipelines.checkpoint import Checkpoint
 from pipelines.config import ClassificationTask, PipelineConfig
 from pipelines.data import evaluation_set, training_examples
@@ -378,6 +377,7 @@ class Worker:
             "depth": plan.depth,
             "setting": setting(self.config),
             "data": {name: _data_identity(self.config, name) for name in plan.tasks},
+            "classes": _classes(self.config, plan.tasks),
             "cells": cells,
             **trained,
             "seconds": {
@@ -670,13 +670,7 @@ class Worker:
         return tensor
 
     def _environment(self) -> dict:
-        packages = ("torch", "transformers", "peft", "deepspeed", "ray", "datasets")
-        return {name: importlib.metadata.version(name) for name in packages} | {
-            "python": sys.version.split()[0],
-            "world_size": self.world.size,
-            "deepspeed_stage": engine.stage_of(self.settings),
-            "device": str(self.world.device.type),
-        }
+        return environment.describe(self.world.size, engine.stage_of(self.settings), self.world.device.type)
 
 
 class _TrainingLog:
@@ -762,6 +756,12 @@ def setting(config: PipelineConfig) -> dict:
 def _data_identity(config: PipelineConfig, name: str) -> dict:
     task = config.task(name)
     return {"train": {"digest": digest_of(task, "train"), "rows": len(load_split(task, "train"))}}
+
+
+def _classes(config: PipelineConfig, names: Sequence[str]) -> dict[str, list[str]]:
+    """Class names of the step's classifications: who uses the adapter elsewhere has no data to read them from."""
+    classes = {name: kind_of(config.task(name)).classes(config.task(name)) for name in names}
+    return {name: list(found) for name, found in classes.items() if found}
 
 
 def _world() -> World:

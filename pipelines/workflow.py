@@ -20,6 +20,7 @@ from typing import Any
 from pipelines import metrics as formulas
 from pipelines.config import BaseModelConfig, ClassificationTask, ConfigError, PipelineConfig, Problem, looks_local
 from pipelines.group import GroupLost, WorkerGroup
+from pipelines.publish import already_published, publish
 from pipelines.runs import Lease, RunDirectory, RunDirectoryError, StepPlan, fingerprint
 from pipelines.start import Start, find_start, record_start
 
@@ -210,13 +211,10 @@ def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status:
         "extras": {name: found for name in names if any(found := [r.get(name, {}).get("extras") for r in cells])},
         **formulas.aggregates(scores, metric_names, nll, None if config.is_joint else list(learned_at.values())),
         "gate": None,
+        "registry": None,
         "seconds": _seconds(run, [row for row in rows if row]),
         "steps": [_step_summary(step, row) for step, row in zip(plan.steps, rows[1:], strict=True)],
     }
-    if config.gate is not None and status == "finished":
-        from pipelines.gate import judge
-
-        results["gate"] = judge(results, config.gate)
     return results
 
 
@@ -397,29 +395,15 @@ def _check_files(run: RunDirectory, plan: Plan) -> None:
 
 
 def _publish(run: RunDirectory, config: PipelineConfig, results: dict, projector: Projector, on_event) -> dict:
-    """Report and lineage; they follow the run directory and are made anew only where it has changed."""
-    identity = fingerprint([results["scores"], results["nll"], [s["fingerprint"] for s in results["steps"]]])
-    stamp = run.read_json("published.json") or {}
-    if stamp.get("identity") == identity and (stamp.get("lineage") or config.tracking is None):
-        return results | {"steps": _with_run_ids(results["steps"], stamp.get("runs", {}))}
-    from pipelines.report import write_figures, write_report
-
+    """Verdict, report, lineage and registry; they follow the run directory and are made anew only where it changed."""
+    if done := already_published(run, config, results):
+        run.write_json("results.json", done)
+        return done
     on_event({"kind": "reporting"})
-    write_figures(run)
-    write_report(run)
-    runs, warning = projector.finish()
-    results["steps"] = _with_run_ids(results["steps"], runs)
-    run.write_json("results.json", results)
-    if runs and warning is None:
-        runs, warning = projector.finish()  # once more: now results.json names the MLflow runs
-    run.write_json("published.json", {"identity": identity, "lineage": warning is None, "runs": runs})
-    if warning:
-        on_event({"kind": "warning", "text": warning})
+    results, warnings = publish(run, config, results, projector.finish)
+    for text in warnings:
+        on_event({"kind": "warning", "text": text})
     return results
-
-
-def _with_run_ids(steps: list[dict], runs: dict[str, str]) -> list[dict]:
-    return [step | {"mlflow_run_id": runs.get(step["fingerprint"])} for step in steps]
 
 
 def _save_results(run: RunDirectory, config: PipelineConfig, plan: Plan, status: str) -> dict:

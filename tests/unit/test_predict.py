@@ -67,6 +67,8 @@ def trained(tmp_path, model, tokenizer):
     run.upload(folder, "steps/1-head-abcdef12")
     metrics = {"fingerprint": "abcdef1234", "tasks": ["head"], "parent": "base", "cells": [], "position": 1}
     run.write_json("steps/1-head-abcdef12/metrics.json", metrics)
+    base = {"fingerprint": "base", "tasks": [], "parent": None, "cells": [], "position": 0}
+    run.write_json("steps/0-base-base/metrics.json", base)
     step = {"task": "head", "directory": "steps/1-head-abcdef12", "fingerprint": "abcdef1234"}
     run.write_json("results.json", {"steps": [step]})
     return run, adapted
@@ -106,7 +108,7 @@ def test_the_base_is_a_step_too(trained):
         ("read", [{"text": "a"}, {"text": 3}], None, "row 2: 'text' is a int (3), expected text"),
         ("read", [], None, "nothing to predict"),
         ("head", [{"text": "a", "second": "b"}], "ghost", "no finished step 'ghost'"),
-        ("head", [{"text": "a", "second": "b"}], "base", "its head is untrained at step 'base'"),
+        ("head", [{"text": "a", "second": "b"}], "base", "its head is untrained at this step"),
         ("later", [{"text": "a"}], None, "its head is untrained"),
     ],
 )

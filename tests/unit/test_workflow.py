@@ -141,7 +141,7 @@ def test_gate_refuses_with_reasons_and_ignores_what_does_not_exist(raw):
     config = parse_config(changed(raw, "gate", {"max_forgetting": 0.1, "max_perplexity_ratio": 2.0}))
     plan, run = make_plan(config), RunDirectory(config.run_uri)
     finished(config, plan, run)
-    verdict = build_results(config, plan, run, "finished")["gate"]
+    verdict = judge(build_results(config, plan, run, "finished"), config.gate)
     assert verdict == {"passed": False, "reasons": ["forgetting 0.1500 is above the limit 0.1"]}
     empty = dict.fromkeys(("forgetting", "nll_backward_transfer", "perplexity_ratio", "learning_accuracy"))
     assert judge(empty, config.gate) == {"passed": True, "reasons": []}
