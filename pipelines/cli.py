@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context):
         from pipelines.config import ConfigError
-        from pipelines.runs import LeaseHeld, RunDirectoryError
+        from pipelines.runs import LeaseHeld, RunDirectoryError, Unavailable
 
         signal.signal(signal.SIGTERM, _interrupt)  # what a scheduler sends means the same as Ctrl-C
         if "--verbose" not in sys.argv:
@@ -41,6 +42,9 @@ class _Commands(click.Group):
         except (LeaseHeld, RunDirectoryError) as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
+        except Unavailable as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("stopped; run the same command to go on from there", err=True)
             ctx.exit(1)
@@ -90,8 +94,6 @@ def demo(overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
 
 def _with_bar(title: str, work):
     """Run `work(progress=…)` under a progress bar (lines where there is no terminal); silent if nothing is to do."""
-    import time
-
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = _console(err=True)
@@ -285,15 +287,151 @@ def _numbers(text: str, kind: type, option: str) -> list:
 
 
 @main.command()
+@click.argument("config", type=click.Path())
+@click.option("--address", help="The cluster's dashboard; default: RAY_API_SERVER_ADDRESS.")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
+@click.option("--wait/--detach", default=True, show_default=True, help="Follow the job and end as it ends.")
+@click.option("--shared-paths", is_flag=True, help="Every node mounts the paths of CONFIG as this machine does.")
+@click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
+def submit(config, address, overrides, wait, shared_paths, verbose) -> None:
+    """Train the chain of CONFIG as a job on a Ray cluster; a job that is at work on it already is followed instead.
+
+    Submitting again after a failure goes on from there. Ctrl-C ends the following, not the job.
+
+    \b
+    Example:  curlora submit my.yaml --address http://127.0.0.1:8265 --detach
+    """
+    from cluster.submit import load_for_cluster
+
+    jobs = _cluster(address)
+    chain = load_for_cluster(config, overrides, shared_paths or jobs.is_this_machine())
+    job, is_new = jobs.submit(chain, verbose)
+    click.echo(f"{job.id}: {'submitted' if is_new else 'is at work already'}", err=True)
+    stop = f"curlora cancel {job.run} --address {jobs.address}"
+    if not wait:
+        click.echo(f"follow it: the same command with --wait; stop it: {stop}", err=True)
+        return
+    try:
+        job = jobs.follow(job.id, lambda lines: click.echo(lines, nl=False))
+    except KeyboardInterrupt:
+        click.echo(f"{job.id} goes on; stop it: {stop}", err=True)
+        sys.exit(1)
+    click.echo(f"{job.id}: {job.status.lower()}", err=True)
+    sys.exit(job.exit_code if job.exit_code is not None else int(job.status != "SUCCEEDED"))
+
+
+def _cluster(address: str | None):
+    """The cluster at an address, as one that jobs can be sent to."""
+    from cluster.submit import Cluster, default_address
+
+    address = address or default_address()
+    if address is None:
+        raise click.UsageError("no cluster: give --address (e.g. http://127.0.0.1:8265) or RAY_API_SERVER_ADDRESS")
+    return Cluster(address)
+
+
+@main.command()
+@click.argument("config", type=click.Path())
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done.")
+@click.option("--again", metavar="DOMAIN", help="Take back what was decided on this domain, then look.")
+@click.option("--json", "as_json", is_flag=True)
+def tick(config, overrides, dry_run, again, as_json) -> None:
+    """Look at the inbox of CONFIG once: train what is new, complete and sound from the champion on. For any scheduler.
+
+    Safe to call at any rate; nothing is trained twice. A domain that is refused is looked at again when it changes.
+
+    \b
+    Example:  curlora tick my.yaml --dry-run
+    """
+    from cluster.submit import load_for_tick
+    from pipelines import schedule
+
+    pipeline = load_for_tick(config, overrides)
+    schedule.check_schedule(pipeline)
+    if again:
+        schedule.again(pipeline, again)
+    outcome = schedule.tick(pipeline, lambda: _cluster(pipeline.domains.address), dry_run)
+    if as_json:
+        click.echo(json.dumps(outcome.to_json()))
+        return
+    for line in outcome.did:
+        click.echo(line)
+
+
+@main.command()
+@click.argument("config", type=click.Path())
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
+@click.option("--dry-run", is_flag=True, help="Say when it would look and what it would do now.")
+@click.option("--history", is_flag=True, help="Every decision so far.")
+@click.option("--pause/--resume", "paused", default=None, help="No tick does anything until --resume.")
+@click.option("--json", "as_json", is_flag=True, help="For --history.")
+def schedule(config, overrides, dry_run, history, paused, as_json) -> None:
+    """Look at the inbox of CONFIG by its cron expression until Ctrl-C, which ends the loop and no job.
+
+    \b
+    Example:  curlora schedule my.yaml
+              curlora schedule my.yaml --history
+    """
+    from cluster.submit import load_for_tick
+    from pipelines import schedule as scheduling
+    from pipelines.loop import Loop, next_times
+
+    pipeline = load_for_tick(config, overrides)
+    scheduling.check_schedule(pipeline)
+    if paused is not None:
+        scheduling.pause(pipeline, paused)
+        click.echo("paused" if paused else "goes on")
+    elif history:
+        _print_history(scheduling.history(pipeline), as_json)
+    elif dry_run:
+        for moment in next_times(pipeline):
+            click.echo(f"would look at {moment:%Y-%m-%d %H:%M:%S %Z}")
+        for line in scheduling.tick(pipeline, lambda: _cluster(pipeline.domains.address), dry_run=True).did:
+            click.echo(f"now: {line}")
+    else:
+        settings = [part for override in overrides for part in ("--set", override)]
+        Loop(pipeline, [config, *settings], click.echo).run()
+
+
+def _print_history(decisions: list[dict], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(decisions, indent=1))
+        return
+    for entry in decisions:
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["time"]))
+        facts = [entry.get(key) for key in ("verdict", "version", "job", "start_from") if entry.get(key)]
+        details = "; ".join([*facts, *entry.get("reasons", [])])
+        click.echo(f"{moment}  {entry['domain']}  {entry['kind']}" + (f": {details}" if details else ""))
+
+
+def _print_jobs(jobs: list, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([job.__dict__ for job in jobs], indent=1))
+        return
+    for job in jobs:
+        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started)) if job.started else "not yet"
+        message = (job.message.strip().splitlines() or [""])[-1]
+        click.echo(f"{job.id}: {job.status.lower()}, started {started}" + (f"; {message}" if message else ""))
+    if not jobs:
+        click.echo("no jobs")
+
+
+@main.command()
 @click.argument("run", required=False)
 @click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
+@click.option("--address", help="Ask this cluster for its jobs instead (the dashboard's address).")
 @click.option("--json", "as_json", is_flag=True)
-def status(run: str | None, storage: str, as_json: bool) -> None:
+def status(run: str | None, storage: str, address: str | None, as_json: bool) -> None:
     """What is done of one RUN (a name or a path), or a line for every run.
 
     \b
     Example:  curlora status demo
+              curlora status demo --address http://127.0.0.1:8265
     """
+    if address:
+        _print_jobs(_cluster(address).jobs(run), as_json)
+        return
     from pipelines.status import run_status
 
     directories = [_open(run, storage)] if run else _all_runs(storage)
@@ -317,12 +455,17 @@ def status(run: str | None, storage: str, as_json: bool) -> None:
 @click.argument("run")
 @click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
 @click.option("--wait", default=15.0, show_default=True, help="Seconds to wait for its end.")
-def cancel(run: str, storage: str, wait: float) -> None:
+@click.option("--address", help="Stop the run's job on this cluster (the dashboard's address).")
+def cancel(run: str, storage: str, wait: float, address: str | None) -> None:
     """Ask RUN to write a checkpoint and end, wherever its driver is; the same configuration goes on from there.
 
     \b
     Example:  curlora cancel demo
+              curlora cancel demo --address http://127.0.0.1:8265
     """
+    if address:
+        _cancel_job(_cluster(address), run, wait)
+        return
     from pipelines.status import cancel_run
 
     ended = cancel_run(_open(run, storage), wait)
@@ -333,6 +476,18 @@ def cancel(run: str, storage: str, wait: float) -> None:
     else:
         click.echo(f"error: asked to stop, but its driver is still there after {wait:g} s", err=True)
         sys.exit(1)
+
+
+def _cancel_job(jobs, run: str, wait: float) -> None:
+    working = [job for job in jobs.jobs(run) if not job.over]
+    if not working:
+        click.echo(f"no job of '{run}' is at work on {jobs.address}")
+    for job in working:
+        job = jobs.stop(job.id, wait)
+        if not job.over:
+            click.echo(f"error: asked {job.id} to stop, but it is still there after {wait:g} s", err=True)
+            sys.exit(1)
+        click.echo(f"{job.id}: {job.status.lower()}; submit the same configuration to go on from there")
 
 
 @main.command()

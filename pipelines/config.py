@@ -17,10 +17,19 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 FIELD_NAME = re.compile(r"[^\W\d][\w\- ]*")
+DURATION = re.compile(r"(\d+(?:\.\d+)?) *([smhd]?)")
 VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 SELECTION_RULES = ("inverse", "uniform", "importance", "leverage", "deim", "activation")
 STRATEGIES = ("sequential", "replay", "rehearsal", "ilora", "clora", "ewc", "olora", "joint")
@@ -351,6 +360,53 @@ class GateConfig(Section):
     hook_timeout: float = Field(600.0, gt=0, description="seconds that the command may take")
 
 
+def _seconds(value: Any) -> Any:
+    """`90`, `"30s"`, `"10m"`, `"2h"`, `"1d"` as seconds."""
+    found = DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]] if found else value
+
+
+Duration = Annotated[float, Field(ge=0), BeforeValidator(_seconds)]
+
+
+class DomainsConfig(Section):
+    """New domains that train by themselves: what `curlora tick` and `curlora schedule` go by."""
+
+    inbox: str = Field(description="folder or URI with a folder for every domain, of {train,test}.<format>")
+    template: dict[str, Any] = Field(description="the task that a domain becomes, without name and data")
+    marker: str = Field("_SUCCESS", description="file whose presence says that a domain is complete")
+    quiet_period: Duration = Field(600.0, description="a domain without the marker is complete after so long a rest")
+    address: str | None = Field(None, description="dashboard of the cluster that trains; null: RAY_API_SERVER_ADDRESS")
+    shared_paths: bool = Field(False, description="every node mounts the paths here as this machine does")
+    cron: str = Field("0 3 * * *", description="when curlora schedule looks: minute hour day month weekday")
+    timezone: str = Field("UTC", description="of cron, e.g. Europe/Berlin")
+    catch_up: Literal["once", "skip"] = Field("once", description="what to do about times that were missed")
+    follow_up: Duration = Field(60.0, gt=0, description="between two looks while a job is at work")
+    max_attempts: int = Field(3, gt=0, description="jobs that may break off before a domain is given up")
+
+    @field_validator("template")
+    @classmethod
+    def _is_a_task(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if own := sorted({"name", "data"} & set(value)):
+            raise ValueError(f"{own[0]} comes from the domain's folder; remove it")
+        kind = value.get("kind")
+        if kind not in TASKS:
+            raise ValueError(f"kind: unknown kind {kind!r}, {did_you_mean(str(kind), TASKS)}")
+        try:
+            TASKS[kind](name="domain", data="inbox", **value)
+        except ValidationError as error:
+            found = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, found['loc'])) or kind}: {found['msg']}") from error
+        return value
+
+    @field_validator("marker")
+    @classmethod
+    def _is_a_file_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", value) or value in (".", ".."):
+            raise ValueError(f"'{value}' is not a file name; use letters, digits, '.', _ and -")
+        return value
+
+
 class PipelineConfig(Section):
     name: str
     base_model: BaseModelConfig
@@ -365,17 +421,23 @@ class PipelineConfig(Section):
     resources: ResourcesConfig = ResourcesConfig()
     durability: DurabilityConfig = DurabilityConfig()
     deepspeed: str | dict[str, Any] = Field("zero2", description="zero1 | zero2 | zero3 | zero3-offload | path | map")
-    tasks: list[Task] = Field(min_length=1)
+    tasks: list[Task] = Field(default_factory=list, description="may be empty where domains bring them")
     retention: list[RetentionCorpus] = Field(default_factory=list)
     search: None = Field(None, description="null: search is not part of this version")
     tracking: TrackingConfig | None = Field(TrackingConfig(), description="null: no MLflow")
     gate: GateConfig | None = None
-    domains: None = Field(None, description="null: scheduled domains are not part of this version")
+    domains: DomainsConfig | None = None
 
     @field_validator("name")
     @classmethod
     def _safe(cls, value: str) -> str:
         return check_name(value)
+
+    @model_validator(mode="after")
+    def _has_tasks(self):
+        if not self.tasks and self.domains is None:
+            raise ValueError("tasks: is empty; name at least one")
+        return self
 
     @model_validator(mode="after")
     def _names_are_unique(self):
@@ -471,6 +533,8 @@ def resolve(config: PipelineConfig) -> PipelineConfig:
         raw["start_from"] = os.path.abspath(os.path.expanduser(os.path.expandvars(raw["start_from"])))
     for source in [*raw["tasks"], *raw["retention"]]:
         source["data"] = _absolute(source["data"])
+    if raw["domains"] and not is_uri(raw["domains"]["inbox"]):
+        raw["domains"]["inbox"] = os.path.abspath(os.path.expanduser(os.path.expandvars(raw["domains"]["inbox"])))
     if isinstance(raw["deepspeed"], str) and raw["deepspeed"].endswith(".json"):
         raw["deepspeed"] = os.path.abspath(os.path.expanduser(raw["deepspeed"]))
     if raw["tracking"]:
@@ -523,7 +587,7 @@ def _strings(value: Any) -> Iterable[str]:
     """The paths of a configuration, where environment variables may stand."""
     if isinstance(value, dict):
         for key, nested in value.items():
-            if key in ("path", "data", "storage") and isinstance(nested, str):
+            if key in ("path", "data", "storage", "inbox") and isinstance(nested, str):
                 yield nested
             yield from _strings(nested)
     elif isinstance(value, list):
@@ -531,12 +595,21 @@ def _strings(value: Any) -> Iterable[str]:
             yield from _strings(nested)
 
 
+def _read_text(path: str) -> str:
+    if not is_uri(path):
+        return Path(path).read_text(encoding="utf-8")
+    import fsspec  # for jobs, whose configuration lies in the run's storage
+
+    return fsspec.open(path, "rb").open().read().decode("utf-8")
+
+
 def read_yaml(path: str | os.PathLike) -> dict:
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
+        text = _read_text(str(path))
+    except (OSError, ValueError) as error:
         remedy = "check the path; shipped configurations lie in pipelines/configs"
-        raise ConfigError([Problem(str(path), f"cannot be read ({error.strerror}); {remedy}")]) from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError([Problem(str(path), f"cannot be read ({reason}); {remedy}")]) from error
     try:
         raw = yaml.load(text, _YamlLoader)
     except yaml.YAMLError as error:
@@ -617,7 +690,7 @@ def _short(value: Any) -> str:
 
 def _is_union_tag(part: Any) -> bool:
     return isinstance(part, str) and (
-        part in (*TASKS, "list[str]", "str", "float", "TrackingConfig", "GateConfig")
+        part in (*TASKS, "list[str]", "str", "float", "TrackingConfig", "GateConfig", "DomainsConfig")
         or part.startswith(("dict[", "literal[", "list["))
     )
 

@@ -97,7 +97,8 @@ class WorkerGroup:
             return
         with contextlib.suppress(OSError):
             self.queue.end()
-            ray.wait([self._reference], timeout=END_SECONDS)
+            if ray.wait([self._reference], timeout=END_SECONDS)[0]:
+                self._reference = None  # nothing to end: to cancel a task as it completes makes Ray abort the driver
         self.kill()
 
     def kill(self) -> None:

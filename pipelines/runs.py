@@ -44,6 +44,10 @@ class LeaseHeld(RuntimeError):
     """Another driver works on this run."""
 
 
+class Unavailable(RuntimeError):
+    """A service that the command needs (a cluster, a registry) is away or refuses; trying again may help."""
+
+
 class RunDirectoryError(RuntimeError):
     """The run directory cannot be used as it is: not writable, or of another format."""
 

@@ -80,6 +80,8 @@ def base_fingerprint(base: BaseModelConfig) -> str:
     if not looks_local(base.path):
         return fingerprint({"hub": base.path, "commit": _hub_commit(base), "dtype": base.dtype})
     folder = Path(base.path)
+    if not folder.is_dir():
+        raise ConfigError([Problem("base_model.path", f"'{base.path}': no such folder; check the path or hub id")])
     names = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
     return fingerprint({"files": {p.name: _file_digest(p) for p in names}, "dtype": base.dtype})
 
@@ -124,7 +126,8 @@ def make_plan(config: PipelineConfig, run: RunDirectory | None = None) -> Plan:
     earlier = tuple(name for name in identities if start and start.knows(name, identities[name]["digest"]))
     new = [name for name in identities if name not in earlier]
     if not new:
-        raise ConfigError([Problem("tasks", f"{start.named} has learned all of them already; add one")])
+        why = f"{start.named} has learned all of them already" if start else "there are none"
+        raise ConfigError([Problem("tasks", f"{why}; add one")])
     parent = start.fingerprint if start else base
     steps = []
     for position, names in enumerate([tuple(new)] if config.is_joint else [(name,) for name in new], 1):
@@ -580,7 +583,7 @@ def connect(verbose: bool = False, address: str | None = None) -> None:
         address=address or os.environ.get("RAY_ADDRESS") or "local",
         log_to_driver=verbose,
         logging_level="INFO" if verbose else "ERROR",
-        include_dashboard=None if address else False,
+        include_dashboard=None if address or os.environ.get("RAY_ADDRESS") else False,
     )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the cluster before the workers can save anything
