@@ -118,7 +118,8 @@ def _text(value: Any) -> str:
 def markdown(result: dict) -> str:
     """All trials by objective; the winner in bold, the Pareto set with a mark."""
     paths = list(dict.fromkeys(path for record in result["trials"] for path in record["values"]))
-    titles = ["trial", *(path.split(".", 1)[1] for path in paths), "steps", "learning", "retention loss", "objective", ""]
+    fields = [path.split(".", 1)[1] for path in paths]
+    titles = ["trial", *fields, "steps", "learning", "retention loss", "objective", ""]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     order = sorted(result["trials"], key=lambda r: (r["status"] != "finished", -(r["objective"] or -math.inf)))
     for record in order:

@@ -409,7 +409,7 @@ class SearchConfig(Section):
     objective: Objective = Objective()
     trial_training: dict[str, Any] = Field(
         default_factory=dict,
-        description="training fields of trials alone, e.g. {max_train_examples: 2000}; the winner is then trained anew",
+        description="training fields of trials alone, e.g. {max_train_examples: 2000}; the winner then trains anew",
     )
     max_concurrent: int | None = Field(None, gt=0, description="default: as many trials as the cluster holds")
     time_budget: float | None = Field(None, gt=0, description="seconds for one search; trials end there")

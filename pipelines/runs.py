@@ -7,6 +7,7 @@ Works on any fsspec URI without append or rename (object stores have neither). A
     steps/<k>-<task>-<fp8>/          adapter/, heads.safetensors, strategy/, predictions/<name>.jsonl, metrics.json
     steps/0-base-<fp8>/              the untouched base: predictions/ and metrics.json only (row 0)
     train/<fp8>/                     checkpoints in the middle of a step; deleted when it is done
+    search/<k>-<task>-<fp8>/         a search before a step: trials/<fp8>/ (each a run directory), results.json
     events/<time>-<id>.json          immutable, one a file
     results.json, report.html, figures/*.png
     lease.json, progress.json, stop.json   who drives it, where it is, who wants it to stop
@@ -88,6 +89,30 @@ class StepPlan:
     @classmethod
     def from_json(cls, raw: dict) -> StepPlan:
         return cls(raw["position"], tuple(raw["tasks"]), raw["fingerprint"], raw["parent"])
+
+
+def rung_file(rung: float) -> str:
+    """Where a trial's scores at a rung (a fraction of its training) lie in its run directory."""
+    return f"rungs/{rung:.4f}.json"
+
+
+def verdict_file(rung: float) -> str:
+    """Where the driver of a trial says whether it goes on from a rung."""
+    return f"verdicts/{rung:.4f}.json"
+
+
+def step_fingerprint(base: str, parent: str, config: PipelineConfig, tasks: list[dict]) -> str:
+    """Identity of a step: what it starts from, how it trains, and on what (`tasks`: their data's identities)."""
+    return fingerprint(
+        {
+            "base": base,
+            "parent": parent,
+            "adapter": config.adapter.model_dump(),
+            "strategy": config.strategy.model_dump(),
+            "training": config.training.model_dump(),
+            "tasks": tasks,
+        }
+    )
 
 
 class RunDirectory:
