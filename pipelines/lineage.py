@@ -216,6 +216,8 @@ def project(run: RunDirectory, uri: str, experiment: str, chain: Sequence[str] |
     Raises:
         LineageError: MLflow is away or refuses.
     """
+    from pipelines.lineage_search import project_searches  # which uses what is here
+
     with _errors(uri, f"nothing is lost; send it later with: curlora sync {run.uri}"), _quiet():
         client = _client(uri)
         to = _Target(client, _experiment(client, uri, experiment), run, run.config())
@@ -231,6 +233,7 @@ def project(run: RunDirectory, uri: str, experiment: str, chain: Sequence[str] |
             _send_step(to, parent, child, directory, metrics)
             ids[metrics["fingerprint"]] = child.info.run_id
         _send_parent(to, parent, steps)
+        project_searches(to, parent.info.run_id, ids)
         return ids
 
 
@@ -396,7 +399,7 @@ def _send_parent(to: _Target, parent, steps: list[tuple[str, dict]]) -> None:
 
 
 def _children(to: _Target, parent_id: str) -> dict[str, Any]:
-    found = _search(to, {"mlflow.parentRunId": parent_id})
+    found = _search(to, {"mlflow.parentRunId": parent_id, PREFIX + "kind": "step"})
     return {child.data.tags[PREFIX + "step_fingerprint"]: child for child in found}
 
 

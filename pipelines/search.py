@@ -186,6 +186,7 @@ def summaries(config: PipelineConfig, run: RunDirectory, steps: list[StepPlan], 
                 {key: results[key] for key in keys}
                 | {"values": results["chosen"]["values"], "directory": where.folder}
                 | {"trials": len(results["trials"]), "adopted": results["chosen"]["fingerprint"] == step.fingerprint}
+                | {"until": len(steps) if config.search.when == "first" else step.position}
             )
     return found
 

@@ -496,7 +496,12 @@ def _search(drive: Drive) -> None:
     step = plan.steps[plan.undecided - 1]
     where = search.place(drive.config, step.position, step.parent, plan.base_fingerprint)
     parent = plan.steps[step.position - 2].directory if step.position > 1 else None
-    search.search(where, run, parent, plan.base_directory, drive.lease, drive.groups, drive.on_event)
+
+    def on_event(event: dict) -> None:
+        drive.on_event(event)
+        drive.projector.poke()
+
+    search.search(where, run, parent, plan.base_directory, drive.lease, drive.groups, on_event)
     drive.plan = make_plan(drive.config, search.settings_found(run))
     drive.projector.chain = [step.fingerprint for step in drive.plan.steps]
     search.adopt(run, where, drive.plan.steps[step.position - 1])
