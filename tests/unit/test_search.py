@@ -111,7 +111,7 @@ def test_nothing_is_planned_to_run_before_its_setting_is_found(raw):
     assert plan.undecided == 1
     assert plan.missing_steps(run) == []
     found(place_of(raw), run, {"training.learning_rate": 5e-3})
-    config, run, plan = planned(raw)
+    _, run, plan = planned(raw)
     assert plan.undecided is None
     assert [s.training.learning_rate for s in plan.settings] == [5e-3, 5e-3]
 

@@ -195,6 +195,6 @@ def test_silent_workers_block_the_search_instead_of_failing_the_trial(spec, monk
     durability = spec.config.durability.model_copy(update={"start_timeout": 0.01})
     silent = Spec(**(spec.__dict__ | {"config": spec.config.model_copy(update={"durability": durability})}))
     trial, _ = make(silent, lambda workers: None, lambda workers: __import__("time").sleep(0.05))
-    with pytest.raises(trials.TrialBlocked, match="durability.start_timeout"):
+    with pytest.raises(trials.TrialBlocked, match=r"durability\.start_timeout"):
         trial.advance()
     assert record(silent) is None
