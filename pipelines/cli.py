@@ -418,6 +418,50 @@ def _print_jobs(jobs: list, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("config", type=click.Path())
+@click.option("--task", help="Search before this task, from what is trained before it; default: the first.")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field of CONFIG.")
+@click.option("--address", help="Ray cluster; default: RAY_ADDRESS, else a local one.")
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
+def tune(config, task, overrides, address, as_json, verbose) -> None:
+    """Search for the setting of a step as the section `search:` of CONFIG says, on validation data.
+
+    Goes on where it was interrupted; more trials cost only those. A later `curlora run` uses what was found.
+
+    \b
+    Example:  curlora tune my.yaml --set search.trials=24
+    """
+    from pipelines.choice import describe, markdown
+    from pipelines.config import load_config
+    from pipelines.progress import ChainProgress
+
+    loaded = load_config(config, overrides)
+    from pipelines.hub import hub_available
+
+    hub_available(loaded)
+    from pipelines.tune import tune as search_step
+    from pipelines.workflow import RunFailed, RunStopped
+
+    console = _console(err=as_json)
+    try:
+        with ChainProgress(console, 1, loaded.name) as progress:
+            result = search_step(loaded, task, progress, verbose, address)
+    except RunFailed as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except RunStopped as stop:
+        click.echo(f"stopped ({stop}); run the same command to go on from there", err=True)
+        sys.exit(1)
+    if as_json:
+        click.echo(json.dumps(result, indent=1))
+        return
+    click.echo(markdown(result))
+    click.echo(f"figure: {loaded.run_uri}/figures/search-{result['position']}-{result['task']}.png")
+    click.echo(f"setting: {describe(result['chosen']['values'])}")
+
+
+@main.command()
 @click.argument("run", required=False)
 @click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
 @click.option("--address", help="Ask this cluster for its jobs instead (the dashboard's address).")

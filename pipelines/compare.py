@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.choice import loss_of
 from pipelines.config import ConfigError, PipelineConfig, Problem, did_you_mean, parse_config, read_yaml
 from pipelines.group import WorkerGroup
 from pipelines.runs import RunDirectory
@@ -80,7 +81,7 @@ class Comparison:
     def configuration(self, method: Method, **training: Any) -> dict:
         """The raw configuration of a method; `training` overrides that section."""
         raw = merged(self.raw, method.changes)
-        raw = merged(raw, {"training": training, "tracking": None})
+        raw = merged(raw, {"training": training, "tracking": None, "search": None})
         return raw | {"storage": f"{self.raw.get('storage', './runs')}/{self.name}"}
 
 
@@ -259,7 +260,7 @@ def validation_loss(run: RunDirectory, results: dict) -> float:
     """Lower is better: NLL of text, 1 − score of the rest; mean over the tasks."""
     last = [value for value in results["scores"][-1] if value is not None]
     kinds = [results["metric"][task] for task in results["tasks"]]
-    return math.fsum(v if kind == "nll" else 1 - v for v, kind in zip(last, kinds, strict=True)) / len(last)
+    return math.fsum(loss_of({"value": v, "metric": kind}) for v, kind in zip(last, kinds, strict=True)) / len(last)
 
 
 def _run(config: PipelineConfig, group: WorkerGroup, on_event) -> dict | None:

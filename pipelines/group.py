@@ -79,9 +79,13 @@ class WorkerGroup:
         """
         import ray
 
+        if self._reference is None:
+            raise GroupLost("the workers are gone")
         end = time.monotonic() + seconds
         while True:
-            over = bool(ray.wait([self._reference], timeout=POLL_SECONDS)[0])
+            if result := self.queue.result(number):
+                return result
+            over = bool(ray.wait([self._reference], timeout=min(POLL_SECONDS, seconds))[0])
             if result := self.queue.result(number):
                 return result
             if over:
@@ -99,6 +103,13 @@ class WorkerGroup:
             self.queue.end()
             if ray.wait([self._reference], timeout=END_SECONDS)[0]:
                 self._reference = None  # nothing to end: to cancel a task as it completes makes Ray abort the driver
+        self.kill()
+
+    def end(self, seconds: float) -> None:
+        """Give the last assignment a moment to come to an end, then end the workers."""
+        if self._reference is not None and self._number:
+            with contextlib.suppress(OSError, GroupLost):
+                self.wait(self._number - 1, seconds)
         self.kill()
 
     def kill(self) -> None:
@@ -131,6 +142,44 @@ class WorkerGroup:
         except ray.exceptions.RayError as error:
             raise GroupLost(root_cause(error)) from error
         raise GroupLost("the workers left before their work was done")
+
+
+class RemoteGroup:
+    """A `WorkerGroup` in an actor of its own, with the same methods: several processes use it, one after another."""
+
+    def __init__(self, config: PipelineConfig, uri: str, gpus_per_worker: float, verbose: bool = False):
+        import ray
+
+        # starts anew, without workers, if its node is lost
+        remote = ray.remote(num_cpus=0, max_restarts=-1)(WorkerGroup)
+        self._actor = remote.remote(config, uri, gpus_per_worker, verbose)
+
+    def submit(self, assignment: dict) -> int:
+        return self._call("submit", assignment)
+
+    def wait(self, number: int, seconds: float = POLL_SECONDS) -> dict | None:
+        return self._call("wait", number, seconds)
+
+    def close(self) -> None:
+        self._call("close")
+
+    def end(self, seconds: float) -> None:
+        self._call("end", seconds)
+
+    def kill(self) -> None:
+        self._call("kill")
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        import ray
+
+        try:
+            return ray.get(getattr(self._actor, method).remote(*arguments))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, GroupLost):
+                raise GroupLost(str(error.cause)) from None
+            raise
+        except ray.exceptions.RayActorError as error:
+            raise GroupLost("the node that started the workers was lost") from error
 
 
 def fit_group(raw_config: dict, storage: str, name: str, settings: dict) -> None:

@@ -80,6 +80,7 @@ def project(run: RunDirectory, uri: str, experiment: str, chain: Sequence[str] |
         LineageError: MLflow is away or refuses.
     """
     # Imported here: the kinds of task bring numpy along, which most commands never need.
+    from pipelines.lineage_search import project_searches  # which uses what is here
     from pipelines.logged_models import LoggedModels
 
     with errors(uri, f"nothing is lost; send it later with: curlora sync {run.uri}"), quiet():
@@ -98,6 +99,7 @@ def project(run: RunDirectory, uri: str, experiment: str, chain: Sequence[str] |
             _send_step(to, models, parent, child, directory, metrics)
             ids[metrics["fingerprint"]] = child.info.run_id
         _send_parent(to, models, parent, steps)
+        project_searches(to, parent.info.run_id, ids)
         return ids
 
 
@@ -286,7 +288,7 @@ def gate_tags(verdict: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _children(to: _Target, parent_id: str) -> dict[str, Any]:
-    found = search_runs(to.client, [to.experiment_id], {"mlflow.parentRunId": parent_id})
+    found = search_runs(to.client, [to.experiment_id], {"mlflow.parentRunId": parent_id, PREFIX + "kind": "step"})
     return {child.data.tags[PREFIX + "step_fingerprint"]: child for child in found}
 
 

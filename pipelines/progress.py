@@ -84,6 +84,9 @@ class ChainProgress:
         self._chain("")
         self._line(f"task {event['position']}/{self.steps} {event['task']} done: {scores}", always=True)
 
+    def _on_search(self, event: dict) -> None:
+        self._line(event["text"], always=True)
+
     def _on_reporting(self, event: dict) -> None:
         self._chain("writing report and lineage")
 

@@ -61,11 +61,11 @@ class Pulse:
     def guard(self) -> Iterator[None]:
         """Inside, a forward pass must come at least every `hang_timeout` seconds."""
         self.beat()
-        self._guarded = True
+        before, self._guarded = self._guarded, True
         try:
             yield
         finally:
-            self._guarded = False
+            self._guarded = before
 
     def close(self) -> None:
         self._stop.set()

@@ -9,6 +9,7 @@ Works on any fsspec URI without append or rename (object stores have neither). A
                                      start_from 0-start-<fp8>, the step that the chain grows from
     start.json                       which step start_from meant
     train/<fp8>/                     checkpoints in the middle of a step; deleted when it is done
+    search/<k>-<task>-<fp8>/         a search before a step: trials/<fp8>/ (each a run directory), results.json
     events/<time>-<id>.json          immutable, one a file
     results.json, report.html, figures/*.png
     lease.json, progress.json, stop.json   who drives it, where it is, who wants it to stop
@@ -102,6 +103,30 @@ class StepPlan:
     @classmethod
     def from_json(cls, raw: dict) -> StepPlan:
         return cls(raw["position"], tuple(raw["tasks"]), raw["fingerprint"], raw["parent"], raw["earlier"])
+
+
+def rung_file(rung: float) -> str:
+    """Where a trial's scores at a rung (a fraction of its training) lie in its run directory."""
+    return f"rungs/{rung:.4f}.json"
+
+
+def verdict_file(rung: float) -> str:
+    """Where the driver of a trial says whether it goes on from a rung."""
+    return f"verdicts/{rung:.4f}.json"
+
+
+def step_fingerprint(base: str, parent: str, config: PipelineConfig, tasks: list[dict]) -> str:
+    """Identity of a step: what it starts from, how it trains, and on what (`tasks`: their data's identities)."""
+    return fingerprint(
+        {
+            "base": base,
+            "parent": parent,
+            "adapter": config.adapter.model_dump(),
+            "strategy": config.strategy.model_dump(),
+            "training": config.training.model_dump(),
+            "tasks": tasks,
+        }
+    )
 
 
 class RunDirectory:

@@ -175,6 +175,8 @@ class ContinualTrainer(transformers.Trainer):
         on_points: called on every rank with [(step, loss, learning rate, unix time), …] now and then.
         wishes: asked on every rank at each look.
         on_checkpoint: called on every rank where a checkpoint is to be kept, with the function that takes it.
+        rungs: fractions of the step after which `on_rung` is called on every rank, with the fraction and the
+            function that takes a checkpoint; it may raise `Stopped`.
         resume: the checkpoint to go on from.
 
     Raises:
@@ -194,6 +196,8 @@ class ContinualTrainer(transformers.Trainer):
         on_points: Callable[[list[tuple[int, float, float, float]]], None],
         wishes: Callable[[], Wishes] = Wishes,
         on_checkpoint: Callable[[Callable[[], Checkpoint]], None] = lambda take: None,
+        rungs: Sequence[float] = (),
+        on_rung: Callable[[float, Callable[[], Checkpoint]], None] = lambda rung, take: None,
         resume: Checkpoint | None = None,
     ):
         super().__init__(model=model, args=arguments, train_dataset=None)
@@ -204,6 +208,8 @@ class ContinualTrainer(transformers.Trainer):
         self.examples = examples
         self.total_steps = steps
         self.on_points, self.wishes, self.on_checkpoint = on_points, wishes, on_checkpoint
+        self.rungs = {math.ceil(rung * steps): rung for rung in rungs}
+        self.on_rung = on_rung
         self.resume = resume
         self.first_step = resume.step if resume else 0
         self.tokens = 0  # of this rank, since this process began
@@ -305,8 +311,12 @@ class ContinualTrainer(transformers.Trainer):
         self._pending.append((self.step, self._learning_rate, time.time()))
         self._step_losses.append(torch.stack(self._losses).sum())
         self._losses.clear()
-        if self.step >= self._next_look or self.step == self.total_steps:
+        rung = self.rungs.get(self.step)
+        if self.step >= self._next_look or self.step == self.total_steps or rung:
             self._look()
+        if rung:
+            self.on_rung(rung, self.checkpoint)
+            self._last_look = time.monotonic()
 
     def _look(self) -> None:
         """All ranks together: the losses so far, and whether to keep a checkpoint or to stop."""

@@ -28,15 +28,16 @@ import torch
 from torch import nn
 
 from curlora.continual import Example, TaskContext, make_strategy
+from curlora.continual.parameters import swapped
 from pipelines import adapters, checkpoint, engine, environment, heads
 from pipelines.checkpoint import Checkpoint
-from pipelines.config import ClassificationTask, PipelineConfig
+from pipelines.config import AdapterConfig, ClassificationTask, ConfigError, PipelineConfig
 from pipelines.data import evaluation_set, training_examples
 from pipelines.evaluation import World, evaluate
 from pipelines.group import Queue
 from pipelines.kinds import EvaluationSet, kind_of
 from pipelines.pulse import Pulse
-from pipelines.runs import RunDirectory, StepPlan, fingerprint
+from pipelines.runs import RunDirectory, StepPlan, fingerprint, rung_file, verdict_file
 from pipelines.sources import digest_of, load_split
 from pipelines.start import Start
 from pipelines.trainer import (
@@ -70,6 +71,9 @@ class Assignment:
     cell_keys: dict[str, str]
     start: dict | None = None  # the step of another run that the chain grows from (`start.Start`)
     lease: str = ""  # token of the driver that sent this; another one in charge means: stop
+    lease_uri: str = ""  # the run whose lease counts; default: this one
+    rungs: tuple[float, ...] = ()  # of a trial: fractions of the step at which it is scored and waits for a verdict
+    trial: bool = False  # what cannot succeed is told and ends this assignment only
     verbose: bool = False
 
     def to_json(self) -> dict:
@@ -122,6 +126,7 @@ def _ask(queue: Queue, number: int) -> tuple[str, dict | None]:
     return "wait", None
 
 
+CONCERTED = (DivergedError, ConfigError)  # raised by all ranks alike: none is left waiting for the others
 PERMANENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -169,10 +174,11 @@ class Worker:
         self.world = world
         self.base: nn.Module | None = None
         self._loaded: str | None = None  # identity of the base that is loaded
+        self._adapted: nn.Module | None = None  # the base with an adapter around it, until it is taken off
         self._encoded: dict[str, EvaluationSet] = {}  # by cell key, of all assignments so far
 
     def work(self, assignment: Assignment) -> dict:
-        """Do an assignment; `{"stopped"}`."""
+        """Do an assignment; `{"stopped"}`, and of a trial that cannot succeed its `"error"`."""
         self.run_directory = RunDirectory(assignment.run_uri)
         config = PipelineConfig.model_validate(assignment.config)
         self.pulse = Pulse(self.run_directory, self.world.rank == 0, config.durability.hang_timeout)
@@ -181,17 +187,28 @@ class Worker:
             self._run()
             return {"stopped": False}
         except Stopped:
+            if self._adapted is not None:
+                self.base = adapters.detach_adapter(self._adapted)
             return {"stopped": True}
         except Exception as error:
+            if assignment.trial and isinstance(error, CONCERTED):
+                self._forget_base()
+                return {"stopped": False, "error": explain(error)}
             if is_permanent(error):
                 # Ray would start the worker group again, for the same error
                 with contextlib.suppress(OSError):  # a full disk takes no event either; the error itself arrives
                     self.run_directory.event("worker_error", error=explain(error), traceback=traceback.format_exc())
             raise
         finally:
+            self._adapted = None
             self.pulse.close()
 
     # -- set-up
+
+    def _forget_base(self) -> None:
+        """Whatever state it is in: the next assignment loads it anew."""
+        self.base = self._loaded = self._adapted = None
+        gc.collect()
 
     def _prepare(self, assignment: Assignment, config: PipelineConfig) -> None:
         self.assignment, self.config = assignment, config
@@ -278,7 +295,7 @@ class Worker:
                 continue  # a step that is still to be trained brings its own row
             model = self._model_of(metrics)
             cells = self._evaluate(model, directory, names)
-            self.base = adapters.detach_adapter(model)
+            self.base = self._detach(model)
             if self.world.rank == 0:
                 metrics["cells"] += cells
                 metrics["seconds"]["evaluate"] += time.time() - begun
@@ -308,9 +325,17 @@ class Worker:
         if metrics["position"] == 0 and self.start is None:
             heads.attach_heads(self.base, self.classes, self.config.training.seed)
             return self.base
-        return self._attach(metrics["fingerprint"])
+        setting = metrics.get(
+            "setting"
+        )  # a search may change the adapter on the way; what a chain starts from has none
+        trained_as = AdapterConfig.model_validate(setting["adapter"]) if setting else None
+        return self._attach(metrics["fingerprint"], adapter=trained_as)
 
-    def _attach(self, step: str | None, extend: bool = False) -> nn.Module:
+    def _detach(self, model: nn.Module) -> nn.Module:
+        self._adapted = None
+        return adapters.detach_adapter(model)
+
+    def _attach(self, step: str | None, extend: bool = False, adapter: AdapterConfig | None = None) -> nn.Module:
         """Base, adapter and heads: those of a step (its fingerprint), or new ones; `extend` them for the next task."""
         with tempfile.TemporaryDirectory() as scratch:
             folder = self._step_files(step, Path(scratch)) if step else None
@@ -318,7 +343,8 @@ class Worker:
             if carried is not None and not carried.exists():
                 carried = None  # adapter: none has no file
             seed = self.config.training.seed
-            model = adapters.attach_adapter(self.base, self.config.adapter, seed, carried, extend)
+            model = adapters.attach_adapter(self.base, adapter or self.config.adapter, seed, carried, extend)
+            self._adapted = model
             heads.attach_heads(model, self.classes, self.config.training.seed)
             if folder and (folder / "heads.safetensors").exists():
                 from safetensors.torch import load_file
@@ -365,7 +391,7 @@ class Worker:
         cells, self_test = self._evaluate(model, plan.directory, missing), self._self_test(model)
         evaluate_seconds = time.time() - begun
         held, whole = engine.local_numbers(self.base)
-        self.base = adapters.detach_adapter(model)
+        self.base = self._detach(model)
         gc.collect()
         seconds = trained.pop("seconds")
         total = seconds["total"] + time.time() - begun
@@ -484,8 +510,12 @@ class Worker:
             log.tokens = lambda: trainer.tokens
             with _stdout_to_stderr(), self.pulse.guard():
                 started = time.perf_counter()
-                trainer.train()
-                log.trained += time.perf_counter() - started
+                try:
+                    trainer.train()
+                except (Stopped, DivergedError):  # on all ranks: the engine can end, and the base live on
+                    _end(trainer)
+                    raise
+                log.trained += time.perf_counter() - started - log.scored
             trainer.end_task(context)
             weights = self._trained_weights(model, strategy)
             tokens = self._sum(trainer.tokens) + (resume.values["tokens"] if resume else 0)
@@ -498,7 +528,7 @@ class Worker:
             "curve": log.points,
             "resumed_at": log.resumed_at,
             "weights": weights,
-            "seconds": history["seconds"] + time.time() - begun,
+            "seconds": history["seconds"] + time.time() - begun - log.scored,
         }
 
     def _write_text(self, model: nn.Module, rows: int, length: int) -> list[tuple[int, ...]]:
@@ -545,8 +575,50 @@ class Worker:
             on_points=log.add,
             wishes=self._wishes,
             on_checkpoint=log.keep,
+            rungs=self.assignment.rungs,
+            on_rung=lambda rung, take: self._rung(model, strategy, log, rung, take()),
             resume=resume,
         )
+
+    # -- a trial's rungs
+
+    def _rung(self, model: nn.Module, strategy, log: _TrainingLog, rung: float, state: Checkpoint) -> None:
+        """Score a trial in the middle of its training, keep its state, and wait for the word to go on.
+
+        Raises:
+            Stopped: the trial ends here.
+        """
+        begun = time.perf_counter()
+        path = rung_file(rung)
+        if not self._sum(int(self.world.rank == 0 and self.run_directory.exists(path))):
+            with self._weights_to_judge(model, strategy):
+                cells = self._evaluate(model, log.plan.directory, self.assignment.missing[log.plan.directory], True)
+            if self.world.rank == 0:
+                progress = {"step": log.points[-1][0], "steps": log.steps}
+                self.run_directory.write_json(path, {"rung": rung, "cells": cells, "time": time.time(), **progress})
+        log.keep(lambda: state)
+        goes_on = self._sum(int(self.world.rank == 0 and self._verdict(rung)))
+        log.scored += time.perf_counter() - begun
+        if not goes_on:
+            raise Stopped(f"the trial ends at {rung:.0%} of its training")
+
+    def _verdict(self, rung: float) -> bool:
+        """Rank 0 waits; the others wait for it in their collective."""
+        while True:
+            self.pulse.beat()
+            verdict = self.run_directory.read_json(verdict_file(rung))
+            if verdict is not None:
+                return verdict["go_on"]
+            if self._asked_to_stop():
+                return False
+            time.sleep(QUEUE_SECONDS)
+
+    @contextlib.contextmanager
+    def _weights_to_judge(self, model: nn.Module, strategy):
+        """Inside, the model has the weights that the strategy evaluates; training goes on with its own."""
+        judged = strategy.evaluation_weights(model) or {}
+        with swapped({name: p for name, p in model.named_parameters() if name in judged}, judged):
+            yield
 
     def _trained_weights(self, model: nn.Module, strategy) -> dict[str, torch.Tensor]:
         """Full fp32 weights to publish, by parameter name, the adapter's buffers included.
@@ -614,7 +686,8 @@ class Worker:
             raise Stopped("stopped between two steps")
 
     def _in_charge(self) -> bool:
-        lease = self.run_directory.read_json("lease.json")
+        uri = self.assignment.lease_uri
+        lease = (RunDirectory(uri) if uri else self.run_directory).read_json("lease.json")
         return not self.assignment.lease or (lease is not None and lease["token"] == self.assignment.lease)
 
     def _must_be_in_charge(self) -> None:
@@ -624,12 +697,17 @@ class Worker:
 
     # -- evaluation
 
-    def _evaluate(self, model: nn.Module, directory: str, names: list[str]) -> list[dict]:
-        """Score the named sets, write their predictions; the cells on rank 0."""
+    def _evaluate(self, model: nn.Module, directory: str, names: list[str], training: bool = False) -> list[dict]:
+        """Score the named sets, write their predictions; the cells on rank 0.
+
+        Args:
+            training: the model is in its training engine, through which it can be called.
+        """
         cells: list[dict] = []
         for name in names:
             self._set(name)  # reading and encoding may take long; only what follows is guarded
-        with engine.ready_for_inference(model, self.settings, self.world), self.pulse.guard():
+        ready = contextlib.nullcontext() if training else engine.ready_for_inference(model, self.settings, self.world)
+        with ready, self.pulse.guard():
             for name in names:
                 self.pulse.say("evaluating", directory=directory, name=name)
                 result = evaluate(
@@ -695,6 +773,7 @@ class _TrainingLog:
         self.history = history
         self.points: list[list[float]] = list(history["curve"])
         self.trained: float = history.get("trained", 0.0)  # seconds inside the training loop
+        self.scored = 0.0  # of these, seconds at rungs, since this process began
         self.resumed_at = [*history["resumed_at"], *([first_step] if first_step else [])]
         self.tokens: Callable[[], int] = lambda: 0  # of this rank, since this process began
         self.begun = time.time()
@@ -721,8 +800,8 @@ class _TrainingLog:
             elapsed = time.time() - self.begun
             values = {
                 "started": self.history["started"],
-                "seconds": self.history["seconds"] + elapsed,
-                "trained": self.trained + elapsed,
+                "seconds": self.history["seconds"] + elapsed - self.scored,
+                "trained": self.trained + elapsed - self.scored,
                 "curve": self.points,
                 "resumed_at": self.resumed_at,
             }

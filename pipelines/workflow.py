@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import signal
 import threading
@@ -18,14 +19,24 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import metrics as formulas
-from pipelines.config import BaseModelConfig, ClassificationTask, ConfigError, PipelineConfig, Problem, looks_local
+from pipelines.config import (
+    BaseModelConfig,
+    ClassificationTask,
+    ConfigError,
+    PipelineConfig,
+    Problem,
+    looks_local,
+)
 from pipelines.group import GroupLost, WorkerGroup
 from pipelines.publish import already_published, publish
-from pipelines.runs import Lease, RunDirectory, RunDirectoryError, StepPlan, fingerprint
+from pipelines.runs import Lease, RunDirectory, RunDirectoryError, StepPlan, fingerprint, step_fingerprint
 from pipelines.start import Start, find_start, record_start
 
 WHOLE_FILE = 1 << 30  # larger weight files are fingerprinted by samples
 STOP_SECONDS = 4.0  # for workers to write a checkpoint after a request to stop, before they are ended
+
+
+SettingOf = Callable[[PipelineConfig, int, str, str], PipelineConfig | None]
 
 
 class RunFailed(RuntimeError):
@@ -44,6 +55,9 @@ class Plan:
         base_directory: the step directory of row 0: the base, or what the chain starts from.
         cell_keys: name of a task or corpus → identity of its score (test digest, metric, how it is scored).
         needed: step directory → names of all cells of that row.
+        settings: the configuration that each step is trained under, in their order.
+        undecided: position of the first step whose setting is still to be searched; it and what follows is here as
+            the configuration stands.
         earlier: tasks that the step it starts from has learned; scored, not trained.
     """
 
@@ -52,8 +66,17 @@ class Plan:
     steps: tuple[StepPlan, ...]
     cell_keys: dict[str, str]
     needed: dict[str, tuple[str, ...]]
+    settings: tuple[PipelineConfig, ...]
+    undecided: int | None = None
     start: Start | None = None
     earlier: tuple[str, ...] = ()
+
+    @property
+    def decided(self) -> tuple[StepPlan, ...]:
+        return self.steps if self.undecided is None else self.steps[: self.undecided - 1]
+
+    def setting(self, step: StepPlan) -> PipelineConfig:
+        return self.settings[step.position - 1]
 
     def learned_at(self) -> dict[str, int]:
         """Task → row of the score matrix that is the first after its training."""
@@ -62,14 +85,17 @@ class Plan:
     def missing_cells(self, run: RunDirectory) -> dict[str, list[str]]:
         """step directory → cells that are not there yet."""
         missing = {}
+        known = {self.base_directory, *(step.directory for step in self.decided)}
         for directory, names in self.needed.items():
+            if directory not in known:
+                continue
             row = run.metrics(directory)
             keys = {cell["key"] for cell in row["cells"]} if row else set()
             missing[directory] = [name for name in names if self.cell_keys[name] not in keys]
         return missing
 
     def missing_steps(self, run: RunDirectory) -> list[StepPlan]:
-        return [step for step in self.steps if run.metrics(step.directory) is None]
+        return [step for step in self.decided if run.metrics(step.directory) is None]
 
 
 # -- identity
@@ -109,11 +135,15 @@ def _file_digest(path: Path) -> str:
     return sha.hexdigest()
 
 
-def make_plan(config: PipelineConfig, run: RunDirectory | None = None) -> Plan:
+def make_plan(
+    config: PipelineConfig, run: RunDirectory | None = None, setting_of: SettingOf = lambda config, *_: config
+) -> Plan:
     """Steps with their fingerprints, and the cells that the metrics need.
 
     Args:
         run: where the plan is to be carried out: what an alias in `start_from` meant stands there.
+        setting_of: (configuration, position, parent's fingerprint, base's) → what the step is trained under; None: a
+            search has to find it first.
 
     Raises:
         ConfigError: `start_from` names nothing that this configuration can grow from.
@@ -129,21 +159,21 @@ def make_plan(config: PipelineConfig, run: RunDirectory | None = None) -> Plan:
         why = f"{start.named} has learned all of them already" if start else "there are none"
         raise ConfigError([Problem("tasks", f"{why}; add one")])
     parent = start.fingerprint if start else base
-    steps = []
+    steps: list[StepPlan] = []
+    settings: list[PipelineConfig] = []
+    undecided = None
     for position, names in enumerate([tuple(new)] if config.is_joint else [(name,) for name in new], 1):
-        identity = {
-            "base": base,
-            "parent": parent,
-            "adapter": config.adapter.model_dump(),
-            "strategy": config.strategy.model_dump(),
-            "training": config.training.model_dump(),
-            "tasks": [identities[name] for name in names],
-        }
-        steps.append(StepPlan(position, names, fingerprint(identity), parent, start.depth if start else 0))
+        setting = None if undecided else setting_of(config, position, parent, base)
+        if setting is None:
+            undecided, setting = undecided or position, config
+        identity = step_fingerprint(base, parent, setting, [identities[name] for name in names])
+        steps.append(StepPlan(position, names, identity, parent, start.depth if start else 0))
+        settings.append(setting)
         parent = steps[-1].fingerprint
     first = f"steps/0-start-{start.fingerprint[:8]}" if start else f"steps/0-base-{base[:8]}"
     needed = _needed(config, first, steps, earlier)
-    return Plan(base, first, tuple(steps), _cell_keys(config), needed, start, earlier)
+    keys = _cell_keys(settings[0])
+    return Plan(base, first, tuple(steps), keys, needed, tuple(settings), undecided, start, earlier)
 
 
 def _cell_keys(config: PipelineConfig) -> dict[str, str]:
@@ -181,6 +211,7 @@ def has_untrained_head(config: PipelineConfig, name: str) -> bool:
 
 def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status: str) -> dict:
     """`results.json`: the score matrix and everything computed from it."""
+    last = plan.settings[-1]
     names = [task.name for task in config.tasks]
     rows = [run.metrics(plan.base_directory), *(run.metrics(step.directory) for step in plan.steps)]
     cells = [_cells_of(row, plan.cell_keys) for row in rows]
@@ -195,8 +226,8 @@ def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status:
         "status": status,
         "base_model": config.base_model.path,
         "base_fingerprint": plan.base_fingerprint,
-        "adapter": {"type": config.adapter.type, "r": config.adapter.r},
-        "strategy": config.strategy.name,
+        "adapter": {"type": last.adapter.type, "r": last.adapter.r},
+        "strategy": last.strategy.name,
         "start_from": {"run": plan.start.run_uri, "step": plan.start.directory} if plan.start else None,
         "tasks": names,
         "learned_at": learned_at,
@@ -215,6 +246,10 @@ def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status:
         "seconds": _seconds(run, [row for row in rows if row]),
         "steps": [_step_summary(step, row) for step, row in zip(plan.steps, rows[1:], strict=True)],
     }
+    if config.search:
+        from pipelines.search import summaries
+
+        results["searches"] = summaries(config, run, plan.steps, plan.base_fingerprint)
     return results
 
 
@@ -259,6 +294,7 @@ class Drive:
 
     Attributes:
         known: names of the events that were reported already.
+        groups: all worker groups; a search uses them side by side, the chain the first one.
     """
 
     config: PipelineConfig
@@ -268,7 +304,11 @@ class Drive:
     projector: Projector
     on_event: Callable[[dict], None]
     known: set[str]
-    group: WorkerGroup = field(init=False)
+    groups: list = field(init=False)
+
+    @property
+    def group(self) -> WorkerGroup:
+        return self.groups[0]
 
 
 def run_chain(
@@ -302,7 +342,7 @@ def run_chain(
     if problems:
         raise ConfigError(problems)
     run = RunDirectory(config.run_uri)
-    plan = make_plan(config, run)
+    config, plan = planned(config, run)
     with run.acquire_lease() as lease:
         run.open_for_writing(config)
         record_start(run, plan.start)
@@ -310,30 +350,48 @@ def run_chain(
         _forget(run, plan, redo)
         _check_files(run, plan)
         projector = Projector(run, config, [step.fingerprint for step in plan.steps])
-        ran = bool(plan.missing_steps(run) or any(plan.missing_cells(run).values()))
+        ran = bool(plan.missing_steps(run) or any(plan.missing_cells(run).values()) or plan.undecided)
         if ran:
-            _check_model(config)
+            check_fits(config)
             known = {name for name, _ in run.events()}
             drive = Drive(config, plan, run, lease, projector, on_event, known)
-            with _stops_cleanly(drive), _workers(config, group, verbose, address) as drive.group:
+            with _stops_cleanly(drive), _workers(drive, group, verbose, address) as drive.groups:
                 run.event("started", steps=len(plan.steps), done=len(plan.steps) - len(plan.missing_steps(run)))
                 _save_results(run, config, plan, "running")
                 _run_segments(drive, segment_length)
+            plan = drive.plan
             run.remove("train")
             run.event("finished")
         results = _save_results(run, config, plan, "finished")
         return _publish(run, config, results, projector, on_event) | {"ran": ran}
 
 
+def planned(config: PipelineConfig, run: RunDirectory) -> tuple[PipelineConfig, Plan]:
+    """The configuration as its chain is trained, and the plan with every setting that a search has found so far."""
+    if not config.search:
+        return config, make_plan(config, run)
+    from pipelines.search import settings_found, training_view
+
+    config = training_view(config) if config.search.when else config
+    return config, make_plan(config, run, settings_found(run))
+
+
 @contextlib.contextmanager
-def _workers(config: PipelineConfig, group: WorkerGroup | None, verbose: bool, address: str | None):
-    """The given group; or one of this run alone, on a cluster that is left or ended with it."""
+def _workers(drive: Drive, group: WorkerGroup | None, verbose: bool, address: str | None):
+    """The given group; or those of this run alone, on a cluster that is left or ended with them."""
     if group:
-        yield group
+        yield [group]
         return
+    config = drive.config
     with cluster(config, verbose, address):
+        if drive.plan.undecided:
+            from pipelines.search import warm_groups
+
+            with warm_groups(config, drive.run, gpus_per_worker(config), verbose) as groups:
+                yield groups
+            return
         group = WorkerGroup(config, config.run_uri, gpus_per_worker(config), verbose)
-        yield group
+        yield [group]
         group.close()
 
 
@@ -412,7 +470,7 @@ def _save_results(run: RunDirectory, config: PipelineConfig, plan: Plan, status:
     return results
 
 
-def _check_model(config: PipelineConfig) -> None:
+def check_fits(config: PipelineConfig) -> None:
     from pipelines.preflight import check_model
 
     problems = check_model(config)
@@ -427,8 +485,13 @@ def _run_segments(drive: Drive, segment_length: int | None) -> None:
     while True:
         missing = drive.plan.missing_steps(drive.run)
         if not missing and not any(drive.plan.missing_cells(drive.run).values()):
-            return
-        steps = tuple(missing[:length])
+            if drive.plan.undecided is None:
+                return
+            _search(drive)
+            continue
+        setting = drive.plan.setting(missing[0]) if missing else None
+        alike = itertools.takewhile(lambda step, setting=setting: drive.plan.setting(step) == setting, missing)
+        steps = tuple(itertools.islice(alike, length))
         begun, before = time.time(), _progress_made(drive)
         try:
             _run_segment(drive, steps)
@@ -437,12 +500,32 @@ def _run_segments(drive: Drive, segment_length: int | None) -> None:
             failures = failures + 1 if _progress_made(drive) == before else 0
             if failures > drive.config.durability.max_failures:
                 reason = f"{error} (gave up after {failures} starts without progress: durability.max_failures)"
-                raise RunFailed(_and_then(reason)) from error
+                raise RunFailed(and_then(reason)) from error
             drive.run.event("segment_lost", error=str(error))
         finally:
             drive.run.event(
                 "segment_finished", seconds=time.time() - begun, steps=[step.fingerprint for step in steps]
             )
+
+
+def _search(drive: Drive) -> None:
+    """Find the setting of the first step that has none, and take over what its best trial has trained."""
+    from pipelines import search
+
+    plan, run = drive.plan, drive.run
+    step = plan.steps[plan.undecided - 1]
+    where = search.place(drive.config, step.position, step.parent, plan.base_fingerprint)
+    parent = plan.steps[step.position - 2].directory if step.position > 1 else None
+
+    def on_event(event: dict) -> None:
+        drive.on_event(event)
+        drive.projector.poke()
+
+    search.search(where, run, parent, plan.base_directory, drive.lease, drive.groups, on_event)
+    drive.plan = make_plan(drive.config, run, search.settings_found(run))
+    drive.projector.chain = [step.fingerprint for step in drive.plan.steps]
+    search.adopt(run, where, drive.plan.steps[step.position - 1])
+    drive.known |= {name for name, _ in run.events()}
 
 
 def _progress_made(drive: Drive) -> list:
@@ -460,10 +543,11 @@ def _run_segment(drive: Drive, steps: tuple[StepPlan, ...]) -> None:
         GroupLost: the workers broke off for another reason.
     """
     plan, run = drive.plan, drive.run
+    setting = plan.setting(steps[0]) if steps else plan.settings[max(len(plan.decided) - 1, 0)]
     number = drive.group.submit(
         {
             "run_uri": run.uri,
-            "config": drive.config.model_dump(),
+            "config": setting.model_dump(),
             "steps": [step.to_json() for step in steps],
             "base_directory": plan.base_directory,
             "base_fingerprint": plan.base_fingerprint,
@@ -511,7 +595,7 @@ def _watch(drive: Drive, number: int) -> dict:
 def _handle(drive: Drive, event: dict) -> None:
     drive.on_event(event)
     if event["kind"] == "worker_error":
-        raise RunFailed(_and_then(event["error"]))
+        raise RunFailed(and_then(event["error"]))
     if event["kind"] == "published":
         _save_results(drive.run, drive.config, drive.plan, "running")
         drive.projector.poke()
@@ -527,7 +611,7 @@ def _check_alive(drive: Drive, alive: float) -> None:
     if time.monotonic() - alive > limit:
         there = ", ".join(f"{v:g} {k}" for k, v in ray.available_resources().items() if k in ("CPU", "GPU"))
         raise RunFailed(
-            _and_then(
+            and_then(
                 f"no sign of life from the workers for {limit:g} s (durability.start_timeout); "
                 f"{drive.config.resources.workers} workers may not fit the cluster (free: {there or 'nothing'}), "
                 "or it is still starting nodes"
@@ -544,7 +628,7 @@ def _end_workers(drive: Drive, number: int) -> None:
     drive.group.kill()
 
 
-def _and_then(reason: str) -> str:
+def and_then(reason: str) -> str:
     return f"{reason}\nWhat was finished is kept; run the same command to go on from there."
 
 

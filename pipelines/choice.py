@@ -1,0 +1,173 @@
+"""What trials are worth and which one wins: pure functions of what they scored, a table and a figure.
+
+**The rule.** Among the trials that trained to their end, the one with the highest objective wins; of equal ones the
+one with fewer trainable numbers, then the earlier. Objective = learning − weight × retention loss, on validation data:
+
+    learning        mean over the new tasks of the score (for text: minus the NLL in nats a token)
+    retention loss  mean over earlier tasks and retained texts of what each has lost since before the trial
+                    (score, or nats a token; negative = gained)
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+RULE = (
+    "highest objective = learning − {weight:g} × retention loss among the trials trained to their end; "
+    "of equal ones the one with fewer trainable parameters, then the earlier"
+)
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """A trial's worth; `retention_loss` is None where nothing was there to be lost."""
+
+    objective: float
+    learning: float
+    retention_loss: float | None
+
+    def to_json(self) -> dict:
+        return dict(self.__dict__)
+
+
+def loss_of(cell: Mapping[str, Any]) -> float:
+    """What is wrong with a score, lower is better: NLL of text, 1 − score of the rest."""
+    return cell["value"] if cell["metric"] == "nll" else 1 - cell["value"]
+
+
+def assess(
+    cells: Sequence[Mapping], new: Sequence[str], reference: Mapping[str, float], weight: float
+) -> Assessment | None:
+    """The worth of a trial by its cells; None if a score is not a number.
+
+    Args:
+        new: names of the tasks that it learned.
+        reference: name → loss before the trial, of everything else.
+    """
+    losses = {cell["name"]: loss_of(cell) for cell in cells}
+    if not all(math.isfinite(value) for value in losses.values()):
+        return None
+    metrics = {cell["name"]: cell["metric"] for cell in cells}
+    learned = [-losses[name] if metrics[name] == "nll" else 1 - losses[name] for name in new]
+    learning = math.fsum(learned) / len(learned)
+    lost = [losses[name] - before for name, before in reference.items()]
+    retention_loss = math.fsum(lost) / len(lost) if lost else None
+    return Assessment(learning - weight * (retention_loss or 0.0), learning, retention_loss)
+
+
+# -- among trials (records as `trial.json` holds them)
+
+
+def finished(records: Sequence[dict]) -> list[dict]:
+    return [record for record in records if record["status"] == "finished"]
+
+
+def choose(records: Sequence[dict]) -> dict | None:
+    """The winner by the rule above; None if no trial trained to its end."""
+    candidates = finished(records)
+    if not candidates:
+        return None
+    return min(candidates, key=lambda r: (-r["objective"], r["trainable_parameters"], r["number"]))
+
+
+def pareto(records: Sequence[dict]) -> list[dict]:
+    """The finished trials that none beats in learning and retention together, by learning."""
+    candidates = finished(records)
+    best = [r for r in candidates if not any(_dominates(other, r) for other in candidates)]
+    return sorted(best, key=lambda r: -r["learning"])
+
+
+def _dominates(a: dict, b: dict) -> bool:
+    ours, theirs = ((r["learning"], -(r["retention_loss"] or 0.0)) for r in (a, b))
+    return ours != theirs and all(x >= y for x, y in zip(ours, theirs, strict=True))
+
+
+def steps_spent(records: Sequence[dict]) -> tuple[int, int]:
+    """(optimizer steps of all trials, steps that all would have taken to their ends)."""
+    known = [r for r in records if r.get("total_steps")]
+    return sum(r["steps"] for r in known), sum(r["total_steps"] for r in known)
+
+
+def why(record: dict, records: Sequence[dict], weight: float) -> str:
+    """One sentence for people: what was chosen, by what, out of how many."""
+    setting = describe(record["values"])
+    counts = [f"{sum(r['status'] == s for r in records)} {s}" for s in ("finished", "pruned", "failed")]
+    lost = record["retention_loss"]
+    kept = "nothing to retain" if lost is None else f"retention loss {lost:+.4f}, weight {weight:g}"
+    return (
+        f"{setting}: highest objective {record['objective']:.4f} (learning {record['learning']:.4f}, {kept}) on "
+        f"validation, of {len(records)} trials ({', '.join(counts)})"
+    )
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{path}={_text(value)}" for path, value in values.items()) or "the configuration's own setting"
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# -- views
+
+
+def markdown(result: dict) -> str:
+    """All trials by objective; the winner in bold, the Pareto set with a mark."""
+    paths = list(dict.fromkeys(path for record in result["trials"] for path in record["values"]))
+    fields = [path.split(".", 1)[1] for path in paths]
+    titles = ["trial", *fields, "steps", "learning", "retention loss", "objective", ""]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    order = sorted(result["trials"], key=lambda r: (r["status"] != "finished", -(r["objective"] or -math.inf)))
+    for record in order:
+        marks = [record["status"] if record["status"] != "finished" else ""]
+        marks += ["chosen"] if record["number"] == result["chosen"]["number"] else []
+        marks += ["Pareto"] if record["number"] in result["pareto"] else []
+        numbers = (record["learning"], record["retention_loss"], record["objective"])
+        cells = [str(record["number"]), *(_text(record["values"].get(path, "·")) for path in paths)]
+        cells += [f"{record['steps']}/{record['total_steps'] or '?'}"]
+        cells += ["–" if value is None else f"{value:.4f}" for value in numbers]
+        lines.append("| " + " | ".join([*cells, ", ".join(mark for mark in marks if mark)]) + " |")
+    spent, whole = result["steps"]["spent"], result["steps"]["whole"]
+    lines += ["", f"Chosen: {result['why']}.", f"Rule: {result['rule']}."]
+    lines += [f"Training steps: {spent} of {whole} ({spent / max(whole, 1):.0%})."]
+    return "\n".join(lines) + "\n"
+
+
+def figure(result: dict) -> bytes:
+    """PNG: score against learning rate, one line a rank; open marks for trials that ended early."""
+    from matplotlib.figure import Figure  # half a second
+
+    drawing = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axis = drawing.subplots()
+    records = [record for record in result["trials"] if record["learning"] is not None]
+    ranks = sorted({record["setting"]["adapter"]["r"] for record in records})
+    for rank, color in zip(ranks, _colors(len(ranks)), strict=True):
+        mine = sorted((r for r in records if r["setting"]["adapter"]["r"] == rank), key=_rate)
+        whole = [r for r in mine if r["status"] == "finished"]
+        axis.plot([_rate(r) for r in whole], [r["learning"] for r in whole], "o-", color=color, label=f"rank {rank}")
+        early = [r for r in mine if r["status"] != "finished"]
+        axis.plot([_rate(r) for r in early], [r["learning"] for r in early], "o", color=color, markerfacecolor="none")
+    chosen = result["chosen"]
+    axis.plot([_rate(chosen)], [chosen["learning"]], "*", color="black", markersize=14, label="chosen", zorder=5)
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel(f"{result['task']}: learning on validation")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, title="open: ended at a rung", title_fontsize=8)
+    out = io.BytesIO()
+    drawing.savefig(out, format="png", dpi=110, metadata={"Software": None})
+    return out.getvalue()
+
+
+def _rate(record: dict) -> float:
+    return record["setting"]["training"]["learning_rate"]
+
+
+def _colors(count: int) -> list:
+    import matplotlib
+
+    return [matplotlib.colormaps["viridis"](i / max(count, 2)) for i in range(count)]

@@ -1,0 +1,514 @@
+"""Search: Ray Tune finds the setting of a step by trials on validation data; the chain then trains under it.
+
+Ray Tune proposes settings, compares them at rungs (ASHA) and ends those that lag behind. Each trial is a
+DeepSpeed-sharded run on a worker group that stays warm from trial to trial (`trial.py`); Tune's own actors take no
+CPU, so nothing waits for what it holds itself. Everything a search knows lies below `<run>/search/<k>-<task>-<fp8>/`:
+a search that was interrupted, or gets more trials, repeats none that has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pipelines import choice
+from pipelines.config import ConfigError, PipelineConfig, Problem, Range, SearchConfig
+from pipelines.group import GroupLost, RemoteGroup
+from pipelines.runs import Lease, RunDirectory, StepPlan, fingerprint, step_fingerprint
+from pipelines.space import Values, settings, trials, with_values
+from pipelines.workflow import RunFailed, RunStopped, and_then
+
+HELD, KEPT = "@held-out", "@kept"  # parts of a training split, see sources.load_split
+CHECKED_MODELS = 24  # settings whose adapters are put on the model, without weights, before anything starts
+STOP_SECONDS = 4.0  # for workers to write a checkpoint
+
+
+# -- data: who chooses must not see the test split, and no trial the part that it is judged by
+
+
+def training_view(config: PipelineConfig) -> PipelineConfig:
+    """The configuration as its chain is trained: a task without validation data gives a tenth of `train` to it."""
+    from pipelines.sources import validation_view
+
+    tasks = []
+    for task in config.tasks:
+        train = validation_view(task).splits.get("train", "train")
+        tasks.append(task.model_copy(update={"splits": {**task.splits, "train": train}}) if KEPT in train else task)
+    return config.model_copy(update={"tasks": tasks})
+
+
+def judging_view(config: PipelineConfig, position: int) -> PipelineConfig:
+    """A training view as trials see it: tasks up to `position` and retained text scored on validation data.
+
+    Raises:
+        ConfigError: a retained text has nothing but its test split.
+    """
+    from pipelines.sources import validation_view
+
+    seen = len(config.tasks) if config.is_joint else position
+    tasks = [_judged(task) if KEPT in task.splits.get("train", "") else validation_view(task) for task in config.tasks]
+    limits = config.search.objective
+    evaluation = {"max_examples": limits.max_examples, "max_retention_tokens": limits.max_retention_tokens}
+    return config.model_copy(
+        update={
+            "tasks": [*tasks[:seen], *config.tasks[seen:]],
+            "retention": _judged_texts(config) if limits.retention_weight else [],
+            "evaluation": config.evaluation.model_copy(update=evaluation),
+            "search": None,
+            "tracking": None,
+            "gate": None,
+        }
+    )
+
+
+def _judged(task):
+    held = task.splits["train"].replace(KEPT, HELD)
+    return task.model_copy(update={"splits": {**task.splits, "test": held}})
+
+
+def _judged_texts(config: PipelineConfig) -> list:
+    from pipelines.sources import DataError, load_split
+
+    texts, problems = [], []
+    for index, corpus in enumerate(config.retention):
+        for split in ("validation", "train"):
+            if split == corpus.split:
+                continue
+            with contextlib.suppress(DataError):
+                load_split(corpus, split)
+                texts.append(corpus.model_copy(update={"split": split}))
+                break
+        else:
+            reason = (
+                f"'{corpus.name}' has only its split '{corpus.split}', on which no search may look; give it a "
+                "validation or train split, or set search.objective.retention_weight: 0"
+            )
+            problems.append(Problem(f"retention.{index}", reason))
+    if problems:
+        raise ConfigError(problems)
+    return texts
+
+
+# -- where a search lies, and what it has found
+
+
+@dataclass(frozen=True)
+class Place:
+    """The search before one step.
+
+    Attributes:
+        folder: below the run; named by everything that a trial's worth depends on, not by which trials there are.
+    """
+
+    config: PipelineConfig  # training view
+    position: int
+    tasks: tuple[str, ...]
+    parent: str
+    base: str
+    judged: PipelineConfig
+    names: tuple[str, ...]
+    cell_keys: dict[str, str]
+    identities: list[dict] = field(repr=False)
+
+    @property
+    def label(self) -> str:
+        return self.tasks[0] if len(self.tasks) == 1 else "joint"
+
+    @property
+    def folder(self) -> str:
+        search = self.config.search
+        identity = [
+            step_fingerprint(self.base, self.parent, self.judged, self.identities),
+            [self.cell_keys[name] for name in self.names],
+            search.objective.model_dump(),
+            search.trial_training,
+        ]
+        return f"search/{self.position}-{self.label}-{fingerprint(identity)[:8]}"
+
+    @property
+    def request(self) -> str:
+        """Identity of what was asked for: a search is done if it has answered this."""
+        how = self.config.search.model_dump(exclude={"when", "max_concurrent", "time_budget"})
+        return fingerprint([self.folder, how])
+
+    def found(self, run: RunDirectory) -> dict | None:
+        """The results of the search, if it is done."""
+        results = run.read_json(f"{self.folder}/results.json")
+        return results if results and results["request"] == self.request else None
+
+
+def place(config: PipelineConfig, position: int, parent: str, base: str) -> Place:
+    from pipelines.data import data_identity, score_identity
+
+    judged = judging_view(config, position)
+    new = tuple(t.name for t in config.tasks) if config.is_joint else (config.tasks[position - 1].name,)
+    fresh = config.adapter.carry == "fresh"  # earlier tasks keep adapters of their own
+    earlier = () if fresh or not config.search.objective.retention_weight else config.tasks[: position - 1]
+    names = (*new, *(t.name for t in earlier if t.name not in new), *(c.name for c in judged.retention))
+    sources = {source.name: source for source in [*judged.tasks, *judged.retention]}
+    keys = {name: fingerprint(score_identity(sources[name], judged)) for name in names}
+    identities = [data_identity(config.task(name)) for name in new]
+    return Place(config, position, new, parent, base, judged, names, keys, identities)
+
+
+def settings_found(run: RunDirectory) -> Callable[[PipelineConfig, int, str, str], PipelineConfig | None]:
+    """For `workflow.make_plan`: the setting of a step, None where a search has to find it first."""
+
+    first: list[PipelineConfig | None] = []
+
+    def setting_of(config: PipelineConfig, position: int, parent: str, base: str) -> PipelineConfig | None:
+        when = config.search.when if config.search else None
+        if when is None:
+            return config
+        if when == "first" and position > 1:
+            return first[0]
+        results = place(config, position, parent, base).found(run)
+        setting = with_values(config, results["chosen"]["values"]) if results else None
+        first.append(setting)
+        return setting
+
+    return setting_of
+
+
+def summaries(config: PipelineConfig, run: RunDirectory, steps: list[StepPlan], base: str) -> list[dict]:
+    """For results.json: what was chosen before which step, and why."""
+    if not config.search or not config.search.when:
+        return []
+    found = []
+    for step in steps[:1] if config.search.when == "first" else steps:
+        where = place(config, step.position, step.parent, base)
+        if results := where.found(run):
+            keys = ("task", "position", "why", "rule", "pareto", "steps")
+            found.append(
+                {key: results[key] for key in keys}
+                | {"values": results["chosen"]["values"], "directory": where.folder}
+                | {"trials": len(results["trials"]), "adopted": results["chosen"]["fingerprint"] == step.fingerprint}
+                | {"until": len(steps) if config.search.when == "first" else step.position}
+            )
+    return found
+
+
+def adopt(run: RunDirectory, where: Place, step: StepPlan) -> bool:
+    """Take over what the winning trial has trained, if that is this very step at full length."""
+    from pipelines.trial import copy_step
+
+    chosen = where.found(run)["chosen"]
+    if chosen["fingerprint"] != step.fingerprint or run.metrics(step.directory):
+        return False
+    trial = RunDirectory(f"{run.uri}/{where.folder}/trials/{fingerprint(chosen['values'])[:8]}")
+    metrics = trial.metrics(chosen["directory"])
+    copy_step(trial, chosen["directory"], run, step.directory)
+    trained = ("trainable_parameters", "head_parameters", "adapter_bytes", "files", "training", "started")
+    seconds = {"train": metrics["seconds"]["train"], "total": metrics["seconds"]["train"]}
+    run.write_json(f"{step.directory}/trained.json", {key: metrics[key] for key in trained} | {"seconds": seconds})
+    run.event("adopted", fingerprint=step.fingerprint, task=step.label, position=step.position, trial=trial.name)
+    return True
+
+
+# -- running one
+
+
+@dataclass
+class Running:
+    """A search at work: what its parts share."""
+
+    where: Place
+    run: RunDirectory
+    spec: Any  # trial.Spec
+    lease: Lease
+    groups: list[RemoteGroup]
+    on_event: Callable[[dict], None]
+
+    @property
+    def search(self) -> SearchConfig:
+        return self.where.config.search
+
+    def reason_to_stop(self) -> str | None:
+        if self.lease.lost:
+            return "another driver has taken over this run"
+        return self.run.stop_requested()
+
+    def tell(self, kind: str, text: str, **fields: Any) -> None:
+        self.run.event(kind, task=self.where.label, position=self.where.position, text=text, **fields)
+        self.on_event({"kind": "search", "text": f"search before {self.where.label}: {text}"})
+
+
+def search(
+    where: Place,
+    run: RunDirectory,
+    parent_directory: str | None,
+    base_directory: str,
+    lease: Lease,
+    groups: list[RemoteGroup],
+    on_event: Callable[[dict], None] = lambda event: None,
+) -> dict:
+    """Find the setting of a step; returns (and writes below the run) the search's `results.json`.
+
+    Args:
+        parent_directory: the finished step that the trials grow from; None: the base.
+        groups: as many trials run at a time.
+
+    Raises:
+        ConfigError: a setting does not fit the model.
+        RunFailed: no trial trained to its end.
+        RunStopped: somebody asked for it.
+    """
+    begun = time.time()
+    spec = _spec(where, run, parent_directory, base_directory, lease)
+    running = Running(where, run, spec, lease, groups, on_event)
+    known = settings(running.search)
+    _check_models(where, known)
+    running.tell("search_started", f"{trials(running.search)} trials, {len(groups)} at a time")
+    running.spec = spec = replace(spec, reference=_reference(running))
+    records, unfinished = _run_trials(running, known)
+    results = _results(running, records, unfinished, time.time() - begun)
+    run.write_json(f"{where.folder}/results.json", results)
+    run.write_bytes(f"{where.folder}/table.md", choice.markdown(results).encode())
+    run.write_bytes(f"figures/search-{where.position}-{where.label}.png", choice.figure(results))
+    running.tell("search_finished", results["why"])
+    return results
+
+
+def _spec(where: Place, run: RunDirectory, parent_directory: str | None, base_directory: str, lease: Lease):
+    from pipelines.trial import Spec
+
+    search = where.config.search
+    levels = range(search.rungs, 0, -1) if search.scheduler == "asha" else ()
+    return Spec(
+        config=where.judged,
+        uri=f"{run.uri}/{where.folder}",
+        position=where.position,
+        tasks=where.tasks,
+        parent=where.parent,
+        parent_files=(run.uri, parent_directory) if parent_directory else None,
+        base_fingerprint=where.base,
+        base_directory=base_directory,
+        identities=where.identities,
+        names=where.names,
+        cell_keys=where.cell_keys,
+        weight=search.objective.retention_weight,
+        trial_training=dict(search.trial_training),
+        rungs=tuple(1 / search.reduction**level for level in levels),
+        reduction=search.reduction,
+        lease=lease.token,
+        lease_uri=run.uri,
+    )
+
+
+def _check_models(where: Place, known: list[Values]) -> None:
+    """Raises ConfigError where an adapter or a strategy of a setting does not fit the model."""
+    from pipelines.preflight import check_model
+
+    single = [{path: end} for path, space in where.config.search.space.items() for end in _ends(space)]
+    seen, problems = set(), []
+    for values in [*single, *known]:
+        config = with_values(where.judged, values)
+        identity = fingerprint([config.adapter.model_dump(), config.strategy.model_dump()])
+        if identity in seen or len(seen) >= CHECKED_MODELS:
+            continue
+        seen.add(identity)
+        label = choice.describe(values)
+        problems += [Problem(f"search: {label}: {p.field}", p.message) for p in check_model(config)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _ends(space: Range | list) -> list:
+    return space if isinstance(space, list) else [space.low, space.high]
+
+
+# -- what is there to be lost
+
+
+def _reference(running: Running) -> dict[str, float]:
+    """name → loss before the step, of everything that is to be retained."""
+    where, spec = running.where, running.spec
+    names = [name for name in where.names if name not in where.tasks]
+    if not names:
+        return {}
+    before = RunDirectory(f"{spec.uri}/before")
+    from_base = spec.parent_files is None or where.config.adapter.carry == "fresh"
+    directory = spec.base_directory if from_base else spec.parent_files[1]
+    cells = _cells(before, directory)
+    if not set(names) <= cells.keys():
+        before.open_for_writing(spec.config)
+        before.remove("stop.json")
+        if not from_base:
+            spec.bring_parent(before)
+        _work(running, before, spec.assignment(before, spec.config, [], {directory: names}))
+        cells = _cells(before, directory)
+    return {name: choice.loss_of(cells[name]) for name in names}
+
+
+def _cells(run: RunDirectory, directory: str) -> dict[str, dict]:
+    row = run.metrics(directory)
+    return {cell["name"]: cell for cell in row["cells"]} if row else {}
+
+
+def _work(running: Running, run: RunDirectory, assignment: dict) -> None:
+    """Have an assignment done that is no trial."""
+    group, failures = running.groups[0], 0
+    while True:
+        number = group.submit(assignment)
+        try:
+            while (result := group.wait(number, 1.0)) is None:
+                if reason := running.reason_to_stop():
+                    run.request_stop(reason)
+                    group.end(STOP_SECONDS)
+                    raise RunStopped(reason)
+                errors = [event["error"] for _, event in run.events() if event["kind"] == "worker_error"]
+                if errors:
+                    group.kill()
+                    raise RunFailed(errors[-1])
+            if not result["stopped"]:
+                return
+            raise RunStopped(running.reason_to_stop() or "the workers were stopped")
+        except GroupLost as error:
+            failures += 1
+            if failures > running.where.config.durability.max_failures:
+                raise RunFailed(f"{error} (gave up after {failures} starts)") from error
+
+
+# -- the trials
+
+
+def _run_trials(running: Running, known: list[Values]) -> tuple[list[dict], int]:
+    """(records of the trials that have ended, number of those that have not)."""
+    from pipelines import tuning
+    from pipelines.trial import prune
+
+    spec, search = running.spec, running.search
+    sampler = None
+    if search.algorithm == "optuna":
+        sampler = tuning.optuna_sampler(search, [r["values"] for r in _recorded(running) if r["values"] not in known])
+    count = trials(search) if sampler else len(known)
+    told: set[int] = set()
+
+    def on_end(number: int, values: Values) -> None:
+        record = spec.run(values).read_json("trial.json")
+        if record and number not in told:
+            told.add(number)
+            running.tell("trial", _in_words(record, number, count), number=number, status=record["status"])
+
+    def on_prune(trial_id: str) -> None:
+        proposals.pruned.add(trial_id)
+        prune(spec, *proposals.proposed[trial_id])
+
+    proposals = tuning.Proposals(known, count, len(running.groups), sampler, on_end)
+    top = search.reduction**search.rungs
+    scheduler = tuning.Halving(top, search.reduction, on_prune) if search.scheduler == "asha" else None
+    watch = tuning.Watch(running.reason_to_stop, proposals)
+    with _ended_cleanly(running, proposals):
+        tuning.run_tune(spec, search, running.groups, proposals, scheduler, watch)
+        if watch.reason:
+            raise RunStopped(watch.reason)
+        if proposals.lost >= tuning.LOST_TRIALS:
+            raise RunFailed(
+                f"{proposals.lost} trials broke off one after another without a fault of their own; see that the "
+                "cluster has room for the workers (resources.workers, durability.start_timeout)"
+            )
+    found = [(number, spec.run(values).read_json("trial.json")) for number, values in proposals.proposed.values()]
+    records = {r["fingerprint"]: r | {"number": number} for number, r in reversed(found) if r}
+    open_trials = [values for _, values in proposals.proposed.values() if not spec.run(values).exists("trial.json")]
+    for values in open_trials:  # the time was over
+        spec.run(values).request_stop("search.time_budget is spent")
+    return sorted(records.values(), key=lambda r: r["number"]), count - len(found) + len(open_trials)
+
+
+def _recorded(running: Running) -> list[dict]:
+    """What an earlier start of this search has tried, in its order."""
+    folder = RunDirectory(f"{running.spec.uri}/trials")
+    found = [folder.read_json(f"{name}/trial.json") for name in folder.list("")]
+    return sorted((r for r in found if r), key=lambda r: r["number"])
+
+
+@contextlib.contextmanager
+def _ended_cleanly(running: Running, proposals) -> Iterator[None]:
+    """Whatever ends a search early: its workers write checkpoints and leave."""
+    try:
+        yield
+    except BaseException:
+        for _, values in proposals.proposed.values():
+            trial = running.spec.run(values)
+            if not trial.exists("trial.json"):
+                with contextlib.suppress(OSError):
+                    trial.request_stop("the search ends")
+        for group in running.groups:
+            with contextlib.suppress(GroupLost):
+                group.end(STOP_SECONDS)
+        raise
+
+
+def _in_words(record: dict, number: int, count: int) -> str:
+    text = f"trial {number}/{count} {choice.describe(record['values'])}: "
+    if record["status"] == "failed":
+        return text + f"failed ({record['error'].splitlines()[0]})"
+    early = "" if record["status"] == "finished" else f", ended at step {record['steps']}/{record['total_steps']}"
+    return text + f"objective {record['objective']:.4f}, learning {record['learning']:.4f}{early}"
+
+
+# -- what came out
+
+
+def _results(running: Running, records: list[dict], unfinished: int, seconds: float) -> dict:
+    where, weight = running.where, running.search.objective.retention_weight
+    chosen = choice.choose(records)
+    if chosen is None:
+        raise RunFailed(and_then(_nothing(running, records, unfinished)))
+    spent, whole = choice.steps_spent(records)
+    return {
+        "request": where.request,
+        "task": where.label,
+        "position": where.position,
+        "parent": where.parent,
+        "why": choice.why(chosen, records, weight),
+        "rule": choice.RULE.format(weight=weight),
+        "chosen": chosen,
+        "pareto": [record["number"] for record in choice.pareto(records)],
+        "trials": records,
+        "unfinished": unfinished,
+        "reference": running.spec.reference,
+        "steps": {"spent": spent, "whole": whole},
+        "seconds": seconds,
+        "search": running.search.model_dump(),
+    }
+
+
+def _nothing(running: Running, records: list[dict], unfinished: int) -> str:
+    """Why there is no winner, and what to change."""
+    reasons = sorted({record["error"].splitlines()[0] for record in records if record["status"] == "failed"})
+    remedies = []
+    if reasons:
+        remedies.append("change search.space so that it holds settings that train: " + "; ".join(reasons))
+    if unfinished:
+        remedies.append(f"{unfinished} trials did not end: raise search.time_budget ({running.search.time_budget})")
+    return (
+        f"search before '{running.where.label}': none of {len(records) + unfinished} trials trained to its end; "
+        + " and ".join(remedies)
+    )
+
+
+# -- room for trials
+
+
+def concurrent(config: PipelineConfig, resources: dict, gpus: float) -> int:
+    """Trials at a time: as many as the cluster has room for, at most `max_concurrent` and as many as there are."""
+    need = {"CPU": config.resources.workers * config.resources.cpus_per_worker, "GPU": config.resources.workers * gpus}
+    room = min(int(resources.get(kind, 0) / each + 1e-6) for kind, each in need.items() if each)
+    return max(1, min(room, config.search.max_concurrent or room, trials(config.search)))
+
+
+@contextlib.contextmanager
+def warm_groups(config: PipelineConfig, run: RunDirectory, gpus: float, verbose: bool) -> Iterator[list[RemoteGroup]]:
+    """Worker groups for trials; the first one trains the chain as well, so that nothing else needs room."""
+    import ray
+
+    count = concurrent(config, ray.cluster_resources(), gpus)
+    groups = [RemoteGroup(config, f"{run.uri}/search", gpus, verbose) for _ in range(count)]
+    yield groups
+    for group in groups:
+        group.close()
+    run.remove("search/train")

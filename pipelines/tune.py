@@ -1,0 +1,73 @@
+"""`curlora tune`: the search before one step, by itself. A later run of the chain finds its results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipelines import search
+from pipelines.config import ConfigError, PipelineConfig, Problem, did_you_mean
+from pipelines.runs import RunDirectory, StepPlan
+from pipelines.workflow import Plan, Projector, check_fits, cluster, gpus_per_worker, planned
+
+EXAMPLE = "search: {space: {training.learning_rate: {low: 1.0e-4, high: 1.0e-1, log: true}}, trials: 16}"
+
+
+def tune(
+    config: PipelineConfig,
+    task: str | None = None,
+    on_event: Callable[[dict], None] = lambda event: None,
+    verbose: bool = False,
+    address: str | None = None,
+) -> dict:
+    """Search before the step of `task` (default: the first) and return the search's results; train nothing else.
+
+    Raises:
+        ConfigError: nothing to search, bad data, or what the step grows from is not trained yet.
+        LeaseHeld: another driver works on this run.
+        RunFailed: no trial trained to its end.
+        RunStopped: somebody asked for it.
+    """
+    from pipelines.door import check_data  # imports `datasets`
+
+    if config.search is None:
+        raise ConfigError([Problem("search", f"is null; say what to search, e.g. {EXAMPLE}")])
+    problems = check_data(config, warn=lambda text: on_event({"kind": "warning", "text": text}))
+    if problems:
+        raise ConfigError(problems)
+    run = RunDirectory(config.run_uri)
+    config, plan = planned(search.training_view(config), run)
+    step = _step_of(plan, run, task)
+    where = search.place(config, step.position, step.parent, plan.base_fingerprint)
+    with run.acquire_lease() as lease:
+        run.open_for_writing(config)
+        run.remove("stop.json")  # it was meant for an earlier driver
+        found = where.found(run)
+        if found is None:
+            check_fits(config)
+            parent = plan.steps[step.position - 2].directory if step.position > 1 else None
+            with (
+                cluster(config, verbose, address),
+                search.warm_groups(config, run, gpus_per_worker(config), verbose) as groups,
+            ):
+                found = search.search(where, run, parent, plan.base_directory, lease, groups, on_event)
+        _, warning = Projector(run, config, [step.fingerprint for step in plan.decided]).finish()
+        if warning:
+            on_event({"kind": "warning", "text": warning})
+        return found
+
+
+def _step_of(plan: Plan, run: RunDirectory, task: str | None) -> StepPlan:
+    """The step to search for.
+
+    Raises:
+        ConfigError: there is none of that task, or the steps before it are not trained yet.
+    """
+    names = [name for step in plan.steps for name in step.tasks]
+    if task is not None and task not in names:
+        raise ConfigError([Problem("--task", f"no task '{task}', {did_you_mean(task, names)}")])
+    step = plan.steps[0] if task is None else next(step for step in plan.steps if task in step.tasks)
+    untrained = [s.label for s in plan.steps[: step.position - 1] if run.metrics(s.directory) is None]
+    if untrained:
+        reason = f"'{task}' grows from {', '.join(untrained)}, which is not trained yet; train it first: curlora run"
+        raise ConfigError([Problem("--task", reason)])
+    return step

@@ -1,0 +1,200 @@
+"""One trial between Ray Tune and its workers: reports at rungs, ends early, fails, and is not done twice."""
+
+import json
+
+import pytest
+
+from pipelines import trial as trials
+from pipelines.config import parse_config
+from pipelines.group import GroupLost
+from pipelines.runs import rung_file, verdict_file
+from pipelines.trial import Spec, Trial, prune
+from tests.conftest import minimal
+
+VALUES = {"training.learning_rate": 1e-2}
+RUNGS = (1 / 9, 1 / 3)
+
+
+@pytest.fixture
+def spec(tmp_path) -> Spec:
+    config = parse_config(minimal(tmp_path, tmp_path, tracking=None))
+    return Spec(
+        config=config,
+        uri=str(tmp_path / "search"),
+        position=1,
+        tasks=("reviews",),
+        parent="b" * 32,
+        parent_files=None,
+        base_fingerprint="b" * 32,
+        base_directory="steps/0-base-bbbbbbbb",
+        identities=[{"name": "reviews"}],
+        names=("reviews", "text"),
+        cell_keys={"reviews": "k1", "text": "k2"},
+        weight=1.0,
+        reference={"text": 4.0},
+        rungs=RUNGS,
+        reduction=3,
+    )
+
+
+def cells(score: float, nll: float = 4.1) -> list[dict]:
+    return [
+        {"name": "reviews", "metric": "accuracy", "value": score, "seconds": 1.0},
+        {"name": "text", "metric": "nll", "value": nll, "seconds": 1.0},
+    ]
+
+
+class Workers:
+    """The workers' side of the run directory, one action a look."""
+
+    def __init__(self, trial_run, directory: str, actions: list):
+        self.run, self.directory, self.actions = trial_run, directory, actions
+        self.assignments: list[dict] = []
+        self.killed = 0
+
+    def submit(self, assignment: dict) -> int:
+        self.assignments.append(assignment)
+        return len(self.assignments) - 1
+
+    def wait(self, number: int, seconds: float) -> dict | None:
+        return self.actions.pop(0)(self) if self.actions else None
+
+    def kill(self) -> None:
+        self.killed += 1
+
+    # -- actions
+
+    def reach(rung: float, score: float):
+        def act(self):
+            found = {"rung": rung, "step": round(90 * rung), "steps": 90, "time": 1.0, "cells": cells(score)}
+            self.run.write_json(rung_file(rung), found)
+
+        return act
+
+    def end(score: float):
+        def act(self):
+            metrics = {
+                "cells": cells(score),
+                "seconds": {"train": 5.0, "evaluate": 2.0, "total": 8.0},
+                "training": {"steps": 90},
+                "trainable_parameters": 64,
+                "head_parameters": 6,
+                "started": 1.0,
+            }
+            self.run.write_json(f"{self.directory}/metrics.json", metrics)
+            return {"stopped": False}
+
+        return act
+
+    def lose(checkpoint: str | None = None):
+        def act(self):
+            if checkpoint:
+                self.run.write_json(f"train/{self.directory[-8:]}/{checkpoint}", {})
+            raise GroupLost("node gone")
+
+        return act
+
+    def fail(self):
+        return {"stopped": False, "error": "DivergedError: the loss is not finite"}
+
+    def report_error(self):
+        self.run.event("worker_error", error="out of GPU memory")
+
+
+def make(spec: Spec, *actions) -> tuple[Trial, Workers]:
+    workers = Workers(spec.run(VALUES), spec.step(VALUES).directory, list(actions))
+    return Trial(spec, 1, VALUES, workers), workers
+
+
+def record(spec: Spec) -> dict | None:
+    return spec.run(VALUES).read_json("trial.json")
+
+
+def test_reports_at_each_rung_goes_on_when_asked_again_and_records_its_end(spec):
+    trial, workers = make(spec, Workers.reach(1 / 9, 0.5), Workers.reach(1 / 3, 0.6), Workers.end(0.7))
+    assert trial.advance() == {"objective": pytest.approx(0.4), "resource": 1}
+    assert spec.run(VALUES).read_json(verdict_file(1 / 9)) is None  # the scheduler has not spoken yet
+    assert trial.advance() == {"objective": pytest.approx(0.5), "resource": 3}
+    assert spec.run(VALUES).read_json(verdict_file(1 / 9)) == {"go_on": True}
+    assert trial.advance() == {"objective": pytest.approx(0.6), "resource": 9, "done": True}
+    assert len(workers.assignments) == 1
+    found = record(spec)
+    assert (found["status"], found["steps"], found["learning"]) == ("finished", 90, 0.7)
+    assert [rung["step"] for rung in found["rungs"]] == [10, 30]
+    assert found["setting"]["training"]["learning_rate"] == 1e-2
+    assert found["seconds"]["evaluate"] == pytest.approx(2.0 + 4.0)
+    json.dumps(workers.assignments[0], allow_nan=False)
+
+
+def test_a_trial_that_has_ended_is_told_again_and_not_repeated(spec):
+    trial, _ = make(spec, Workers.reach(1 / 9, 0.5), Workers.reach(1 / 3, 0.6), Workers.end(0.7))
+    reports = [trial.advance() for _ in range(3)]
+    again, workers = make(spec)
+    assert [again.advance() for _ in range(3)] == reports
+    assert workers.assignments == []
+
+
+def test_no_news_is_told_too_so_that_tune_can_stop_a_trial_at_any_time(spec):
+    trial, _ = make(spec)
+    assert trial.advance(seconds=0) == {"waiting": True}
+
+
+def test_a_pruned_trial_ends_at_its_rung_and_goes_on_if_it_is_wanted_after_all(spec):
+    trial, _ = make(spec, Workers.reach(1 / 9, 0.5))
+    trial.advance()
+    found = prune(spec, 1, VALUES)
+    assert (found["status"], found["steps"], found["total_steps"]) == ("pruned", 10, 90)
+    assert found["objective"] == pytest.approx(0.4)
+    run = spec.run(VALUES)
+    assert run.read_json(verdict_file(1 / 9)) == {"go_on": False}
+    assert run.stop_requested()
+    again, workers = make(spec, Workers.reach(1 / 3, 0.6), Workers.end(0.7))
+    assert again.advance()["resource"] == 1
+    assert workers.assignments == []
+    assert again.advance()["resource"] == 3
+    assert run.read_json(verdict_file(1 / 9)) == {"go_on": True}
+    assert not run.stop_requested()
+    again.advance()
+    assert record(spec)["status"] == "finished"
+
+
+def test_training_that_diverges_is_recorded_with_its_reason(spec):
+    trial, workers = make(spec, Workers.fail)
+    assert trial.advance() == {"done": True}
+    assert record(spec)["status"] == "failed"
+    assert "not finite" in record(spec)["error"]
+    assert workers.killed == 0  # they go on with the next trial
+
+
+def test_workers_that_cannot_go_on_are_ended_and_the_trial_recorded(spec, monkeypatch):
+    monkeypatch.setattr(trials, "SIGN_SECONDS", 0)
+    trial, workers = make(spec, Workers.report_error)
+    assert trial.advance() == {"done": True}
+    assert record(spec)["error"] == "out of GPU memory"
+    assert workers.killed == 1
+
+
+def test_lost_workers_are_replaced_as_long_as_the_trial_gets_on(spec):
+    losses = [Workers.lose(f"{n:08d}.json") for n in range(6)]
+    trial, workers = make(spec, *losses, Workers.end(0.7))
+    assert trial.advance()["done"]
+    assert len(workers.assignments) == 7
+    assert record(spec)["status"] == "finished"
+
+
+def test_workers_lost_again_and_again_without_progress_make_a_failed_trial(spec):
+    limit = spec.config.durability.max_failures
+    trial, workers = make(spec, *[Workers.lose()] * (limit + 1))
+    assert trial.advance() == {"done": True}
+    assert len(workers.assignments) == limit + 1
+    assert "gave up" in record(spec)["error"]
+
+
+def test_silent_workers_block_the_search_instead_of_failing_the_trial(spec, monkeypatch):
+    monkeypatch.setattr(trials, "SIGN_SECONDS", 0)
+    durability = spec.config.durability.model_copy(update={"start_timeout": 0.01})
+    silent = Spec(**(spec.__dict__ | {"config": spec.config.model_copy(update={"durability": durability})}))
+    trial, _ = make(silent, lambda workers: None, lambda workers: __import__("time").sleep(0.05))
+    with pytest.raises(trials.TrialBlocked, match=r"durability\.start_timeout"):
+        trial.advance()
+    assert record(silent) is None
