@@ -63,7 +63,7 @@ def _check_base(config: PipelineConfig, expected: str) -> None:
     path = config.base_model.path
     try:
         found = base_fingerprint(config.base_model)
-    except OSError as error:
+    except (OSError, ConfigError) as error:
         remedy = 'name its place: load_model(…, model_config={"base_model": …})'
         raise ConfigError([Problem("base_model", f"{path} cannot be read ({error}); {remedy}")]) from error
     if found != expected:
