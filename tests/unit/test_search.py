@@ -107,7 +107,7 @@ def test_earlier_tasks_are_retained_unless_they_keep_adapters_of_their_own(raw):
 
 
 def test_nothing_is_planned_to_run_before_its_setting_is_found(raw):
-    config, run, plan = planned(raw)
+    _, run, plan = planned(raw)
     assert plan.undecided == 1
     assert plan.missing_steps(run) == []
     found(place_of(raw), run, {"training.learning_rate": 5e-3})
