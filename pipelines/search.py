@@ -64,6 +64,15 @@ def judging_view(config: PipelineConfig, position: int) -> PipelineConfig:
     )
 
 
+def check_judging_data(config: PipelineConfig) -> None:
+    """Raises ConfigError with every problem of the data that trials of a training view would be judged by."""
+    from pipelines.door import check_data
+
+    problems = check_data(judging_view(config, len(config.tasks)), warn=lambda text: None)
+    if problems:
+        raise ConfigError(Problem(f"search: {p.field}", p.message) for p in problems)
+
+
 def _judged(task):
     held = task.splits["train"].replace(KEPT, HELD)
     return task.model_copy(update={"splits": {**task.splits, "test": held}})

@@ -6,6 +6,7 @@ Random and grid settings are drawn beforehand from the seed, so that a search th
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -116,6 +117,8 @@ def check_space(config: PipelineConfig) -> None:
     """Raises ValueError with everything that is wrong with the search of a configuration."""
     search = config.search
     found = [problem for path in search.paths for problem in _check_path(config, path)]
+    if search.algorithm == "optuna" and importlib.util.find_spec("optuna") is None:
+        found.append("search.algorithm: optuna is not installed; pip install 'curlora[search]', or use random")
     found += [f"search.trial_training.{key}: is searched as well; remove one" for key in _searched_twice(search)]
     if not found:
         found += list(_check_values(config))

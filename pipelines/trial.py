@@ -289,8 +289,21 @@ def write_record(run: RunDirectory, spec: Spec, number: int, values: Values, sta
         "finished": time.time(),
     }
     record |= fields
+    run.write_json("results.json", _results(config, step, record))
     run.write_json("trial.json", record)
     return record
+
+
+def _results(config: PipelineConfig, step: StepPlan, record: dict) -> dict:
+    """What `status`, `predict` and `export` need of a trial's run; a score matrix it has none."""
+    entry = {"task": step.label, "fingerprint": step.fingerprint, "directory": step.directory}
+    return {
+        "run": config.name,
+        "status": {"pruned": "stopped"}.get(record["status"], record["status"]),
+        "base_model": config.base_model.path,
+        "tasks": [task.name for task in config.tasks],
+        "steps": [entry | {"seconds": record["seconds"] or {}}],
+    }
 
 
 def rungs_of(run: RunDirectory, spec: Spec) -> list[dict]:

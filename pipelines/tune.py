@@ -36,6 +36,8 @@ def tune(
         raise ConfigError(problems)
     run = RunDirectory(config.run_uri)
     config, plan = planned(search.training_view(config), run)
+    if not plan.undecided:  # else `planned` has looked
+        search.check_judging_data(config)
     step = _step_of(plan, run, task)
     where = search.place(config, step.position, step.parent, plan.base_fingerprint)
     with run.acquire_lease() as lease:

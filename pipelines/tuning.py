@@ -155,7 +155,8 @@ def optuna_sampler(search: SearchConfig, known: Sequence[Values]) -> Searcher:
         else:
             space[path] = optuna.distributions.CategoricalDistribution([json.dumps(c) for c in choices])
     points = [_encoded(search, values) for values in known if values.keys() == search.space.keys()]
-    return OptunaSearch(space, metric=METRIC, mode="max", points_to_evaluate=points or None, seed=search.seed)
+    seed = search.seed + len(points)  # the same one would draw again what is known
+    return OptunaSearch(space, metric=METRIC, mode="max", points_to_evaluate=points or None, seed=seed)
 
 
 def _encoded(search: SearchConfig, values: Values) -> Values:

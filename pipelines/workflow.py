@@ -370,10 +370,13 @@ def planned(config: PipelineConfig, run: RunDirectory) -> tuple[PipelineConfig, 
     """The configuration as its chain is trained, and the plan with every setting that a search has found so far."""
     if not config.search:
         return config, make_plan(config, run)
-    from pipelines.search import settings_found, training_view
+    from pipelines.search import check_judging_data, settings_found, training_view
 
     config = training_view(config) if config.search.when else config
-    return config, make_plan(config, run, settings_found(run))
+    plan = make_plan(config, run, settings_found(run))
+    if plan.undecided:
+        check_judging_data(config)
+    return config, plan
 
 
 @contextlib.contextmanager
