@@ -211,6 +211,8 @@ def split_unreachable(config, problems: list) -> tuple[list, list[str]]:
 def _print_facts(config, facts, table: dict) -> None:
     from rich.table import Table
 
+    from pipelines.preflight import ARITHMETIC, host_bytes
+
     console = _console()
     console.print(
         f"{config.name}: {len(config.tasks)} tasks, strategy {config.strategy.name}; the configuration is good."
@@ -219,18 +221,15 @@ def _print_facts(config, facts, table: dict) -> None:
     console.print(f"base parameters       {facts.base_parameters:,}")
     console.print(f"trainable parameters  {facts.trainable_parameters:,} ({share:.4%}), heads not counted")
     console.print(f"adapter file          {facts.adapter_bytes:,} bytes")
-    view = Table(title=f"memory a worker, GiB, {config.resources.workers} workers (estimate)")
-    for column in ("stage", "weights", "optimizer", "activations", "total"):
+    view = Table(title=f"memory a worker (GPU), GiB, {config.resources.workers} workers (estimate)")
+    for column in ("stage", "weights", "optimizer", "passes", "total"):
         view.add_column(column, justify="left" if column == "stage" else "right")
     for stage, parts in table.items():
-        cells = (f"{parts[name]:.4g}" for name in ("weights", "optimizer", "activations", "total"))
+        cells = (f"{parts[name]:.4g}" for name in ("weights", "optimizer", "passes", "total"))
         view.add_row(stage, *cells)
     console.print(view)
-    console.print(
-        "weights = base parameters × dtype bytes (÷ workers under zero3); optimizer = 16 bytes × trainable ÷ workers\n"
-        "activations = tokens a pass × (layers × hidden × 34 bytes + vocabulary × 8 bytes) at 2 bytes a number",
-        style="dim",
-    )
+    console.print(f"host memory under zero3-offload: {host_bytes(facts, config) / 2**30:.4g} GiB a worker")
+    console.print(ARITHMETIC, style="dim", highlight=False, soft_wrap=True)
 
 
 @main.command()
@@ -778,16 +777,17 @@ def ui(run: str | None, storage: str, port: int) -> None:
 
 
 @main.command()
+@click.argument("config", required=False, type=click.Path())
 @click.option("--json", "as_json", is_flag=True)
-def doctor(as_json: bool) -> None:
-    """Whether this machine and this environment can run a chain, and what to mend.
+def doctor(config: str | None, as_json: bool) -> None:
+    """Whether this machine and this environment can run a chain (that of CONFIG), and what to mend.
 
     \b
     Example:  curlora doctor
     """
     from pipelines.doctor import examine
 
-    findings = examine()
+    findings = examine(config)
     if as_json:
         click.echo(json.dumps([finding.__dict__ for finding in findings], indent=1))
     else:

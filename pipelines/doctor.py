@@ -30,9 +30,15 @@ class Finding:
     text: str
 
 
-def examine() -> list[Finding]:
-    """Every check, cheapest first; none of them changes anything."""
-    return [_python(), *_packages(), _processors(), _memory(), _disk(), _accelerator(), _ray(), _registration()]
+def examine(config: str | None = None) -> list[Finding]:
+    """Every check, cheapest first; none of them changes anything.
+
+    Args:
+        config: a configuration whose places are looked at, too.
+    """
+    machine = [_python(), *_packages(), _processors(), _memory(), _disk(), _accelerator()]
+    cluster = [_ray(), _jobs_api(os.environ.get("RAY_API_SERVER_ADDRESS"))]
+    return [*machine, *cluster, _registration(), *(_places(config) if config else [])]
 
 
 def _python() -> Finding:
@@ -103,6 +109,37 @@ def _ray() -> Finding:
     return Finding(
         "ray cluster", level, f"{address}: {there}" + ("" if level == "ok" else "; RAY_AUTH_MODE=token is off")
     )
+
+
+def _jobs_api(address: str | None) -> Finding:
+    """Whether the cluster's dashboard, which starts whatever it is asked to, asks for a token."""
+    subject = "jobs API"
+    if not address:
+        return Finding(subject, "ok", "RAY_API_SERVER_ADDRESS is not set; no jobs are sent from here")
+    import requests  # comes with ray
+
+    try:
+        answer = requests.get(f"{address.rstrip('/')}/api/version", timeout=4)
+    except requests.RequestException:
+        return Finding(subject, "error", f"{address} does not answer; start the cluster or unset the variable")
+    if answer.status_code in (401, 403):
+        return Finding(subject, "ok", f"{address} asks for a token")
+    danger = "answers without a token: whoever reaches it can run any code on the cluster"
+    return Finding(subject, "warning", f"{address} {danger}; start it with RAY_AUTH_MODE=token (cluster/README.md)")
+
+
+def _places(path: str) -> list[Finding]:
+    """What a configuration names and the nodes of a cluster would not see."""
+    from cluster.shared import unshared
+    from pipelines.config import PipelineConfig, parse_config, read_config
+
+    raw = read_config(path)
+    parse_config(raw)
+    local = not (os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS"))
+    problems = unshared(PipelineConfig.model_validate(raw), one_machine=False)
+    alone = "; that does while every run has a local cluster" if local else ""
+    found = [Finding(problem.field, "ok" if local else "warning", f"{problem.message}{alone}") for problem in problems]
+    return found or [Finding("storage", "ok", f"everything that {path} names is shared")]
 
 
 def _registration() -> Finding:

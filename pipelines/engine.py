@@ -7,6 +7,7 @@ A worker trains several steps on one base, so every engine must leave the model 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from torch import nn
 from pipelines.config import ConfigError, PipelineConfig, Problem, did_you_mean
 from pipelines.evaluation import World
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 SHIPPED = ("zero1", "zero2", "zero3", "zero3-offload")
 
 
@@ -84,6 +86,26 @@ def prepare_environment() -> None:
     if torch.distributed.is_initialized():
         # joins the process group that is there; without it zero.Init believes in a world of one
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
+
+
+@contextlib.contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Inside, memory that is freed goes back to the system at once, where the C library is glibc.
+
+    Partitioning frees each layer's whole weights right after they were read. glibc would keep them for later, in
+    pieces between the shards that stay, and a worker under ZeRO-3 would grow by a whole copy of the model.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(M_TRIM_THRESHOLD, 1 << 16)
+    mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:  # where glibc's own adaptation would end: training allocates and frees the same sizes again and again
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
 def is_partitioned(model: nn.Module) -> bool:

@@ -12,10 +12,21 @@ from pathlib import Path
 
 from pipelines.config import ConfigError, PipelineConfig, Problem, looks_local
 
-ADAM_BYTES = 16  # fp32 weight, gradient and two moments of a trained number
+ADAM_BYTES = 12  # fp32 master copy and two moments of a trained number
+LIVE_NUMBERS = 10**9  # that DeepSpeed keeps gathered under ZeRO-3 (stage3_max_live_parameters)
+LOGIT_BYTES = 8  # fp32 logits and their gradient or log-softmax
 ACTIVATION_BYTES = (
     34  # a token, a layer and a hidden unit, bf16 without recomputation (Korthikanti et al. 2022, eq. 2)
 )
+ARITHMETIC = """\
+weights    base numbers × dtype bytes; zero3: ÷ workers, + at most 1e9 numbers that are gathered at a time;
+           zero3-offload: these alone, the shard lies in host memory
+optimizer  trained numbers × (weight and gradient in the base's dtype + 12 bytes: fp32 copy, two Adam moments);
+           ÷ workers: zero1 the 12 bytes, zero2 the gradient too, zero3 all of it
+passes     the larger of training, tokens a micro-batch × (layers × hidden × 34 bytes + vocabulary × 8), with gradient
+           checkpointing (layers × 2 + 34) × hidden, and evaluation, batch_tokens × (hidden × 34 + vocabulary × 8);
+           34 and 2 are bytes at two bytes a number
+not in it  CUDA and NCCL themselves (1 to 2 GiB), fragmentation"""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -150,26 +161,42 @@ def model_facts(config: PipelineConfig) -> ModelFacts:
 
 
 def memory_by_stage(facts: ModelFacts, config: PipelineConfig) -> dict[str, dict[str, float]]:
-    """GiB a worker, by ZeRO stage: weights, optimizer, activations, total. Estimates with stated formulas.
-
-    weights: base numbers × dtype bytes, divided by the workers under ZeRO-3; optimizer: 16 bytes a trained number,
-    divided by the workers; activations: tokens a pass × layers × hidden × 34 bytes (2 with gradient checkpointing),
-    and the logits, tokens × vocabulary × 8.
-    """
-    workers = config.resources.workers
-    training = config.training
-    tokens = -(-training.batch_size // training.gradient_accumulation // workers) * training.max_length
-    per_token = facts.layers * facts.hidden * (2 if training.gradient_checkpointing else ACTIVATION_BYTES)
-    per_token *= DTYPE_BYTES[config.base_model.dtype] / 2
-    activations = tokens * (per_token + facts.vocabulary * 8)
-    weights = facts.base_parameters * DTYPE_BYTES[config.base_model.dtype]
-    optimizer = facts.trainable_parameters * ADAM_BYTES
+    """GiB a worker, by ZeRO stage: weights, optimizer, passes, total. Estimates with the formulas of `ARITHMETIC`."""
+    workers, size = config.resources.workers, DTYPE_BYTES[config.base_model.dtype]
+    base, trained = facts.base_parameters, facts.trainable_parameters
+    gathered = min(base, LIVE_NUMBERS) * size
+    passes = max(_training_pass(facts, config), _evaluation_pass(facts, config))
     table = {}
-    for stage in ("zero1", "zero2", "zero3"):
+    for stage in ("zero1", "zero2", "zero3", "zero3-offload"):
+        sharded = stage.startswith("zero3")
+        weights = base * size
+        if sharded:
+            weights = gathered + (0 if stage == "zero3-offload" else weights / workers)
+        whole = size * (not sharded) + size * (stage == "zero1")  # weight, and under ZeRO-1 gradient, of each number
         parts = {
-            "weights": weights / (workers if stage == "zero3" else 1),
-            "optimizer": optimizer / workers,
-            "activations": activations,
+            "weights": weights,
+            "optimizer": trained * (whole + (ADAM_BYTES + 2 * size - whole) / workers),
+            "passes": passes,
         }
         table[stage] = {name: value / 2**30 for name, value in (parts | {"total": sum(parts.values())}).items()}
     return table
+
+
+def _training_pass(facts: ModelFacts, config: PipelineConfig) -> float:
+    """Bytes of the activations and logits of one micro-batch."""
+    training, workers = config.training, config.resources.workers
+    tokens = -(-training.batch_size // training.gradient_accumulation // workers) * training.max_length
+    layer = facts.hidden * ACTIVATION_BYTES
+    kept = facts.layers * facts.hidden * 2 + layer if training.gradient_checkpointing else facts.layers * layer
+    return tokens * (kept * DTYPE_BYTES[config.base_model.dtype] / 2 + facts.vocabulary * LOGIT_BYTES)
+
+
+def _evaluation_pass(facts: ModelFacts, config: PipelineConfig) -> float:
+    """Bytes of one forward pass of an evaluation: the activations of one layer, and logits."""
+    layer = facts.hidden * ACTIVATION_BYTES * DTYPE_BYTES[config.base_model.dtype] / 2
+    return config.evaluation.batch_tokens * (layer + facts.vocabulary * LOGIT_BYTES)
+
+
+def host_bytes(facts: ModelFacts, config: PipelineConfig) -> float:
+    """Host memory a worker takes under zero3-offload for its shard of the weights."""
+    return facts.base_parameters * DTYPE_BYTES[config.base_model.dtype] / config.resources.workers

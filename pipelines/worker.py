@@ -263,7 +263,8 @@ class Worker:
         self._partitioning = HfDeepSpeedConfig(self.settings) if self.world.lockstep else None
         base = self.config.base_model
         options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
-        with _stdout_to_stderr():
+        returned = engine.freed_memory_returned() if self._partitioning else contextlib.nullcontext()
+        with _stdout_to_stderr(), returned:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 base.path, dtype=getattr(torch, base.dtype), **options
             )

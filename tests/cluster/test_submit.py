@@ -8,13 +8,6 @@ from tests.bench import wait_for
 from tests.cluster.head import REPOSITORY, Head
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory):
-    head = Head.start(tmp_path_factory.mktemp("head"))
-    yield head
-    head.stop()
-
-
 @pytest.fixture
 def config(bench):
     return bench.config(

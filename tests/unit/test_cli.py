@@ -38,7 +38,7 @@ def test_dry_run_prints_the_arithmetic(call):
     assert result.exit_code == 0, result.output
     facts = json.loads(result.output)
     assert facts["model"]["trainable_parameters"] == 14 * 16  # q k v o gate up down of two layers, 4 × 4 each
-    assert set(facts["memory_gib"]) == {"zero1", "zero2", "zero3"}
+    assert set(facts["memory_gib"]) == {"zero1", "zero2", "zero3", "zero3-offload"}
 
 
 def test_missing_file(call):

@@ -112,6 +112,7 @@ def test_shipped_configurations_are_valid(monkeypatch):
         "domains-tiny",
         "paper-gpt2-large",
         "paper-mistral-7b",
+        "llama-70b",
         "mixed",
         "long-15",
         *(f"standard-cl-order{order}" for order in (1, 2, 3)),

@@ -1,0 +1,44 @@
+"""The memory estimate, against numbers worked by hand."""
+
+import pytest
+
+from pipelines.config import parse_config
+from pipelines.preflight import ModelFacts, host_bytes, memory_by_stage
+from tests.conftest import minimal
+
+GIB = 2**30
+
+
+def facts(base: int) -> ModelFacts:
+    return ModelFacts(base, 1_000_000, 4_000_000, layers=10, hidden=100, vocabulary=1000, context=2048)
+
+
+@pytest.fixture
+def config(tmp_path, reviews):
+    training = {"batch_size": 16, "gradient_accumulation": 2, "max_length": 64}
+    raw = minimal(tmp_path, reviews, training=training, resources={"workers": 4}, evaluation={"batch_tokens": 32})
+    return parse_config(raw | {"base_model": {"path": str(tmp_path), "dtype": "bfloat16"}})
+
+
+def test_hand_worked_numbers(config):
+    table = memory_by_stage(facts(8 * 10**9), config)
+    weights = [table[stage]["weights"] * GIB for stage in ("zero1", "zero2", "zero3", "zero3-offload")]
+    assert weights == pytest.approx([16e9, 16e9, 4e9 + 2e9, 2e9])
+    optimizer = [table[stage]["optimizer"] * GIB for stage in ("zero1", "zero2", "zero3")]
+    assert optimizer == pytest.approx([4e6 + 3e6, 2e6 + 3.5e6, 4e6])
+    tokens = 2 * 64
+    assert table["zero3"]["passes"] * GIB == pytest.approx(tokens * (10 * 100 * 34 + 1000 * 8))
+    assert table["zero3"]["total"] == pytest.approx(sum(table["zero3"][k] for k in ("weights", "optimizer", "passes")))
+    assert host_bytes(facts(8 * 10**9), config) == pytest.approx(4e9)
+
+
+def test_checkpointing_keeps_one_layer_and_the_borders_of_the_others(config):
+    training = config.training.model_copy(update={"gradient_checkpointing": True})
+    table = memory_by_stage(facts(10**9), config.model_copy(update={"training": training}))
+    assert table["zero2"]["passes"] * GIB == pytest.approx(128 * (100 * (10 * 2 + 34) + 1000 * 8))
+
+
+def test_a_large_evaluation_pass_binds(config):
+    evaluation = config.evaluation.model_copy(update={"batch_tokens": 100_000})
+    table = memory_by_stage(facts(10**9), config.model_copy(update={"evaluation": evaluation}))
+    assert table["zero2"]["passes"] * GIB == pytest.approx(100_000 * (100 * 34 + 1000 * 8))
