@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from pipelines.choice import loss_of
 from pipelines.config import ConfigError, PipelineConfig, Problem, did_you_mean, parse_config, read_yaml
 from pipelines.group import WorkerGroup
 from pipelines.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from pipelines.workflow import Plan
 
 CATALOGUE = Path(__file__).parent / "methods.yaml"
 RESAMPLES = 2000
@@ -267,7 +270,7 @@ def _run(config: PipelineConfig, group: WorkerGroup, on_event) -> dict | None:
     """results.json of a run that is now finished; None if its training failed."""
     from pipelines.workflow import RunFailed, make_plan, run_chain
 
-    _share_base(config, make_plan(config).base_directory)
+    _share_base(config, make_plan(config))
     on_event({"kind": "run", "name": config.name})
     try:
         return run_chain(config, on_event, group=group)
@@ -276,10 +279,10 @@ def _run(config: PipelineConfig, group: WorkerGroup, on_event) -> dict | None:
         return None
 
 
-def _share_base(config: PipelineConfig, base_directory: str) -> None:
+def _share_base(config: PipelineConfig, plan: Plan) -> None:
     """Copy the base's scores of another run here; cells that this one needs besides are evaluated as usual."""
-    run = RunDirectory(config.run_uri)
-    if run.metrics(base_directory):
+    run, base_directory = RunDirectory(config.run_uri), plan.base_directory
+    if run.metrics(base_directory) or not plan.missing_cells(run)[base_directory]:
         return
     siblings = RunDirectory(config.storage)
     for name in siblings.list(""):

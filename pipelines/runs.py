@@ -171,7 +171,7 @@ class RunDirectory:
         """The parsed file, or None where there is none."""
         try:
             return json.loads(self.read_bytes(relative))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write_json(self, relative: str, value: Any) -> None:
