@@ -6,6 +6,7 @@ that help and bad input answer at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -146,7 +147,7 @@ def _run(path, overrides, as_json, verbose, address=None, segment_length=None, r
     console = _console(err=as_json)
     steps = 1 if config.is_joint else len(config.tasks)
     try:
-        with ChainProgress(console, steps, config.name) as progress:
+        with _json_alone(as_json), ChainProgress(console, steps, config.name) as progress:
             results = run_chain(config, progress, verbose, segment_length, address, redo)
     except RunFailed as error:
         click.echo(f"error: {error}", err=True)
@@ -274,7 +275,8 @@ def compare(
         if event["kind"] in ("run", "warning"):
             console.print(event.get("text") or event["name"], highlight=False)
 
-    result = run_comparison(comparison, verbose, address, report, parallel)
+    with _json_alone(as_json):
+        result = run_comparison(comparison, verbose, address, report, parallel)
     click.echo(json.dumps(result, indent=1) if as_json else markdown(result))
 
 
@@ -444,7 +446,7 @@ def tune(config, task, overrides, address, as_json, verbose) -> None:
 
     console = _console(err=as_json)
     try:
-        with ChainProgress(console, 1, loaded.name) as progress:
+        with _json_alone(as_json), ChainProgress(console, 1, loaded.name) as progress:
             result = search_step(loaded, task, progress, verbose, address)
     except RunFailed as error:
         click.echo(f"error: {error}", err=True)
@@ -795,6 +797,13 @@ def doctor(config: str | None, as_json: bool) -> None:
             mark = {"ok": "ok  ", "warning": "WARN", "error": "FAIL"}[finding.level]
             click.echo(f"{mark}  {finding.subject}: {finding.text}")
     sys.exit(1 if any(finding.level == "error" for finding in findings) else 0)
+
+
+@contextlib.contextmanager
+def _json_alone(as_json: bool):
+    """Inside, whatever libraries print (Ray tells of lost nodes) goes to stderr: a script reads stdout."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield
 
 
 def _console(err: bool = False):
