@@ -255,6 +255,7 @@ def _send_parent(to: _Target, models, parent, steps: list[tuple[str, dict]]) -> 
         aggregates = [(name, results.get(name), moment, steps[-1][1]["position"]) for name in AGGREGATES]
         last = models.found.get(steps[-1][1]["fingerprint"])
         _send_metrics(to, run_id, aggregates, last.model_id if last else None)
+    models.link_chain()
     files = ["config.yaml", "results.json", "report.html", *(f"figures/{name}" for name in run.list("figures"))]
     for name in files:
         if run.exists(name):
