@@ -42,6 +42,7 @@ def measure(uri: str, folder: Path, steps: int) -> dict[str, float]:
         begun = time.perf_counter()
         result = work()
         seconds[name] = time.perf_counter() - begun
+        print(f"{steps} steps, {name}: {seconds[name]:.2f} s", file=sys.stderr)
         return result
 
     timed("send the whole chain", lambda: project(run, uri, "benchmark"))
