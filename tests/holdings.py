@@ -1,4 +1,4 @@
-"""Everything that an MLflow store holds of an experiment and a registered model, without ids, to compare two stores."""
+"""Everything that an MLflow store holds of an experiment and a model, without ids: two stores can be compared."""
 
 from __future__ import annotations
 
