@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipelines.config import PipelineConfig
-from pipelines.runs import RunDirectory, fingerprint
+from pipelines.runs import RunDirectory, RunDirectoryError, fingerprint
 from pipelines.store import LineageError
 
 STAMP = "published.json"
@@ -47,7 +47,7 @@ def publish(run: RunDirectory, config: PipelineConfig, results: dict, send: Send
     if runs and warning is None:
         try:
             results["registry"] = promotion.settle(run, config, results, runs, config.tracking.uri)
-        except LineageError as error:
+        except (LineageError, RunDirectoryError) as error:  # MLflow away, or a run that it started from gone
             warning = str(error)
         if failure := (results["registry"] or {}).get("hook_failure"):
             notes.append(failure)

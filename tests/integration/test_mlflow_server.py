@@ -88,6 +88,14 @@ def test_run_goes_on_without_its_server_and_the_verdict_waits(interrupted):
     assert after["scores"] == during["scores"]
 
 
+def test_step_records_what_it_was_computed_with(bench, interrupted, client):
+    _, results = interrupted
+    params = client.get_run(results["steps"][0]["mlflow_run_id"]).data.params
+    wanted = ("training.seed", "evaluation.seed", "environment.deepspeed_stage", "environment.hardware.cores")
+    assert all(name in params for name in wanted)
+    assert bench.metrics(results, 0)["classes"]["part"]
+
+
 def test_afterwards_mlflow_holds_what_it_would_have_held_and_nothing_twice(bench, interrupted, client, tmp_path):
     from mlflow import MlflowClient
 
