@@ -286,7 +286,8 @@ def gate_tags(verdict: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _children(to: _Target, parent_id: str) -> dict[str, Any]:
-    found = search_runs(to.client, [to.experiment_id], {"mlflow.parentRunId": parent_id})
+    tags = {"mlflow.parentRunId": parent_id, PREFIX + "kind": "step"}
+    found = search_runs(to.client, [to.experiment_id], tags)
     return {child.data.tags[PREFIX + "step_fingerprint"]: child for child in found}
 
 

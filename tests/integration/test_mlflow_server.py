@@ -51,7 +51,7 @@ def client(server):
 def interrupted(bench, server, client):
     """A finished run whose server was killed during its second step and started again after its end."""
     changes = {
-        "training": bench.raw["training"] | {"max_steps": 60},
+        "training": bench.raw["training"] | {"max_steps": 100},
         "resources": {"workers": 1},
         "tracking": {"uri": server.address, "experiment": "interrupted", "register_as": "docs-bot"},
         "gate": {"max_forgetting": 0.9, "max_nll_increase": 9, "max_perplexity_ratio": 99},
