@@ -65,8 +65,10 @@ def decide(run: RunDirectory, config: PipelineConfig, results: dict) -> dict | N
     tracking = config.tracking
     try:
         champion = registry.champion(tracking.uri, tracking.register_as) if tracking and tracking.register_as else None
-        if champion is None or _is(champion, run, results):
+        if champion is None:
             return judge(results, config.gate) | {"against": None}
+        if _is(champion, run, results):
+            return {"passed": True, "reasons": [], "notes": ["this adapter is the champion already"], "against": None}
         sides = champion_side(tracking.uri, champion), run_side(run, results["steps"][-1]["directory"])
         verdict = judge_against(*sides, results, config.gate)
     except LineageError as error:
