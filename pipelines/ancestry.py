@@ -213,7 +213,8 @@ class _Siblings:
 
 def _siblings(client, run) -> _Siblings:
     chain = client.get_run(run.data.tags["mlflow.parentRunId"])
-    found = search_runs(client, [run.info.experiment_id], {"mlflow.parentRunId": chain.info.run_id})
+    tags = {"mlflow.parentRunId": chain.info.run_id, PREFIX + "kind": "step"}
+    found = search_runs(client, [run.info.experiment_id], tags)
     steps = {step.data.tags[PREFIX + "step_fingerprint"]: step for step in found}
     return _Siblings(chain, steps, chain.data.tags.get(PREFIX + "base_fingerprint", ""))
 

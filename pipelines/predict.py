@@ -18,7 +18,7 @@ from pipelines.data import prediction_set
 from pipelines.evaluation import World, score
 from pipelines.export import choose_step
 from pipelines.kinds import kind_of
-from pipelines.runs import RunDirectory
+from pipelines.runs import RunDirectory, RunDirectoryError
 
 BASE = ("base", "0")  # names of row 0: the untouched base
 
@@ -115,7 +115,14 @@ def _with_adapter(model: torch.nn.Module, folder: Path, config: PipelineConfig) 
 
 def _tasks_until(run: RunDirectory, directory: str) -> frozenset[str]:
     """Tasks that a step's ancestors and it were trained on."""
-    return frozenset(task for _, _, metrics in run.ancestors(directory) for task in metrics["tasks"])
+    tasks: set[str] = set()
+    try:
+        for _, _, metrics in run.ancestors(directory):
+            tasks |= set(metrics["tasks"])
+    except RunDirectoryError:  # the run that it started from is gone; results.json says what that one had learned
+        learned_at = (run.results() or {}).get("learned_at", {})
+        tasks |= {name for name, row in learned_at.items() if row == 0}
+    return frozenset(tasks)
 
 
 # -- rows

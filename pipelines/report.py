@@ -365,7 +365,7 @@ def _section_gate(results: dict) -> str:
         f"Compared with the champion, version {against['version']} of {escape(against['name'])}, on the same test "
         "examples. A loss counts if it is over its limit and a one-sided paired test gives p &lt; 0.05."
         if against
-        else "There is no champion to compare with: the limits that the configuration sets, held against this chain."
+        else "Not compared with a champion: the limits that the configuration sets, held against this chain."
     )
     reasons = gate["reasons"] or ["nothing speaks against this adapter"]
     items = "".join(f"<li>{escape(str(reason))}</li>" for reason in [*reasons, *gate.get("notes", [])])
