@@ -260,7 +260,10 @@ class _Look:
 
     def _judge(self, domain: Domain, chain: PipelineConfig, champion) -> tuple[str, list[str]]:
         """Why this domain is not trained: (kind of decision, reasons); no reasons: it is."""
-        from pipelines.door import check_data  # imports datasets
+        from pipelines.hub import hub_available
+
+        hub_available(chain)
+        from pipelines.door import check_data  # imports datasets, after the hub was asked for
         from pipelines.sources import DataError, digest_of
 
         taken = {"base", *(source.name for source in [*self.config.tasks, *self.config.retention])}

@@ -105,8 +105,12 @@ def _registered(config: PipelineConfig) -> tuple[str, str]:
     if config.tracking is None:
         raise _fault(f"'{config.start_from}' needs a model registry; set tracking.uri, or name <run>/<step>")
     from pipelines.registry import by_alias  # imports mlflow
+    from pipelines.store import LineageError
 
-    version = by_alias(config.tracking.uri, name, alias)
+    try:
+        version = by_alias(config.tracking.uri, name, alias)
+    except LineageError as error:
+        raise _fault(str(error)) from error
     if version is None:
         raise _fault(
             f"no version of '{name}' has the alias '{alias}' in {config.tracking.uri}; "
