@@ -169,11 +169,11 @@ def from_mlflow(uri: str, model_uri: str) -> Ancestry:
         if version is None:
             raise ConfigError([Problem(model_uri, f"is no registered version in {uri}; see curlora ui")])
         run = client.get_run(version.run_id)
+        base_model = _tag(run, "base_model")
         siblings = _siblings(client, run)
         links = [_link_of_run(run)]
-        while run.data.tags[PREFIX + "parent_fingerprint"] != siblings.base:
-            parent = run.data.tags[PREFIX + "parent_fingerprint"]
-            origin = run.data.tags.get(PREFIX + "parent_run")
+        while (origin := _tag(run, "parent_run")) or _tag(run, "parent_fingerprint") != siblings.base:
+            parent = _tag(run, "parent_fingerprint")
             found = _elsewhere(client, origin, parent) if origin else siblings.steps.get(parent)
             if found is None:
                 raise ConfigError([Problem(model_uri, f"MLflow has no run of step {parent}, which it grew from")])
@@ -181,7 +181,11 @@ def from_mlflow(uri: str, model_uri: str) -> Ancestry:
             run = found
             links.append(_link_of_run(run))
         links.append(_base_link(client, siblings.chain))
-        return Ancestry(run.data.tags[PREFIX + "base_model"], tuple(reversed(links)))
+        return Ancestry(base_model, tuple(reversed(links)))
+
+
+def _tag(run, name: str) -> str | None:
+    return run.data.tags.get(PREFIX + name)
 
 
 def _version(client, model_uri: str):

@@ -228,6 +228,7 @@ FIGURES: dict[str, Callable[[dict, list[dict]], Any]] = {
 
 CARDS = 12  # more adapters than this are drawn as a dense grid
 GRID_ROWS = 25
+LINE = 0.2  # inches
 SHOWN_SETTINGS = ("adapter.type", "adapter.r", "strategy.name", "training.learning_rate")
 
 
@@ -261,15 +262,15 @@ def _empty(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _draw_cards(ancestry: Ancestry) -> Figure:
     cards = [_card(ancestry, index) for index in range(len(ancestry.links))]
-    heights = [0.32 + 0.19 * len(lines) for lines in cards]
-    figure, ax = _empty(6.6, sum(heights) + 0.1)
+    heights = [0.34 + LINE * len(lines) for lines in cards]
+    figure, ax = _empty(6.0, sum(heights) + 0.1)
     tops = [sum(heights[:index]) + 0.2 for index in range(len(heights))]
     ax.plot([0.2, 0.2], [tops[0], tops[-1]], color="#9aa5b1", linewidth=2, zorder=1)
     for link, lines, top in zip(ancestry.links, cards, tops, strict=True):
         ax.plot(0.2, top, zorder=2, **_dot(ancestry, link, 9))
         ax.text(0.42, top, link.title, va="center", fontsize=10, weight="bold")
-        for number_, line in enumerate(lines, 1):
-            ax.text(0.42, top + 0.19 * number_, line, va="center", fontsize=7.5, color="#3c4654")
+        for row, line in enumerate(lines, 1):
+            ax.text(0.42, top + LINE * row, line, va="center", fontsize=8.5, color="#3c4654")
     return figure
 
 
@@ -287,14 +288,15 @@ def _card(ancestry: Ancestry, index: int) -> list[str]:
     return [_short(line) for line in [*lines, *([", ".join(scores)] if scores else [])]]
 
 
-def _short(line: str, limit: int = 100) -> str:
+def _short(line: str, limit: int = 88) -> str:
     return line if len(line) <= limit else f"{line[: limit // 2]}…{line[-limit // 2 :]}"
 
 
 def own_scores(link: Link) -> dict[str, float]:
     """Scores of what a step learned, and the perplexity on retained text after it."""
-    wanted = {f"score/{task}" for task in link.tasks}
-    return {name: v for name, v in link.scores.items() if name in wanted or name.startswith("perplexity/")}
+    wanted = [f"score/{task}" for task in link.tasks]
+    wanted += [name for name in link.scores if name.startswith("perplexity/")]
+    return {name: link.scores[name] for name in wanted if name in link.scores}
 
 
 def _dot(ancestry: Ancestry, link: Link, size: float) -> dict:
@@ -315,8 +317,8 @@ def _draw_grid(ancestry: Ancestry) -> Figure:
     places = [(2.1 * (k // GRID_ROWS) + 0.15, 0.2 * (k % GRID_ROWS) + 0.2) for k in range(len(ancestry.links))]
     lines = [places[start : start + GRID_ROWS] for start in range(0, len(places), GRID_ROWS)]
     ax.add_collection(LineCollection(lines, colors="#9aa5b1", linewidths=1.2, zorder=1))
-    for number_, (link, (x, y)) in enumerate(zip(ancestry.links, places, strict=True)):
+    for place, (link, (x, y)) in enumerate(zip(ancestry.links, places, strict=True)):
         ax.plot(x, y, zorder=2, **_dot(ancestry, link, 4.5))
         own = next((f"  {v:.3f}" for name, v in own_scores(link).items() if name.startswith("score/")), "")
-        ax.text(x + 0.12, y, f"{number_} {_short(link.label, 16)}{own}", va="center", fontsize=7)
+        ax.text(x + 0.12, y, f"{place} {_short(link.label, 16)}{own}", va="center", fontsize=7)
     return figure

@@ -28,7 +28,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ class _Target:
     experiment_id: str
     run: RunDirectory
     config: PipelineConfig
+    inputs: set[tuple[str, str, str]] = field(default_factory=set)  # (run id, dataset, digest) that are there
 
 
 def current_steps(run: RunDirectory, chain: Sequence[str] | None = None) -> list[tuple[str, dict]]:
@@ -255,14 +256,14 @@ def _send_parent(to: _Target, models, parent, steps: list[tuple[str, dict]]) -> 
         aggregates = [(name, results.get(name), moment, steps[-1][1]["position"]) for name in AGGREGATES]
         last = models.found.get(steps[-1][1]["fingerprint"])
         _send_metrics(to, run_id, aggregates, last.model_id if last else None)
+    models.link_chain()
     files = ["config.yaml", "results.json", "report.html", *(f"figures/{name}" for name in run.list("figures"))]
-    for name in files:
-        if run.exists(name):
-            _upload(to, run_id, name, name, known={})
+    _upload(to, run_id, {name: name for name in files if run.exists(name)})
     tags = {PREFIX + "tasks": ",".join(task.name for task in to.config.tasks)[:TAG_LENGTH]}
     if steps:
         tags[PREFIX + "last_step"] = steps[-1][1]["fingerprint"]
-        tags[PREFIX + "base_fingerprint"] = steps[0][1]["fingerprint"]
+        if not steps[0][1].get("parent_run"):  # row 0 is the base, not another run's step
+            tags[PREFIX + "base_fingerprint"] = steps[0][1]["fingerprint"]
     if results and results.get("gate"):
         tags |= gate_tags(results["gate"])
     _set_tags(to, parent, tags)
@@ -486,7 +487,10 @@ def _send_inputs(to: _Target, run_id: str, metrics: dict) -> None:
         inputs.append(
             _dataset(f"{cell['name']}/test", cell["digest"], cell["count"], sources.get(cell["name"]), context)
         )
-    for batch in _batches(inputs, PARAMS_A_BATCH):
+    keys = {(run_id, item.dataset.name, item.dataset.digest): item for item in inputs}
+    missing = [item for key, item in keys.items() if key not in to.inputs]
+    to.inputs.update(keys)
+    for batch in _batches(missing, PARAMS_A_BATCH):
         to.client.log_inputs(run_id, datasets=batch)
 
 
@@ -505,14 +509,17 @@ def _dataset(name: str, digest: str, rows: int, source: str | None, context: str
 
 def _upload_folder(to: _Target, run_id: str, directory: str, target: str) -> None:
     """Files of a step that MLflow lacks or has in another size; what is there already is not sent again."""
-    run, known = to.run, _known_artifacts(to, run_id, target)
-    for entry in sorted(run.fs.find(run.path(directory))):
-        relative = posixpath.relpath(entry, run.path(directory))
+    known, root = _known_artifacts(to, run_id, target), to.run.path(directory)
+    wanted = {}
+    for entry, info in sorted(to.run.fs.find(root, detail=True).items()):
+        relative = posixpath.relpath(entry, root)
+        place = posixpath.join(target, relative)
         if relative.endswith(".tmp") or relative.startswith("strategy/"):
             continue
         # metrics.json may get later cells, in a text of the same length
-        seen = {} if relative == "metrics.json" else known
-        _upload(to, run_id, f"{directory}/{relative}", posixpath.join(target, relative), seen)
+        if relative == "metrics.json" or known.get(place) != info["size"]:
+            wanted[f"{directory}/{relative}"] = place
+    _upload(to, run_id, wanted)
 
 
 def _known_artifacts(to: _Target, run_id: str, path: str) -> dict[str, int]:
@@ -526,18 +533,16 @@ def _known_artifacts(to: _Target, run_id: str, path: str) -> dict[str, int]:
     return known
 
 
-def _upload(to: _Target, run_id: str, source: str, target: str, known: Mapping[str, int]) -> None:
-    run = to.run
-    if target in known and known[target] == run.fs.size(run.path(source)):
-        return
-    folder = posixpath.dirname(target) or None
-    if run.is_local:
-        to.client.log_artifact(run_id, run.path(source), folder)
+def _upload(to: _Target, run_id: str, files: Mapping[str, str]) -> None:
+    """Files of the run as artifacts (path in the run → artifact path), in one go: one by one takes far longer."""
+    if not files:
         return
     with tempfile.TemporaryDirectory() as scratch:
-        local = Path(scratch) / posixpath.basename(target)
-        local.write_bytes(run.read_bytes(source))
-        to.client.log_artifact(run_id, str(local), folder)
+        for source, target in files.items():
+            local = Path(scratch) / target
+            local.parent.mkdir(parents=True, exist_ok=True)
+            local.write_bytes(to.run.read_bytes(source))
+        to.client.log_artifacts(run_id, scratch)
 
 
 def _batches(items: Sequence, size: int) -> Iterator[Sequence]:

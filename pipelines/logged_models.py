@@ -6,11 +6,12 @@ are there. See pipelines/serving.py for what it does when it is loaded.
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,14 +178,29 @@ class LoggedModels:
 
     def _link(self, run_id: str, model, metrics: dict) -> None:
         """As output of its run, with the parent adapter as input. MLflow would add both again every time."""
-        from mlflow.entities import LoggedModelInput, LoggedModelOutput
+        from mlflow.entities import LoggedModelInput
+
+        given = {found.model_id for found in self._outputs(run_id, {model.model_id: metrics["position"]})}
+        parent = self.found.get(metrics["parent"])
+        if parent and parent.model_id not in given:
+            self.client.log_inputs(run_id, models=[LoggedModelInput(parent.model_id)])
+
+    def link_chain(self) -> None:
+        """All models as outputs of the chain's run."""
+        positions = {metrics["fingerprint"]: metrics["position"] for _, metrics in self.steps}
+        made = {m.model_id: positions[name] for name, m in self.found.items() if name in positions}
+        self._outputs(self.chain_id, made)
+
+    def _outputs(self, run_id: str, made: Mapping[str, int]) -> list:
+        """Add the outputs (model id → position) that a run lacks; its model inputs."""
+        from mlflow.entities import LoggedModelOutput
 
         run = self.client.get_run(run_id)
-        if model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
-            self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, metrics["position"])])
-        parent = self.found.get(metrics["parent"])
-        if parent and parent.model_id not in {given.model_id for given in run.inputs.model_inputs}:
-            self.client.log_inputs(run_id, models=[LoggedModelInput(parent.model_id)])
+        known = {output.model_id for output in run.outputs.model_outputs}
+        missing = [LoggedModelOutput(model_id, step) for model_id, step in made.items() if model_id not in known]
+        if missing:
+            self.client.log_outputs(run_id, missing)
+        return run.inputs.model_inputs
 
     def _adapter(self, directory: str, metrics: dict) -> Adapter:
         tasks = learned_tasks(self._history(metrics["position"]))
@@ -244,11 +260,12 @@ def signature(config: PipelineConfig, default: str):
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
     columns: dict[str, Any] = {}
+    readers = collections.Counter(name for task in config.tasks for name in kind_of(task).inputs(task))
     for task in config.tasks:
         for name in kind_of(task).inputs(task):
             columns.setdefault(name, _type_of(task, name))
-    required = len(config.tasks) == 1
-    inputs = Schema([ColSpec(kind, name, required=required) for name, kind in columns.items()])
+    everybody = len(config.tasks)  # a column that not all tasks read may be left out
+    inputs = Schema([ColSpec(kind, name, required=readers[name] == everybody) for name, kind in columns.items()])
     outputs = Schema([ColSpec(kind, name, required=False) for name, kind in _outputs(config.tasks).items()])
     return ModelSignature(inputs, outputs, ParamSchema([ParamSpec("task", "string", default)]))
 

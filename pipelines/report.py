@@ -27,7 +27,7 @@ from pipelines.figures import (
     render,
     shading,
 )
-from pipelines.lineage import current_steps
+from pipelines.lineage import current_steps, flatten
 from pipelines.runs import RunDirectory, RunDirectoryError
 from pipelines.summary import (
     MANY,
@@ -393,8 +393,8 @@ def _comparisons(comparisons: Sequence[dict]) -> str:
 def _registered(registered: dict | None) -> str:
     if not registered:
         return ""
-    role = "the champion since then" if registered["promoted"] else "a candidate; the champion was left in place"
-    text = f"Registered in MLflow as <code>{escape(registered['uri'])}</code>, {role}."
+    role = "and made the champion" if registered["promoted"] else "as a candidate that was not promoted"
+    text = f"Registered in MLflow as <code>{escape(registered['uri'])}</code> {role}."
     failure = registered.get("hook_failure")
     return f"\n<p>{text}</p>" + (f'\n<p class="worse">{escape(failure)}</p>' if failure else "")
 
@@ -449,7 +449,7 @@ def _step_facts(step: dict) -> list[tuple[str, str]]:
         f"{whole(step.get('training', {}).get('steps'))} optimizer steps",
     ]
     facts.append(("setting", escape("; ".join(words))))
-    environment = step.get("environment", {})
+    environment = flatten(step.get("environment", {}))
     facts.append(("environment", escape(", ".join(f"{key} {value}" for key, value in environment.items()))))
     facts.append(("finished", _moment(step["finished"])))
     return facts

@@ -17,6 +17,7 @@ from pipelines.runs import RunDirectory, fingerprint
 TEXT = ("biomed", "code", "finance")
 START = 1_760_000_000.0
 STEP_SECONDS = 100.0
+EXAMPLES = 200
 
 
 def make_config(
@@ -49,12 +50,15 @@ def _task(folder: Path, name: str) -> dict:
     }
 
 
-def make_run(folder: Path, finished: int | None = None, status: str = "finished", **options) -> RunDirectory:
+def make_run(
+    folder: Path, finished: int | None = None, status: str = "finished", drop: float = 0.0, **options
+) -> RunDirectory:
     """Write a run.
 
     Args:
         finished: number of trained steps that are done; default: all of them.
         status: what `results.json` says; None leaves the file out, as before the first result.
+        drop: how much lower every score of a trained task is than usual.
         options: see `make_config`.
     """
     config = make_config(folder, **options)
@@ -64,10 +68,29 @@ def make_run(folder: Path, finished: int | None = None, status: str = "finished"
     groups = [[task.name for task in config.tasks]] if config.is_joint else [[task.name] for task in config.tasks]
     steps = [write_step(run, config, 0, [], None)]
     for position, names in enumerate(groups[:finished], start=1):
-        steps.append(write_step(run, config, position, names, steps[-1]["fingerprint"]))
+        steps.append(write_step(run, config, position, names, steps[-1]["fingerprint"], drop=drop))
     if status is not None:
         write_results(run, config, steps, status)
         _event(run, steps[-1]["finished"] + 1, status)
+    return run
+
+
+def make_grown_run(folder: Path, origin: RunDirectory, task: str, **options) -> RunDirectory:
+    """A run whose only step grew from the last one of another run (`start_from`), which lists the tasks of both."""
+    tasks = origin.results()["tasks"]
+    config = make_config(folder, tasks=(*tasks, task), **options)
+    run = RunDirectory(config.run_uri)
+    run.open_for_writing(config)
+    _event(run, START, "started", name=config.name)
+    last = origin.results()["steps"][-1]
+    start = origin.metrics(last["directory"])
+    row = start | {"position": 0, "tasks": [], "parent": None, "parent_run": origin.uri, "data": {}}
+    run.write_json(f"steps/0-start-{last['fingerprint'][:8]}/metrics.json", row)
+    step = write_step(run, config, 1, [task], last["fingerprint"], depth=len(tasks) + 1)
+    directory = run.find_step(step["fingerprint"])
+    step |= {"parent_run": origin.uri}
+    run.write_json(f"{directory}/metrics.json", step)
+    write_results(run, config, [row, step], "finished")
     return run
 
 
@@ -91,10 +114,18 @@ def retention_nll(index: int, position: int) -> float:
     return 4.42 + 0.2 * index + 0.012 * position
 
 
-def write_step(run: RunDirectory, config: PipelineConfig, position: int, names: list[str], parent: str | None) -> dict:
-    """One step's folder, `metrics.json` last."""
+def write_step(
+    run: RunDirectory,
+    config: PipelineConfig,
+    position: int,
+    names: list[str],
+    parent: str | None,
+    depth: int = 0,
+    drop: float = 0.0,
+) -> dict:
+    """One step's folder, `metrics.json` last; `depth`: its position where an earlier run came before."""
     training = config.training.model_dump()
-    identity = [config.base_model.path, parent, names, config.adapter.model_dump(), training]
+    identity = [config.base_model.path, parent, names, config.adapter.model_dump(), training, drop]
     step_fingerprint = fingerprint(identity)
     label = "base" if position == 0 else names[0] if len(names) == 1 else "joint"
     directory = f"steps/{position}-{label}-{step_fingerprint[:8]}"
@@ -105,7 +136,7 @@ def write_step(run: RunDirectory, config: PipelineConfig, position: int, names: 
         "position": position,
         "tasks": names,
         "parent": parent,
-        "cells": _cells(config, step_fingerprint, position, started + 80),
+        "cells": _cells(config, depth or position, started + 80, drop),
         "started": started,
         "finished": started + 95,
         "peak_memory_bytes": 1_400_000_000,
@@ -123,11 +154,21 @@ def write_step(run: RunDirectory, config: PipelineConfig, position: int, names: 
         run.write_bytes(f"{directory}/adapter/adapter_config.json", b'{"peft_type": "CURLORA", "r": 8}')
         run.write_bytes(f"{directory}/adapter/adapter_model.safetensors", bytes(range(256)) * 24)
         run.write_bytes(f"{directory}/heads.safetensors", bytes(1024))
+        names = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "heads.safetensors")
+        metrics["files"] = {name: {"bytes": run.fs.size(run.path(f"{directory}/{name}"))} for name in names}
     for cell in metrics["cells"]:
-        rows = [json.dumps({"index": i, "prediction": i % 2, "label": 0}) for i in range(4)]
-        run.write_bytes(f"{directory}/predictions/{cell['name']}.jsonl", "\n".join(rows).encode())
+        rows = "".join(json.dumps(outcome) + "\n" for outcome in outcomes(cell))
+        run.write_bytes(f"{directory}/predictions/{cell['name']}.jsonl", rows.encode())
     run.write_json(f"{directory}/metrics.json", metrics)
     return metrics
+
+
+def outcomes(cell: dict) -> list[dict]:
+    """Per-example outcomes that add up to a cell's value: the first so many examples are right, or equal losses."""
+    if cell["metric"] == "nll":
+        return [{"id": i, "nll": 40 * cell["value"], "tokens": 40} for i in range(EXAMPLES)]
+    right = round(EXAMPLES * cell["value"])
+    return [{"id": i, "label": 1, "prediction": int(i < right), "correct": i < right} for i in range(EXAMPLES)]
 
 
 def _trained(config: PipelineConfig, position: int, started: float) -> dict:
@@ -155,18 +196,18 @@ def _trained(config: PipelineConfig, position: int, started: float) -> dict:
     }
 
 
-def _cells(config: PipelineConfig, step_fingerprint: str, position: int, moment: float) -> list[dict]:
+def _cells(config: PipelineConfig, position: int, moment: float, drop: float) -> list[dict]:
     cells = []
     for index, task in enumerate(config.tasks):
         if not _needed(config, index, position):
             continue
-        value = score(config, task.name, position)
+        value = score(config, task.name, position) - drop
         text = task.name in TEXT
         majority = None if text else 0.51
-        cells.append(_cell(step_fingerprint, task.name, "task", task.metric, value, moment + index, majority))
+        cells.append(_cell(task.name, "task", task.metric, value, moment + index, majority))
     for index, corpus in enumerate(config.retention):
         value = retention_nll(index, position)
-        cells.append(_cell(step_fingerprint, corpus.name, "retention", "nll", value, moment + 10 + index, None))
+        cells.append(_cell(corpus.name, "retention", "nll", value, moment + 10 + index, None))
     return cells
 
 
@@ -175,7 +216,7 @@ def _needed(config: PipelineConfig, index: int, position: int) -> bool:
     return position == 0 or config.is_joint or position >= index
 
 
-def _cell(adapter: str, name: str, role: str, metric: str, value: float, moment: float, majority) -> dict:
+def _cell(name: str, role: str, metric: str, value: float, moment: float, majority) -> dict:
     nll = value if metric == "nll" else None
     digest = fingerprint(["test", name])
     return {
@@ -185,11 +226,11 @@ def _cell(adapter: str, name: str, role: str, metric: str, value: float, moment:
         "value": value,
         "nll": nll,
         "perplexity": None if nll is None else math.exp(nll),
-        "count": 872,
-        "tokens": 41_000 if nll else None,
+        "count": EXAMPLES,
+        "tokens": 40 * EXAMPLES if nll else None,
         "majority": majority,
         "digest": digest,
-        "key": fingerprint([adapter, digest, metric]),
+        "key": fingerprint([digest, metric]),
         "seconds": 3.2,
         "time": moment,
     }
@@ -222,6 +263,7 @@ def write_results(run: RunDirectory, config: PipelineConfig, steps: list[dict], 
         "majority": {name: None if name in TEXT else 0.51 for name in tasks},
         **aggregates(scores, list(metric.values()), nll),
         "gate": None,
+        "registry": None,
         "seconds": {"total": 101.0 * len(steps), "train": 70.0 * (len(steps) - 1), "evaluate": 15.0, "overhead": 16.0},
         "steps": [_result_step(step) for step in steps[1:]],
     }
@@ -229,9 +271,11 @@ def write_results(run: RunDirectory, config: PipelineConfig, steps: list[dict], 
 
 
 def _result_step(step: dict) -> dict:
+    label = step["tasks"][0] if len(step["tasks"]) == 1 else "joint"
     return {
-        "task": step["tasks"][0] if len(step["tasks"]) == 1 else "joint",
+        "task": label,
         "fingerprint": step["fingerprint"],
+        "directory": f"steps/{step['position']}-{label}-{step['fingerprint'][:8]}",
         "mlflow_run_id": None,
         "seconds": step["seconds"],
         "tokens_per_second": step["training"]["tokens_per_second"],

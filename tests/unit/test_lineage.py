@@ -310,7 +310,7 @@ def test_long_chain_sends_only_what_is_new(tmp_path, store, monkeypatch):
     from mlflow import MlflowClient
 
     requests = []
-    for name in ("log_batch", "log_inputs", "log_artifact", "create_run"):
+    for name in ("log_batch", "log_inputs", "log_artifacts", "create_run"):
         original = getattr(MlflowClient, name)
         monkeypatch.setattr(
             MlflowClient, name, lambda *a, _o=original, _n=name, **k: (requests.append(_n), _o(*a, **k))[1]

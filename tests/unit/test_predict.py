@@ -1,6 +1,7 @@
 """`predict` on a run as workers write it: the same answers as the evaluation, for every kind."""
 
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -11,7 +12,7 @@ from pipelines.config import ConfigError, parse_config
 from pipelines.data import evaluation_set
 from pipelines.evaluation import World, evaluate
 from pipelines.kinds import kind_of
-from pipelines.predict import load_trained, predict, rows_of_file, rows_of_texts
+from pipelines.predict import input_columns, load_trained, predict, rows_of_file, rows_of_texts
 from pipelines.runs import RunDirectory
 from pipelines.sources import load_split, records
 from tests.conftest import WORDS, write_jsonl
@@ -153,3 +154,61 @@ def test_command_line(trained, tmp_path):
     assert "in.jsonl:2: expected an object" in broken.output
     with pytest.raises(ConfigError, match="cannot be read"):
         rows_of_file(tmp_path / "nowhere.jsonl")
+
+
+@pytest.fixture
+def served(trained, tmp_path):
+    """The same step as an MLflow model, loaded."""
+    import mlflow.pyfunc
+
+    from pipelines.kinds import kind_of
+    from pipelines.logged_models import Adapter, learned_tasks, write_model
+    from pipelines.workflow import base_fingerprint
+
+    run, _ = trained
+    directory, config = "steps/1-head-abcdef12", run.config()
+    metrics = run.metrics(directory)
+    metrics["files"] = {path.removeprefix(run.path(directory) + "/"): {} for path in run.fs.find(run.path(directory))}
+    learned = [task for task in config.tasks if task.name != "later"]
+    metrics["classes"] = {task.name: kind_of(task).classes(task) for task in learned}
+    tasks = learned_tasks([(config, metrics | {"tasks": [task.name for task in learned]})])
+    config = config.model_copy(update={"tasks": tasks})
+    write_model(Adapter(run, directory, metrics, config, base_fingerprint(config.base_model)), tmp_path / "model")
+    return mlflow.pyfunc.load_model(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", ["head", "words", "write", "choose", "read"])
+def test_the_mlflow_model_says_what_predict_says_without_the_data(trained, served, name, tmp_path):
+    import pandas as pd
+
+    run, _ = trained
+    rows = [{column: row[column] for column in input_columns(run, name)} for row in ROWS[:6]]
+    wanted = predict(run, name, rows)
+    shutil.rmtree(tmp_path / "data")
+    answered = served.predict(pd.DataFrame(rows), params={"task": name}).to_dict("records")
+    assert answered == wanted
+
+
+def test_the_mlflow_model_is_code_without_pickles_and_asks_for_its_packages(served, tmp_path):
+    folder = tmp_path / "model"
+    files = [path.name for path in folder.rglob("*") if path.is_file()]
+    assert not [name for name in files if name.endswith((".pkl", ".pickle", ".bin", ".pt"))]
+    assert {"served.py", "input_example.json"} <= set(files)
+    requirements = (folder / "requirements.txt").read_text()
+    assert "curlora==" in requirements and "+" not in requirements
+    assert [column.name for column in served.metadata.get_input_schema().inputs] == ["text", "second", "choices"]
+    facts = served.metadata.metadata["curlora"]
+    assert facts["tasks"] == ["head", "words", "write", "choose", "read"]
+
+
+def test_the_mlflow_model_refuses_another_base(served, tmp_path):
+    import mlflow.pyfunc
+
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "base", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
+    with pytest.raises(ConfigError, match="the adapter was trained on"):
+        mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config={"base_model": str(other)})
+    with pytest.raises(ConfigError, match="name its place"):
+        mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config={"base_model": str(tmp_path / "none")})

@@ -1,0 +1,96 @@
+"""How lineage grows with the length of a chain: sending, asking and drawing 200 steps against 20.
+
+    python tests/benchmarks/lineage.py [--server]      over a sqlite file, or over an MLflow server on loopback
+
+Run directories are synthesised (tests/unit/sample_run.py), each with a score matrix of its full size, so row k has k
+scores: what is sent grows with the square of the steps, whatever the system does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "unit")]
+
+from sample_run import make_run  # noqa: E402
+
+from pipelines.ancestry import as_text, from_mlflow, from_run  # noqa: E402
+from pipelines.figures import write_ancestry  # noqa: E402
+from pipelines.lineage import project  # noqa: E402
+from pipelines.registry import register  # noqa: E402
+from pipelines.report import write_figures, write_report  # noqa: E402
+from pipelines.store import initialize, ui_command, ui_environment  # noqa: E402
+
+SHORT, LONG = 20, 200
+
+
+def measure(uri: str, folder: Path, steps: int) -> dict[str, float]:
+    """Seconds of each thing that a user waits for."""
+    tasks = [f"t{k}" for k in range(steps)]
+    run = make_run(folder, name=f"chain{steps}", tasks=tasks, finished=steps - 1)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, work: Callable):
+        begun = time.perf_counter()
+        result = work()
+        seconds[name] = time.perf_counter() - begun
+        print(f"{steps} steps, {name}: {seconds[name]:.2f} s", file=sys.stderr)
+        return result
+
+    timed("send the whole chain", lambda: project(run, uri, "benchmark"))
+    run = make_run(folder, name=f"chain{steps}", tasks=tasks)
+    ids = timed("send one step more", lambda: project(run, uri, "benchmark"))
+    timed("send again, nothing new", lambda: project(run, uri, "benchmark"))
+    ancestry = timed("ancestry from the run directory", lambda: from_run(run, run.results()["steps"][-1]["directory"]))
+    version, _ = timed("register", lambda: register(uri, "benchmark", ids[ancestry.links[-1].fingerprint], ancestry))
+    assert timed("ancestry from MLflow", lambda: from_mlflow(uri, version.uri)) == ancestry
+    timed("ancestry as text", lambda: as_text(ancestry))
+    timed("ancestry as a figure", lambda: write_ancestry(ancestry, folder / "ancestry.png"))
+    timed("figures of the report", lambda: write_figures(run))
+    timed("the report", lambda: write_report(run))
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--server", action="store_true", help="over HTTP instead of a sqlite file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        store = f"sqlite:///{folder}/mlflow.db"
+        initialize(store)
+        server, uri = None, store
+        if arguments.server:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            server = subprocess.Popen(ui_command(store, port), env=ui_environment(), stderr=subprocess.DEVNULL)
+            uri = f"http://127.0.0.1:{port}"
+            while socket.socket().connect_ex(("127.0.0.1", port)):
+                time.sleep(0.2)
+        try:
+            make_warm(uri, folder)
+            short, long = (measure(uri, folder, steps) for steps in (SHORT, LONG))
+        finally:
+            if server:
+                server.terminate()
+    print(f"| seconds | {SHORT} steps | {LONG} steps | ratio |\n|---|---|---|---|")
+    for name, value in short.items():
+        print(f"| {name} | {value:.2f} | {long[name]:.2f} | {long[name] / value:.1f} |")
+
+
+def make_warm(uri: str, folder: Path) -> None:
+    """Slow imports and the first migration belong to nobody."""
+    measure(uri, folder, 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The gate against a champion: a loss counts if it is over its limit and no accident."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from pipelines.config import GateConfig
+from pipelines.gate import Side, judge_against, mcnemar_worse, sign_flip, worse
+
+NOTHING = {"learning_accuracy": None}
+
+
+def cell(name: str, value: float, role: str = "task", metric: str = "accuracy", key: str = "same", count: int = 200):
+    nll = value if metric == "nll" else None
+    perplexity = math.exp(nll) if nll else None
+    fields = {"role": role, "metric": metric, "value": value, "nll": nll, "perplexity": perplexity}
+    return {"name": name, "key": key, "count": count, **fields}
+
+
+def side(outcomes: dict[str, list[dict]] | None = None, tasks=(), **cells) -> Side:
+    return Side({name: cell(name, **given) for name, given in cells.items()}, (outcomes or {}).__getitem__, tasks)
+
+
+def answers(right: int, count: int = 200) -> list[dict]:
+    return [{"id": i, "correct": i < right} for i in range(count)]
+
+
+def losses(values) -> list[dict]:
+    return [{"id": i, "nll": float(value), "tokens": 10} for i, value in enumerate(values)]
+
+
+def test_a_task_that_was_forgotten_is_refused_with_its_reason():
+    champion = side({"mrpc": answers(160)}, mrpc={"value": 0.8})
+    candidate = side({"mrpc": answers(120)}, mrpc={"value": 0.6})
+    verdict = judge_against(champion, candidate, NOTHING, GateConfig())
+    assert not verdict["passed"]
+    (reason,) = verdict["reasons"]
+    assert "mrpc: accuracy 0.8000 → 0.6000" in reason and "exact McNemar test" in reason
+    assert verdict["comparisons"][0]["p"] == pytest.approx(0.5**40)
+
+
+def test_a_large_loss_that_may_be_an_accident_is_let_pass_and_named():
+    champion = side({"mrpc": answers(6, 10)}, mrpc={"value": 0.6, "count": 10})
+    candidate = side({"mrpc": answers(4, 10)}, mrpc={"value": 0.4, "count": 10})
+    verdict = judge_against(champion, candidate, NOTHING, GateConfig())
+    assert verdict["passed"] and "may be an accident (p = 0.25)" in verdict["notes"][0]
+
+
+def test_a_certain_loss_within_its_limit_is_let_pass_without_a_test():
+    champion, candidate = side(mrpc={"value": 0.80}), side(mrpc={"value": 0.79})  # no outcomes: they must not be read
+    verdict = judge_against(champion, candidate, NOTHING, GateConfig(max_forgetting=0.02))
+    assert verdict["passed"] and verdict["comparisons"][0]["p"] is None
+
+
+@pytest.mark.parametrize(("role", "limit"), [("task", "max_nll_increase"), ("retention", "max_perplexity_ratio")])
+def test_text_and_retained_text_are_compared_by_their_losses(role, limit):
+    noise = np.random.default_rng(0).normal(size=60)
+    before, after = losses(40 + noise), losses(42 + noise)
+    champion = side({"text": before}, text={"value": 4.0, "metric": "nll", "role": role})
+    candidate = side({"text": after}, text={"value": 4.2, "metric": "nll", "role": role})
+    verdict = judge_against(champion, candidate, NOTHING, GateConfig())
+    assert not verdict["passed"] and "sign-flip test" in verdict["reasons"][0]
+    assert judge_against(champion, candidate, NOTHING, GateConfig(**{limit: None}))["passed"]
+    assert judge_against(candidate, champion, NOTHING, GateConfig())["passed"]  # an improvement
+
+
+def test_what_the_champion_has_learned_must_be_measured():
+    champion = side(tasks=("mrpc",), mrpc={"value": 0.8}, later={"value": 0.5})
+    verdict = judge_against(champion, side(), NOTHING, GateConfig())
+    assert verdict["reasons"] == ["mrpc: the champion has learned it, the candidate was not scored on it"]
+
+
+def test_scores_on_other_test_data_are_not_compared():
+    champion, candidate = side(mrpc={"value": 0.8}), side(mrpc={"value": 0.1, "key": "changed"})
+    verdict = judge_against(champion, candidate, NOTHING, GateConfig())
+    assert verdict["passed"] and verdict["comparisons"] == []
+    assert "mrpc is not compared" in verdict["notes"][0]
+
+
+def test_a_floor_of_learning_holds_beside_the_champion():
+    verdict = judge_against(side(), side(), {"learning_accuracy": 0.5}, GateConfig(min_learning_accuracy=0.7))
+    assert verdict["reasons"] == ["learning accuracy 0.5000 is below the limit 0.7"]
+
+
+def test_outcomes_of_other_examples_cannot_be_paired():
+    with pytest.raises(ValueError, match="different examples"):
+        worse(answers(1, 3), answers(1, 4))
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (5, 0), (0, 5), (9, 3), (30, 31)])
+def test_mcnemar_is_the_tail_of_a_fair_coin(lost, gained):
+    flips = [math.comb(lost + gained, k) for k in range(lost + gained + 1)]
+    assert mcnemar_worse(lost, gained) == pytest.approx(sum(flips[lost:]) / sum(flips))
+
+
+def test_sign_flip_agrees_with_all_sign_choices():
+    values = np.random.default_rng(3).normal(0.4, 1, size=10)
+    sums = [np.dot(signs, values) for signs in itertools.product((-1, 1), repeat=10)]
+    exact = np.mean(np.array(sums) >= values.sum() - 1e-12)
+    assert sign_flip(values) == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 9999))
+    assert sign_flip([0.0, 0.0]) == 1.0
+    assert sign_flip(-values) > 1 - exact - 0.03
