@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -164,10 +165,18 @@ def save_adapter(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: 
             save_embedding_layers=False,
             selected_adapters=[stacks.TRAINED],
         )
+        _sort_sets(folder / "adapter" / "adapter_config.json", model.peft_config[stacks.TRAINED])
     (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's model card template says nothing
     file = folder / "adapter" / "adapter_model.safetensors"
     _check_shapes(file, adapter)
     return file.stat().st_size
+
+
+def _sort_sets(file: Path, config) -> None:
+    """PEFT writes sets in an order that differs from process to process; the same adapter shall be the same bytes."""
+    sets = {name: sorted(value) for name, value in vars(config).items() if isinstance(value, set)}
+    raw = json.loads(file.read_text()) | sets
+    file.write_text(json.dumps(raw, indent=2, sort_keys=True))
 
 
 def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -234,17 +234,20 @@ def _print_facts(config, facts, table: dict) -> None:
 
 @main.command()
 @click.argument("config", type=click.Path())
-@click.option("--methods", required=True, help="adapter or adapter+strategy, separated by commas.")
+@click.option("--methods", required=True, help="adapter or adapter+strategy, with commas; a/b+c/d: all pairs.")
 @click.option("--seeds", default="0", show_default=True, help="Training seeds, separated by commas.")
 @click.option("--learning-rates", default="", help="Grid for each method, judged on the first task's validation part.")
 @click.option("--reference", help="Method that the paired intervals are against; default: the first.")
-@click.option("--catalogue", type=click.Path(path_type=Path), help="YAML of methods; default: pipelines/configs.")
+@click.option(
+    "--parallel", type=click.IntRange(1), help="Runs at the same time; default: as many as the cluster holds."
+)
+@click.option("--catalogue", type=click.Path(path_type=Path), help="YAML of methods; default: pipelines/methods.yaml.")
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field of CONFIG.")
 @click.option("--address", help="Ray cluster; default: RAY_ADDRESS, else a local one.")
 @click.option("--json", "as_json", is_flag=True)
 @click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
 def compare(
-    config, methods, seeds, learning_rates, reference, catalogue, overrides, address, as_json, verbose
+    config, methods, seeds, learning_rates, reference, parallel, catalogue, overrides, address, as_json, verbose
 ) -> None:
     """Methods side by side on the sequence of CONFIG: a table with errors over seeds, paired intervals, a figure.
 
@@ -271,7 +274,7 @@ def compare(
         if event["kind"] in ("run", "warning"):
             console.print(event.get("text") or event["name"], highlight=False)
 
-    result = run_comparison(comparison, verbose, address, report)
+    result = run_comparison(comparison, verbose, address, report, parallel)
     click.echo(json.dumps(result, indent=1) if as_json else markdown(result))
 
 
@@ -618,6 +621,31 @@ def lineage(adapter: str, as_json: bool, figure: Path | None, uri: str | None, s
 
         write_ancestry(found, figure)
     click.echo(json.dumps(found.to_json(), indent=1) if as_json else as_text(found))
+
+
+@main.command()
+@click.argument("run")
+@click.option("--points", type=click.IntRange(2), default=5, show_default=True, help="On each line, ends included.")
+@click.option("--storage", default="./runs", show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def connectivity(run: str, points: int, storage: str, as_json: bool) -> None:
+    """Loss of every task on the straight line from each adapter of RUN to the next: is there a path that forgets less?
+
+    \b
+    Example:  curlora connectivity domains-tiny
+    """
+    from pipelines.connectivity import write
+
+    directory = _open(run, storage)
+    found = write(directory, points)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    for line in found:
+        click.echo(f"{line['from']} → {line['to']}")
+        for name, values in line["loss"].items():
+            click.echo(f"  {name:<20}" + "".join(f"{value:9.4f}" for value in values))
+    click.echo(f"{directory.uri}/figures/connectivity.png")
 
 
 @main.command()

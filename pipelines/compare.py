@@ -2,8 +2,8 @@
 
 A method is an adapter of a catalogue, or `adapter+strategy`. Its learning rate comes from a small grid, judged on the
 first task's validation part. Every run is an ordinary run directory below `<storage>/<name>/`, so a comparison that
-was interrupted, or gets another method later, trains only what is missing. All runs share a warm worker group and the
-base's scores.
+was interrupted, or gets another method later, trains only what is missing. The runs share the base's scores and as
+many warm worker groups as the cluster holds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import csv
 import io
 import itertools
 import math
+import queue
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from pipelines.config import ConfigError, PipelineConfig, Problem, did_you_mean,
 from pipelines.group import WorkerGroup
 from pipelines.runs import RunDirectory
 
-CATALOGUE = Path(__file__).parent / "configs" / "methods.yaml"
+CATALOGUE = Path(__file__).parent / "methods.yaml"
 RESAMPLES = 2000
 FIGURES = (  # key in results.json, heading, digits
     ("learning_accuracy", "learning acc.", 3),
@@ -93,11 +95,12 @@ def merged(base: Any, changes: Any) -> Any:
 
 
 def read_methods(names: Sequence[str], catalogue: Path = CATALOGUE) -> list[Method]:
-    """The methods of those names.
+    """The methods of those names; `a/b+c/d` stands for a+c, a+d, b+c and b+d.
 
     Raises:
         ConfigError: unknown names.
     """
+    names = dict.fromkeys(name for pattern in names for name in _expand(pattern))
     known = read_yaml(catalogue)
     adapters, strategies = known.get("adapters", {}), known.get("strategies", {})
     methods, problems = [], []
@@ -118,15 +121,27 @@ def read_methods(names: Sequence[str], catalogue: Path = CATALOGUE) -> list[Meth
     return methods
 
 
+def _expand(pattern: str) -> list[str]:
+    adapters, plus, strategies = pattern.partition("+")
+    return [a + plus + s for a, s in itertools.product(adapters.split("/"), strategies.split("/"))]
+
+
 # -- running
 
 
 def compare(
-    comparison: Comparison, verbose: bool = False, address: str | None = None, on_event: Callable = lambda event: None
+    comparison: Comparison,
+    verbose: bool = False,
+    address: str | None = None,
+    on_event: Callable = lambda event: None,
+    parallel: int | None = None,
 ) -> dict:
     """Run what is missing, in order of seed, and return `{"methods": …, "table": …}`.
 
     A method that fails is reported as such and does not end the comparison.
+
+    Args:
+        parallel: runs at the same time, each with `resources.workers` workers; None: as many as the cluster holds.
 
     Raises:
         ConfigError: a method's configuration is impossible, before anything is trained.
@@ -137,15 +152,62 @@ def compare(
     first = next(iter(configs.values()))
     folder = RunDirectory(f"{first.storage}")
     with cluster(first, verbose, address):
-        group = WorkerGroup(first, folder.uri, gpus_per_worker(first), verbose)
+        gpus = gpus_per_worker(first)
+        count = parallel or groups_that_fit(first, gpus)
+        crew = Crew([WorkerGroup(first, folder.uri, gpus, verbose) for _ in range(count)], on_event)
         try:
-            rates = {m.name: _learning_rate(comparison, m, group, on_event) for m in comparison.methods}
-            for seed, method in itertools.product(comparison.seeds, comparison.methods):
-                config = _config_of_run(comparison, method, seed, rates[method.name])
-                _run(config, group, on_event)
+            rates = _learning_rates(comparison, crew)
+            seeds_and_methods = itertools.product(comparison.seeds, comparison.methods)
+            crew.run([_config_of_run(comparison, m, seed, rates[m.name]) for seed, m in seeds_and_methods])
         finally:
-            group.close()
+            crew.close()
     return summarise(comparison, folder, rates)
+
+
+def groups_that_fit(config: PipelineConfig, gpus: float) -> int:
+    """How many worker groups the connected cluster holds at once; at least one."""
+    import ray
+
+    there, workers = ray.cluster_resources(), config.resources.workers
+    needs = {"CPU": workers * config.resources.cpus_per_worker, "GPU": workers * gpus}
+    return max(1, min(int(there.get(kind, 0) // need) for kind, need in needs.items() if need))
+
+
+class Crew:
+    """Worker groups that take runs from one list, each a run at a time."""
+
+    def __init__(self, groups: Sequence[WorkerGroup], on_event: Callable):
+        self.groups, self.on_event = list(groups), on_event
+        self._idle: queue.SimpleQueue[WorkerGroup] = queue.SimpleQueue()
+        for group in self.groups:
+            self._idle.put(group)
+        self._active: set[str] = set()  # URIs of the runs at work
+
+    def run(self, configs: Sequence[PipelineConfig]) -> list[dict | None]:
+        """results.json of each run, all finished now; None where training failed. Ctrl-C stops them all."""
+        with ThreadPoolExecutor(len(self.groups), thread_name_prefix="run") as pool:
+            futures = [pool.submit(self._one, config) for config in configs]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                for uri in list(self._active):
+                    RunDirectory(uri).request_stop("the comparison ends")
+                raise
+
+    def _one(self, config: PipelineConfig) -> dict | None:
+        group = self._idle.get()
+        self._active.add(config.run_uri)
+        try:
+            return _run(config, group, self.on_event)
+        finally:
+            self._active.discard(config.run_uri)
+            self._idle.put(group)
+
+    def close(self) -> None:
+        for group in self.groups:
+            group.close()
 
 
 def _parsed(method: Method, raw: dict) -> PipelineConfig:
@@ -165,17 +227,19 @@ def _config_of_run(comparison: Comparison, method: Method, seed: int, rate: floa
     return parse_config(comparison.configuration(method, **training) | {"name": f"{method.safe_name}-s{seed}"})
 
 
-def _learning_rate(comparison: Comparison, method: Method, group: WorkerGroup, on_event) -> float | None:
-    """The grid's best on the first task's validation part; None where there is nothing to choose."""
-    if not method.tuned or not comparison.learning_rates:
-        return None
-    losses = {}
-    for rate in comparison.learning_rates:
-        config = tuning_config(comparison, method, rate)
-        results = _run(config, group, on_event)
+def _learning_rates(comparison: Comparison, crew: Crew) -> dict[str, float | None]:
+    """Each method's best of the grid on the first task's validation part; None where there is nothing to choose."""
+    tuned = [method for method in comparison.methods if method.tuned and comparison.learning_rates]
+    trials = list(itertools.product(tuned, comparison.learning_rates))
+    configs = [tuning_config(comparison, method, rate) for method, rate in trials]
+    losses: dict[str, dict[float, float]] = {method.name: {} for method in tuned}
+    for (method, rate), config, results in zip(trials, configs, crew.run(configs), strict=True):
         if results is not None:
-            losses[rate] = validation_loss(RunDirectory(config.run_uri), results)
-    return min(losses, key=losses.get) if losses else comparison.learning_rates[0]
+            losses[method.name][rate] = validation_loss(RunDirectory(config.run_uri), results)
+    chosen = {
+        name: min(found, key=found.get) if found else comparison.learning_rates[0] for name, found in losses.items()
+    }
+    return {method.name: chosen.get(method.name) for method in comparison.methods}
 
 
 def tuning_config(comparison: Comparison, method: Method, rate: float) -> PipelineConfig:

@@ -243,8 +243,17 @@ def sequence_nll(model: nn.Module, padded: Padded, starts: Sequence[int]) -> lis
     ).logits
     if not keep:
         logits = logits[:, kept]
-    losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), padded.ids[:, first + 1 :], reduction="none")
+    losses = token_nll(logits, padded.ids[:, first + 1 :])
     return (losses.double() * counted[:, first + 1 :]).sum(1).tolist()
+
+
+def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(batch, length) fp32 cross-entropy of logits (batch, length, vocabulary); 0 where the target is -100.
+
+    Flattened, so that the softmax runs along contiguous memory: over a strided dimension a CPU is many times slower.
+    """
+    losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape)
 
 
 def by_writing(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:

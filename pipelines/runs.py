@@ -202,9 +202,10 @@ class RunDirectory:
             self.write_json("format.json", {"format": FORMAT})
             self.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
         except OSError as error:
-            raise RunDirectoryError(
-                f"storage: {self.uri} is not writable ({error}); choose another storage"
-            ) from error
+            raise self._not_writable(error) from error
+
+    def _not_writable(self, error: OSError) -> RunDirectoryError:
+        return RunDirectoryError(f"storage: {self.uri} is not writable ({error}); choose another storage")
 
     def config(self) -> PipelineConfig:
         return PipelineConfig.model_validate(yaml.safe_load(self.read_bytes("config.yaml")))
@@ -298,8 +299,15 @@ class RunDirectory:
     # -- lease: one driver at a time
 
     def acquire_lease(self) -> Lease:
-        """Raises `LeaseHeld` while another driver is alive (a heartbeat within 15 s; a dead process here is none)."""
-        return Lease(self)
+        """Raises `LeaseHeld` while another driver is alive (a heartbeat within 15 s; a dead process here is none).
+
+        Raises:
+            RunDirectoryError: storage not writable.
+        """
+        try:
+            return Lease(self)
+        except OSError as error:
+            raise self._not_writable(error) from error
 
     def driver(self) -> dict | None:
         """The lease of a driver that may be alive: its `host`, `pid`, `token`; None if surely nobody drives."""

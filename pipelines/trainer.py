@@ -22,7 +22,7 @@ from pipelines import engine
 from pipelines.checkpoint import Checkpoint
 from pipelines.config import TrainingConfig
 from pipelines.data import IGNORE
-from pipelines.evaluation import World, keep_logits, last_token_features, pad, place
+from pipelines.evaluation import World, keep_logits, last_token_features, pad, place, token_nll
 from pipelines.heads import trainable_heads
 
 LOOK_SECONDS = 1.0  # about so long between two looks at the loss: each look waits for the device and for all ranks
@@ -160,10 +160,7 @@ def _first_target(labels: torch.Tensor) -> int:
 
 def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """(batch,) mean over each row's targets; 0 for a row without any."""
-    losses = nn.functional.cross_entropy(
-        logits.float().transpose(1, 2), targets, ignore_index=IGNORE, reduction="none"
-    )
-    return losses.sum(1) / (targets != IGNORE).sum(1).clamp(min=1)
+    return token_nll(logits, targets).sum(1) / (targets != IGNORE).sum(1).clamp(min=1)
 
 
 class ContinualTrainer(transformers.Trainer):

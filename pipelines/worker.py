@@ -47,6 +47,7 @@ from pipelines.trainer import (
     optimizer_steps,
     training_arguments,
 )
+from pipelines.writing import write_text
 
 QUEUE_SECONDS = 0.1  # between two looks for the next assignment
 IDLE_SECONDS = 60.0
@@ -465,6 +466,7 @@ class Worker:
             plan.depth,
             self.config.training.seed,
             examples,
+            write=self._write_text,
             rank=self.world.rank,
             size=self.world.size,
             total=self._total,
@@ -499,6 +501,18 @@ class Worker:
             "weights": weights,
             "seconds": history["seconds"] + time.time() - begun,
         }
+
+    def _write_text(self, model: nn.Module, rows: int, length: int) -> list[tuple[int, ...]]:
+        """Sequences that the model samples by itself: for strategies, before a step is trained."""
+        self.pulse.say("writing", rows=rows)
+        tokenizer = self.tokenizer
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
+        start = next(token for token in ends if token is not None)
+        forbidden = [tokenizer.pad_token_id] if tokenizer.pad_token_id not in (None, *ends[:2]) else []
+        length = min(length, self.config.training.max_length, self.context)
+        seed = self.config.training.seed
+        with engine.ready_for_inference(model, self.settings, self.world), self.pulse.guard():
+            return write_text(model, rows, length, start, seed, self.world, forbidden)
 
     def _examples(self, plan: StepPlan) -> Sequence[Example]:
         training = self.config.training

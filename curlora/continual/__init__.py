@@ -8,12 +8,13 @@ from curlora.continual.ewc import EWC
 from curlora.continual.ilora import ILora
 from curlora.continual.joint import Joint
 from curlora.continual.olora import OLora
+from curlora.continual.rehearsal import Rehearsal
 from curlora.continual.replay import Replay
 from curlora.continual.sequential import Sequential
 from curlora.continual.strategy import Example, Requires, StepOutput, Strategy, TaskContext
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    strategy.name: strategy for strategy in (Sequential, Replay, ILora, CLora, EWC, OLora, Joint)
+    strategy.name: strategy for strategy in (Sequential, Replay, Rehearsal, ILora, CLora, EWC, OLora, Joint)
 }
 
 

@@ -13,6 +13,23 @@ from curlora.continual.memory import ReservoirMemory
 from curlora.continual.strategy import Example, Strategy, TaskContext, require
 
 
+class Quota:
+    """How many rows a share adds to each micro-batch; `owed` carries fractions of a row over to the next ones.
+
+    Args:
+        each: rows for every new one.
+    """
+
+    def __init__(self, each: float):
+        self.each, self.owed = each, 0.0
+
+    def take(self, fresh: int) -> int:
+        self.owed += fresh * self.each
+        count = math.floor(self.owed)
+        self.owed -= count
+        return count
+
+
 class Replay(Strategy):
     """Mix earlier tasks in.
 
@@ -32,34 +49,25 @@ class Replay(Strategy):
         require(share is None or 0 <= share < 1, f"share is {share}; use a number in [0, 1), e.g. 0.02")
         require(size is None or size >= 0, f"size is {size}; use 0 or more rows a micro-batch")
         require(memory > 0, f"memory is {memory}; use a positive number of rows, e.g. 500")
-        self.share = (0.02 if share is None else share) if size is None else None
+        share = 0.02 if share is None else share
         self.size = size
+        self.quota = Quota(share / (1 - share))
         self.memory = ReservoirMemory(memory)
         self._draws = 0  # micro-batches of this task so far
-        self._owed = 0.0  # rows that the share asks for and that were not replayed yet: less than one
         self._seed: tuple[int, int] = (0, 0)
 
     def replayed_tasks(self) -> tuple[str, ...]:
-        return self.memory.tasks if self.share or self.size else ()
+        return self.memory.tasks if self.size or (self.size is None and self.quota.each) else ()
 
     def before_task(self, model, task: TaskContext) -> None:
-        self._draws, self._owed, self._seed = 0, 0.0, (task.seed, task.position)
+        self._draws, self._seed, self.quota.owed = 0, (task.seed, task.position), 0.0
 
     def batch(self, examples: list[Example]) -> list[Example]:
-        count = self._count(len(examples))
+        count = self.quota.take(len(examples)) if self.size is None else self.size
         self._draws += 1
         if not count or not len(self.memory):
             return examples
         return examples + self.memory.draw(count, (*self._seed, self._draws))
-
-    def _count(self, fresh: int) -> int:
-        """Rows to replay beside `fresh` new ones; fractions are carried over to later micro-batches."""
-        if self.share is None:
-            return self.size
-        self._owed += fresh * self.share / (1 - self.share)
-        count = math.floor(self._owed)
-        self._owed -= count
-        return count
 
     def after_task(self, model, task: TaskContext) -> None:
         self.memory.add_task(task.name, task.examples, task.seed)
@@ -67,9 +75,9 @@ class Replay(Strategy):
     def state(self):
         tensors, values = self.memory.state()
         named = {f"memory.{name}": tensor for name, tensor in tensors.items()}
-        return named, {"memory": values, "draws": self._draws, "owed": self._owed}
+        return named, {"memory": values, "draws": self._draws, "owed": self.quota.owed}
 
     def load_state(self, tensors, values) -> None:
         memory = {k.removeprefix("memory."): t for k, t in tensors.items() if k.startswith("memory.")}
         self.memory.load_state(memory, values["memory"])
-        self._draws, self._owed = values["draws"], values["owed"]
+        self._draws, self.quota.owed = values["draws"], values["owed"]

@@ -37,13 +37,14 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What a strategy may know of the task at hand, and the two services that it may need.
+    """What a strategy may know of the task at hand, and the services that it may need.
 
     Attributes:
         position: counts from 1.
         seed: the run's.
         examples: the task's training set, the same on every rank.
         losses: (model, examples) → (batch,) loss of each example, differentiable, outside the optimizer's engine.
+        write: (model, rows, length) → token sequences sampled from the model, before training, on all ranks together.
         rank, size: this process among those that train. Under ZeRO-3 all must call `losses` equally often.
         total: sum of a tensor over all ranks, on all ranks.
     """
@@ -53,6 +54,7 @@ class TaskContext:
     seed: int
     examples: Sequence[Example] = field(repr=False, default=())
     losses: Callable[[nn.Module, Sequence[Example]], torch.Tensor] | None = None
+    write: Callable[[nn.Module, int, int], list[tuple[int, ...]]] | None = None
     rank: int = 0
     size: int = 1
     total: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor

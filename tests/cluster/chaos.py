@@ -19,7 +19,7 @@ from tests.bench import Bench
 
 DRIVER_SURVIVES = ("worker", "hang", "mlflow")
 DAMAGES = ("worker", "raylet", "driver", "mlflow", "disk", "sigterm", "hang")
-SOON_SECONDS = 8.0
+SOON_SECONDS = 5.0
 START_SECONDS = 240.0
 
 
@@ -62,14 +62,15 @@ class Chaos:
 
     def run(self, damages: list[str]) -> dict:
         """results.json of the finished run."""
-        process = self._start()
+        process, same_workers = self._start(), False
         for damage in damages:
             begun = time.monotonic()
-            if not self._wait_for_a_moment(process):
+            if not self._wait_for_a_moment(process, same_workers):
                 break  # it was quicker than the monkey
             self.log.append((damage, round(time.monotonic() - begun, 1), self._phase()))
             before = descendants(process)
             getattr(self, f"_{damage}")(process)
+            same_workers = damage == "mlflow"
             if damage in DRIVER_SURVIVES:
                 continue
             process.communicate(timeout=START_SECONDS)
@@ -100,9 +101,9 @@ class Chaos:
     def _directory(self) -> Path:
         return (self.disk or self.bench.root / "runs") / self.name
 
-    def _wait_for_a_moment(self, process: subprocess.Popen) -> bool:
+    def _wait_for_a_moment(self, process: subprocess.Popen, same_workers: bool) -> bool:
         """Until a random moment of the work (sometimes of the start-up); False if the run has ended before."""
-        if self.rng.random() > 0.2:
+        if self.rng.random() > 0.2 and not same_workers:
             seen = self._progress_mark()
             while process.poll() is None and self._progress_mark() == seen:
                 time.sleep(0.05)

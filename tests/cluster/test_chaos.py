@@ -9,7 +9,7 @@ import pytest
 
 from tests.cluster.chaos import DAMAGES, Chaos, Server
 
-STEPS = 60
+STEPS = 100
 SHORT = {"replay": ["worker", "disk", "driver"], "ilora": ["mlflow", "raylet", "sigterm"]}
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -38,3 +40,35 @@ def test_chain_survives_the_loss_of_a_node(bench, reference, cluster):
     assert starts >= 2
     for step in range(3):
         assert bench.adapter_bytes(results, step) == bench.adapter_bytes(reference, step)
+
+
+def test_a_node_that_announces_its_end_leaves_a_checkpoint_at_once(bench, cluster):
+    """None would be due for an hour: what the chain goes on from is what the notice has made it write."""
+    config = bench.config(
+        "announced",
+        tasks=[bench.raw["tasks"][2]],
+        training=bench.raw["training"] | {"max_steps": 2000},
+        durability={"checkpoint_seconds": 3600},
+    )
+    process = bench.start(config, "--address", cluster.address, env=os.environ | {"RAY_AUTH_MODE": "disabled"})
+    directory = bench.directory("announced")
+
+    def training() -> bool:
+        progress = directory / "progress.json"
+        return progress.exists() and json.loads(progress.read_text())["kind"] == "training"
+
+    wait_for(training, process)
+    node, reason = cluster.second.node_id, "DRAIN_NODE_REASON_PREEMPTION"
+    drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address]
+    command = [*drain, "--node-id", node, "--reason", reason, "--reason-message", "spot price"]
+    subprocess.run(command, check=True, env=os.environ | {"RAY_AUTH_MODE": "disabled"})
+    wait_for(lambda: list(directory.glob("train/*/*.json")), process)
+    cluster.remove_node(cluster.second, allow_graceful=False)
+    cluster.add_node(num_cpus=1)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    results = json.loads(out)
+    events = [json.loads(path.read_text()) for path in directory.glob("events/*.json")]
+    written = {event["step"] for event in events if event["kind"] == "checkpoint"}
+    assert written
+    assert bench.metrics(results, 0)["training"]["resumed_at"][0] in written

@@ -20,6 +20,7 @@ from pipelines import engine
 from pipelines.config import TrainingConfig
 from pipelines.evaluation import World
 from pipelines.trainer import ContinualTrainer, training_arguments
+from pipelines.writing import write_text
 
 CASES = {
     "ilora": ("curlora", {"share": 0.4, "consistency": 50.0, "decay": 0.8}),
@@ -27,6 +28,7 @@ CASES = {
     "clora": ("lora", {"k": 6, "strength": 0.3}),
     "olora": ("lora", {"strength": 0.05}),
     "replay": ("curlora", {"size": 3}),
+    "rehearsal": ("curlora", {"share": 0.2, "base_share": 0.3, "base_rows": 70, "base_length": 6}),
 }
 TRAINING = TrainingConfig(max_steps=4, batch_size=8, gradient_accumulation=2, learning_rate=1e-2, max_grad_norm=1.0)
 
@@ -85,7 +87,7 @@ def train(model, strategy, task: TaskContext, config: dict, world: World) -> dic
     strategy.before_task(model, task)
     with tempfile.TemporaryDirectory() as scratch, engine.hooks_restored(model):
         arguments = training_arguments(TRAINING, 4, config, scratch, cpu=True, bf16=False, world_size=world.size)
-        trainer = ContinualTrainer(model, arguments, task.examples, strategy, TRAINING, world, lambda points: None)
+        trainer = ContinualTrainer(model, arguments, task.examples, strategy, TRAINING, world, 4, lambda points: None)
         trainer.train()
         parameters = adapter_parameters(model)
         if config["zero_optimization"]["stage"] == 3:
@@ -111,7 +113,12 @@ def main(stage: int, base_directory: str, out: Path) -> None:
             model = adapt(base, kind)
             if published:
                 write(adapter_parameters(model), published)
-            places = {"rank": world.rank, "size": world.size, "total": total}
+
+            def write_rows(model, rows, length):
+                with engine.ready_for_inference(model, config, world):
+                    return write_text(model, rows, length, 1, 0, world)
+
+            places = {"rank": world.rank, "size": world.size, "total": total, "write": write_rows}
             context = TaskContext(task, position, 0, examples(task, position), **places)
             trained = train(model, strategy, context, config, world)
             published = strategy.evaluation_weights(model) or trained

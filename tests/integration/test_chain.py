@@ -188,3 +188,19 @@ def test_exported_step_gives_the_workers_logits_without_curlora(bench, reference
     arguments = [form, bench.raw["base_model"]["path"], str(target), json.dumps(step["input_ids"])]
     out = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code, *arguments], text=True)
     assert json.loads(out)[: len(step["last_logits"])] == pytest.approx(step["last_logits"], abs=1e-4)
+
+
+def test_the_line_between_two_steps_ends_at_their_own_scores(bench, reference):
+    from pipelines.connectivity import write
+    from pipelines.runs import RunDirectory
+
+    found = write(RunDirectory(str(bench.directory("reference"))), points=3)
+    tasks, scores = reference["tasks"], reference["scores"]
+    assert [(line["from"], line["to"]) for line in found] == [(tasks[0], tasks[1]), (tasks[1], tasks[2])]
+    last = found[-1]["loss"]
+    assert last["text"][-1] == pytest.approx(scores[3][2], rel=1e-4)
+    assert last["text"][0] == pytest.approx(scores[2][2], rel=1e-4)
+    assert 1 - last["word"][0] == pytest.approx(scores[2][1])
+    assert last["other"][-1] == pytest.approx(reference["nll"]["other"][3], rel=1e-4)
+    assert len(set(last["text"])) == 3
+    assert (bench.directory("reference") / "figures" / "connectivity.png").exists()

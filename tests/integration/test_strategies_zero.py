@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 WORKER = Path(__file__).with_name("strategies_zero_worker.py")
-NAMES = ("replay", "ilora", "ewc", "clora", "olora")
+NAMES = ("replay", "rehearsal", "ilora", "ewc", "clora", "olora")
 
 
 def run(stage, processes, base, out):
@@ -46,7 +46,9 @@ def test_two_ranks_train_what_one_process_trains(runs, stage, name):
     for part in ("trained", "state"):
         assert first[part].keys() == one[part].keys()
         for key, values in one[part].items():
-            assert values == pytest.approx(first[part][key], rel=2e-3, abs=2e-4 if part == "trained" else 1e-7)
+            # weights have the size of the learning rate; Fisher information is tiny
+            weights = part == "trained" or key.startswith(("slow.", "fast.", "anchor."))
+            assert values == pytest.approx(first[part][key], rel=2e-3, abs=2e-4 if weights else 1e-7)
 
 
 @pytest.mark.parametrize("name", ["ilora", "ewc", "clora", "olora"])

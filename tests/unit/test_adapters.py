@@ -1,6 +1,7 @@
 """Adapters through a chain: attached, saved, loaded again (also without this system), extended, taken off."""
 
 import copy
+import json
 
 import peft
 import pytest
@@ -79,6 +80,15 @@ def test_a_chain_of_three_steps_is_kept_on_disk(model, tmp_path, kind):
         alone = peft.PeftModel.from_pretrained(copy.deepcopy(bare), str(parent))
         assert torch.allclose(logits(alone), after, atol=1e-5)
     assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("kind", ["curlora", "lora"])
+def test_a_saved_configuration_does_not_depend_on_the_order_of_a_set(model, tmp_path, kind):
+    wrapped = adapters.attach_adapter(model, AdapterConfig(**KINDS[kind]), 0)
+    assert isinstance(wrapped.peft_config["default"].target_modules, set)
+    names = json.loads((save(wrapped, tmp_path / "saved") / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) > 1
+    assert names == sorted(names)
 
 
 def test_a_fresh_adapter_takes_the_place_of_its_parent_but_a_finished_one_is_evaluated(model, tmp_path):

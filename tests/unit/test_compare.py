@@ -36,6 +36,11 @@ def test_a_method_is_an_adapter_with_a_strategy():
     assert "strategy" not in comparison.configuration(plain)
 
 
+def test_a_pattern_is_a_product_of_adapters_and_strategies():
+    names = [method.name for method in read_methods(["lora/curlora+ewc/replay", "none", "lora+ewc"])]
+    assert names == ["lora+ewc", "lora+replay", "curlora+ewc", "curlora+replay", "none"]
+
+
 def test_unknown_methods_are_named_with_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'lora'") as error:
         read_methods(["lorra", "curlora+replya", "lora"])

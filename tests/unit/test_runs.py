@@ -131,6 +131,15 @@ def test_a_request_to_stop_is_read_and_taken_back(run):
     run.remove("stop.json")  # nothing happens
 
 
+def test_storage_that_cannot_be_written_is_named_with_a_remedy(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    run = RunDirectory(str(tmp_path / "file" / "run"))
+    with pytest.raises(RunDirectoryError, match=r"storage: .*file/run is not writable .*choose another storage"):
+        run.open_for_writing(parse_config(minimal(tmp_path, tmp_path)))
+    with pytest.raises(RunDirectoryError, match=r"file/run is not writable"):
+        run.acquire_lease()
+
+
 def test_other_format_is_recognised(tmp_path):
     config = parse_config(minimal(tmp_path, tmp_path))
     run = RunDirectory(config.run_uri)

@@ -26,6 +26,7 @@ CONFIGS = {
 }
 OFF = {
     "replay": {"share": 0.0},
+    "rehearsal": {"share": 0.0, "base_share": 0.0},
     "ilora": {"share": 0.0, "consistency": 0.0, "decay": 0.0},
     "clora": {"strength": 0.0, "k": 4},
     "ewc": {"strength": 0.0},
@@ -61,7 +62,18 @@ def forward(model, examples):
 
 
 def context(name: str, position: int, examples) -> TaskContext:
-    return TaskContext(name, position, 0, examples, losses=lambda model, chosen: forward(model, chosen)[0])
+    return TaskContext(
+        name, position, 0, examples, losses=lambda model, chosen: forward(model, chosen)[0], write=write_
+    )
+
+
+def write_(model, count: int, length: int) -> list[tuple[int, ...]]:
+    """What a model writes by itself, in a small way: its likeliest tokens after each of the first ones."""
+    tokens = torch.arange(3, 3 + count)[:, None]
+    with torch.no_grad():
+        while tokens.shape[1] < length:
+            tokens = torch.cat([tokens, model(input_ids=tokens).logits[:, -1:].argmax(-1)], 1)
+    return [tuple(row) for row in tokens.tolist()]
 
 
 def train(model, strategy, task: TaskContext, steps: int = 6, on_step=lambda step: None) -> None:
@@ -100,7 +112,13 @@ def test_without_weight_a_strategy_is_sequential_to_the_bit(model, name):
 @pytest.mark.parametrize("kind", ["curlora", "lora"])
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("replay", {"share": 0.3}), ("ilora", {}), ("ewc", {"strength": 1e4, "examples": 6}), ("clora", {"k": 4})],
+    [
+        ("replay", {"share": 0.3}),
+        ("rehearsal", {"share": 0.2, "base_share": 0.3, "base_rows": 9, "base_length": 6}),
+        ("ilora", {}),
+        ("ewc", {"strength": 1e4, "examples": 6}),
+        ("clora", {"k": 4}),
+    ],
 )
 def test_an_interrupted_task_goes_on_with_the_same_bits(model, name, options, kind):
     if name == "clora" and kind == "curlora":
@@ -251,6 +269,24 @@ def test_replay_mixes_in_its_share_of_earlier_tasks_only(share):
     assert all(row.task == "old" for row in replayed)
     assert len(replayed) == pytest.approx(share * (400 + len(replayed)), abs=1)
     assert all(len({row.input_ids for row in batch}) == len(batch) for batch in batches)
+
+
+def test_rehearsal_adds_what_the_base_has_written_once_and_earlier_tasks(model):
+    wrapped = adapted(model, "curlora")
+    strategy = make_strategy("rehearsal", share=0.25, base_share=0.25, base_rows=8, base_length=6)
+    old, new = rows("old", 40), rows("new", 40, 1)
+    strategy.before_task(wrapped, context("old", 1, old))
+    written = {row.input_ids for row in strategy.written.rows}
+    assert written == set(write_(wrapped, 8, 6))
+    first = [row for i in range(0, 40, 8) for row in strategy.batch(old[i : i + 8])]
+    assert {row.task for row in first if row.replayed} == {"base"}
+    strategy.after_task(wrapped, context("old", 1, old))
+    write(adapter_parameters(wrapped), {n: p + 1 for n, p in read(adapter_parameters(wrapped)).items()})
+    strategy.before_task(wrapped, context("new", 2, new))
+    assert {row.input_ids for row in strategy.written.rows} == written, "the trained model writes nothing"
+    second = Counter(row.task for i in range(0, 40, 8) for row in strategy.batch(new[i : i + 8]))
+    assert second == {"new": 40, "old": 20, "base": 20}
+    assert strategy.replayed_tasks() == ("old",), "the base has no head"
 
 
 # ------------------------------------------------------------------------------------------------------------- I-LoRA
