@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pipelines.config import ConfigError, DomainsConfig, PipelineConfig, Problem
+from pipelines.config import ConfigError, DomainsConfig, PipelineConfig, Problem, parse_config
 from pipelines.inbox import Domain, copy_domain, scan
 from pipelines.runs import LeaseHeld, RunDirectory, Unavailable
 
@@ -237,7 +237,7 @@ class _Look:
         """What is to be trained: the champion's tasks, as they were trained, and the new one.
 
         Raises:
-            ConfigError: the champion's run is gone.
+            ConfigError: the champion's run is gone, or its tasks and this configuration do not go together.
         """
         raw = self.config.model_dump() | {"domains": None, "name": self._run_name(domain)}
         tasks = list(raw["tasks"])
@@ -252,7 +252,7 @@ class _Look:
             raw["start_from"] = f"{champion.run_uri}/{champion.step_directory}"
         tasks = [task for task in tasks if task["name"] != domain.name]
         own = {**self.domains.template, "name": domain.name, "data": data}
-        return PipelineConfig.model_validate(raw | {"tasks": [*tasks, own]})
+        return parse_config(raw | {"tasks": [*tasks, own]})
 
     def _run_name(self, domain: Domain) -> str:
         ending = f"-{domain.name[:40]}-{domain.stamp[:8]}"
