@@ -227,7 +227,7 @@ FIGURES: dict[str, Callable[[dict, list[dict]], Any]] = {
 # -- ancestry
 
 CARDS = 12  # more adapters than this are drawn as a dense grid
-GRID_ROWS = 25
+GRID_ROWS, GRID_COLUMNS = 25, 4  # at least, at most
 LINE = 0.2  # inches
 SHOWN_SETTINGS = ("adapter.type", "adapter.r", "strategy.name", "training.learning_rate")
 
@@ -312,10 +312,11 @@ def _draw_grid(ancestry: Ancestry) -> Figure:
     """Column by column, a line each; a link's number is its place in the whole ancestry."""
     from matplotlib.collections import LineCollection
 
-    columns = math.ceil(len(ancestry.links) / GRID_ROWS)
-    figure, ax = _empty(max(6.6, 2.1 * columns), 0.2 * GRID_ROWS + 0.3)
-    places = [(2.1 * (k // GRID_ROWS) + 0.15, 0.2 * (k % GRID_ROWS) + 0.2) for k in range(len(ancestry.links))]
-    lines = [places[start : start + GRID_ROWS] for start in range(0, len(places), GRID_ROWS)]
+    count = len(ancestry.links)
+    rows = max(GRID_ROWS, math.ceil(count / GRID_COLUMNS))
+    figure, ax = _empty(6.6, LINE * min(rows, count) + 0.3)
+    places = [(1.65 * (k // rows) + 0.15, LINE * (k % rows) + 0.2) for k in range(count)]
+    lines = [places[start : start + rows] for start in range(0, count, rows)]
     ax.add_collection(LineCollection(lines, colors="#9aa5b1", linewidths=1.2, zorder=1))
     for place, (link, (x, y)) in enumerate(zip(ancestry.links, places, strict=True)):
         ax.plot(x, y, zorder=2, **_dot(ancestry, link, 4.5))

@@ -68,9 +68,19 @@ class Comparison:
 
     @property
     def sentence(self) -> str:
-        change = f"{self.metric} {self.champion:.4f} → {self.candidate:.4f}"
-        found = f"{self.name}: {change}, a loss of {self.loss:.4f} over the limit {self.limit:g}"
-        return f"{found} ({self.test}, {self.examples} examples, p = {self.p:.2g})"
+        return f"{self._change} ({self.test}, {self.examples} examples, p = {self.p:.2g})"
+
+    @property
+    def note(self) -> str:
+        """Of a loss that is over its limit but not refused."""
+        return f"{self._change}, but it may be an accident (p = {self.p:.2g})"
+
+    @property
+    def _change(self) -> str:
+        change = f"{self.name}: {self.metric} {self.champion:.4f} → {self.candidate:.4f}"
+        if self.role == "retention":
+            return f"{change}, a rise by {self.loss:.1%} over the limit {self.limit:.1%}"
+        return f"{change}, a loss of {self.loss:.4f} over the limit {self.limit:g}"
 
 
 # -- without a champion
@@ -118,11 +128,7 @@ def judge_against(champion: Side, candidate: Side, results: dict, gate: GateConf
             notes.append(f"{name} is not compared: its test data or the way it is scored has changed")
         else:
             comparisons.append(_compare(name, cell, mine, champion, candidate, gate))
-    notes += [
-        f"{c.name}: a loss of {c.loss:.4f} is over the limit {c.limit:g} but may be an accident (p = {c.p:.2g})"
-        for c in comparisons
-        if c.exceeds and not c.refused
-    ]
+    notes += [c.note for c in comparisons if c.exceeds and not c.refused]
     floor = _broken(*_floor(results, gate))
     reasons = [c.sentence for c in comparisons if c.refused] + unmeasured + ([floor] if floor else [])
     return {

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipelines.config import ClassificationTask, GenerationTask, MultipleChoiceTask, PipelineConfig, TaskSource
 from pipelines.environment import versions
 from pipelines.kinds import kind_of
@@ -106,7 +104,7 @@ def _write_step(adapter: Adapter, step: Path) -> None:
             (step / name).parent.mkdir(parents=True, exist_ok=True)
             (step / name).write_bytes(run.fs.cat_file(f"{source}/{name}"))
     settings = adapter.config.model_dump(mode="json", include=NEEDED)
-    (step / "config.yaml").write_text(yaml.safe_dump(settings | {"tracking": None}, sort_keys=False), encoding="utf-8")
+    (step / "config.json").write_text(json.dumps(settings | {"tracking": None}, indent=1), encoding="utf-8")
     (step / "model.json").write_text(json.dumps(facts(adapter), indent=1), encoding="utf-8")
 
 

@@ -135,14 +135,14 @@ def settle(
     outcome = {"name": name, "version": version.version, "uri": version.uri, "promoted": False, "hook_failure": None}
     if version.gate in ("passed", "refused") or not (verdict or new):
         return outcome | {"promoted": bool(version.promoted)}
-    registry.record_verdict(uri, version, verdict, ancestry)
-    if verdict is None or uri != config.tracking.uri:
-        return outcome
-    run.event("gate", verdict=WORDS[verdict["passed"]], reasons=verdict["reasons"], version=version.version)
-    if not (verdict["passed"] and config.gate.promote):
-        return outcome
-    done = promote(uri, version, "the gate passed", config.gate.on_promotion, config.gate.hook_timeout)
-    return outcome | {"promoted": True, "hook_failure": done.hook_failure}
+    registry.set_candidate(uri, version)
+    if verdict and uri == config.tracking.uri:
+        run.event("gate", verdict=WORDS[verdict["passed"]], reasons=verdict["reasons"], version=version.version)
+        if verdict["passed"] and config.gate.promote:
+            done = promote(uri, version, "the gate passed", config.gate.on_promotion, config.gate.hook_timeout)
+            outcome |= {"promoted": True, "hook_failure": done.hook_failure}
+    registry.record_verdict(uri, version, verdict, ancestry)  # last: from here on the verdict is applied
+    return outcome
 
 
 def promote(

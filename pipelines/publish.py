@@ -69,7 +69,7 @@ def sync(run: RunDirectory, uri: str | None = None) -> tuple[dict[str, str], str
     """Send a run to MLflow (again): to its own store with all that follows, to another one as a copy.
 
     Returns:
-        step fingerprint → MLflow run id, the store, warnings.
+        step fingerprint (and "parent") → MLflow run id, the store, warnings.
 
     Raises:
         LineageError: MLflow is away or refuses.
@@ -82,9 +82,8 @@ def sync(run: RunDirectory, uri: str | None = None) -> tuple[dict[str, str], str
     experiment = (tracking.experiment if tracking else None) or config.name
     finished = results is not None and results["status"] == "finished"
     if finished and tracking and target == tracking.uri and not already_published(run, config, results):
-        results, warnings = publish(run, config, results, lambda: (project(run, target, experiment), None))
-        ids = {step["fingerprint"]: step["mlflow_run_id"] for step in results["steps"]}
-        return ids, target, warnings
+        _, warnings = publish(run, config, results, lambda: (project(run, target, experiment), None))
+        return run.read_json(STAMP)["runs"], target, warnings
     ids = project(run, target, experiment)
     if finished:
         from pipelines.promotion import settle

@@ -192,7 +192,7 @@ def _link_model(client, model, version) -> None:
 
 
 def record_verdict(uri: str, version: Version, verdict: Mapping[str, Any] | None, ancestry: Ancestry) -> None:
-    """What the gate says of a version, on the version and its logged model; the alias `candidate` goes to it.
+    """What the gate says of a version, on the version and its logged model.
 
     Raises:
         LineageError: MLflow is away or refuses.
@@ -203,7 +203,16 @@ def record_verdict(uri: str, version: Version, verdict: Mapping[str, Any] | None
             _tag(client, version, gate_tags(verdict))
             client.set_logged_model_tags(version.model_id, gate_tags(verdict))
         client.update_model_version(version.name, str(version.version), describe(ancestry, verdict))
-        client.set_registered_model_alias(version.name, CANDIDATE, str(version.version))
+
+
+def set_candidate(uri: str, version: Version) -> None:
+    """Put the alias `candidate` on a version.
+
+    Raises:
+        LineageError: MLflow is away or refuses.
+    """
+    with errors(uri, REMEDY), quiet():
+        connect(uri).set_registered_model_alias(version.name, CANDIDATE, str(version.version))
 
 
 def set_champion(uri: str, version: Version, why: str) -> Version | None:

@@ -10,12 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mlflow.pyfunc import PythonModel
 
 from pipelines.config import ConfigError, PipelineConfig, Problem
 
-STEP = "step"  # name of the artifact folder: adapter/, heads.safetensors, config.yaml, model.json
+STEP = "step"  # name of the artifact folder: adapter/, heads.safetensors, config.json, model.json
 
 
 class AdapterModel(PythonModel):
@@ -34,7 +33,7 @@ class AdapterModel(PythonModel):
         from pipelines.predict import load_folder
 
         folder = Path(context.artifacts[STEP])
-        raw = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         raw["base_model"]["path"] = (context.model_config or {}).get("base_model") or raw["base_model"]["path"]
         config = PipelineConfig.model_validate(raw)
         facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))

@@ -47,7 +47,7 @@ def test_a_large_loss_that_may_be_an_accident_is_let_pass_and_named():
     champion = side({"mrpc": answers(6, 10)}, mrpc={"value": 0.6, "count": 10})
     candidate = side({"mrpc": answers(4, 10)}, mrpc={"value": 0.4, "count": 10})
     verdict = judge_against(champion, candidate, NOTHING, GateConfig())
-    assert verdict["passed"] and "may be an accident (p = 0.25)" in verdict["notes"][0]
+    assert verdict["passed"] and "it may be an accident (p = 0.25)" in verdict["notes"][0]
 
 
 def test_a_certain_loss_within_its_limit_is_let_pass_without_a_test():
@@ -64,6 +64,7 @@ def test_text_and_retained_text_are_compared_by_their_losses(role, limit):
     candidate = side({"text": after}, text={"value": 4.2, "metric": "nll", "role": role})
     verdict = judge_against(champion, candidate, NOTHING, GateConfig())
     assert not verdict["passed"] and "sign-flip test" in verdict["reasons"][0]
+    assert ("a rise by 22.1% over the limit 5.0%" in verdict["reasons"][0]) == (role == "retention")
     assert judge_against(champion, candidate, NOTHING, GateConfig(**{limit: None}))["passed"]
     assert judge_against(candidate, champion, NOTHING, GateConfig())["passed"]  # an improvement
 

@@ -94,6 +94,7 @@ def test_better_candidate_is_promoted_and_the_former_restored(make, store):
     assert registry.champion(store, make.model).version == 2
     one = RunDirectory(registry.by_number(store, make.model, 1).run_uri)
     done = restore(one, 1, reason="misreads invoices")
+    assert registry.by_alias(store, make.model, "candidate").version == 2
     assert (done.version.version, done.before.version) == (1, 2)
     changes = [(c["version"], c["before"], c["why"]) for c in registry.changes(store, make.model)]
     assert changes == [(1, 2, "restored: misreads invoices"), (2, 1, "the gate passed"), (1, None, "the gate passed")]
