@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pipelines.config import ConfigError, DomainsConfig, PipelineConfig, Problem
+from pipelines.config import ConfigError, DomainsConfig, PipelineConfig, Problem, parse_config
 from pipelines.inbox import Domain, copy_domain, scan
 from pipelines.runs import LeaseHeld, RunDirectory, Unavailable
 
@@ -237,7 +237,7 @@ class _Look:
         """What is to be trained: the champion's tasks, as they were trained, and the new one.
 
         Raises:
-            ConfigError: the champion's run is gone.
+            ConfigError: the champion's run is gone, or its tasks and this configuration do not go together.
         """
         raw = self.config.model_dump() | {"domains": None, "name": self._run_name(domain)}
         tasks = list(raw["tasks"])
@@ -252,7 +252,7 @@ class _Look:
             raw["start_from"] = f"{champion.run_uri}/{champion.step_directory}"
         tasks = [task for task in tasks if task["name"] != domain.name]
         own = {**self.domains.template, "name": domain.name, "data": data}
-        return PipelineConfig.model_validate(raw | {"tasks": [*tasks, own]})
+        return parse_config(raw | {"tasks": [*tasks, own]})
 
     def _run_name(self, domain: Domain) -> str:
         ending = f"-{domain.name[:40]}-{domain.stamp[:8]}"
@@ -260,7 +260,10 @@ class _Look:
 
     def _judge(self, domain: Domain, chain: PipelineConfig, champion) -> tuple[str, list[str]]:
         """Why this domain is not trained: (kind of decision, reasons); no reasons: it is."""
-        from pipelines.door import check_data  # imports datasets
+        from pipelines.hub import hub_available
+
+        hub_available(chain)
+        from pipelines.door import check_data  # imports datasets, after the hub was asked for
         from pipelines.sources import DataError, digest_of
 
         taken = {"base", *(source.name for source in [*self.config.tasks, *self.config.retention])}

@@ -105,8 +105,12 @@ def _registered(config: PipelineConfig) -> tuple[str, str]:
     if config.tracking is None:
         raise _fault(f"'{config.start_from}' needs a model registry; set tracking.uri, or name <run>/<step>")
     from pipelines.registry import by_alias  # imports mlflow
+    from pipelines.store import LineageError
 
-    version = by_alias(config.tracking.uri, name, alias)
+    try:
+        version = by_alias(config.tracking.uri, name, alias)
+    except LineageError as error:
+        raise _fault(str(error)) from error
     if version is None:
         raise _fault(
             f"no version of '{name}' has the alias '{alias}' in {config.tracking.uri}; "
@@ -137,11 +141,22 @@ def _read(config: PipelineConfig, run_uri: str, step: str) -> Start:
         fingerprint=metrics["fingerprint"],
         base_fingerprint=results["base_fingerprint"],
         depth=metrics.get("depth", metrics["position"]),
-        digests=dict(reversed([item for step in lineage(run, directory) for item in trained_on(step).items()])),
+        digests=_learned(run, directory),
         base={"path": base.path, "dtype": base.dtype},
         adapter=metrics["setting"]["adapter"],
         strategy=metrics["setting"]["strategy"]["name"] if run.exists(f"{directory}/strategy") else None,
     )
+
+
+def _learned(run: RunDirectory, directory: str) -> dict[str, str]:
+    """`Start.digests` of a step: its own run's steps after what that run itself started from, which is on record."""
+    record, newest_first = run.read_json(RECORD), []
+    for metrics in lineage(run, directory):
+        newest_first += reversed(trained_on(metrics).items())
+        if metrics.get("parent_run") and record and record["fingerprint"] == metrics["parent"]:
+            newest_first += reversed(record["digests"].items())
+            break  # a chain of a thousand runs is read in one
+    return dict(reversed(newest_first))
 
 
 def lineage(run: RunDirectory, directory: str) -> Iterator[dict]:

@@ -2,12 +2,13 @@
 
 import os
 import time
+from dataclasses import replace
 
-import fsspec
 import pytest
 
 from pipelines.inbox import copy_domain, scan
 from pipelines.runs import RunDirectory
+from tests.unit.test_sources import bucket  # noqa: F401  a real S3 server
 
 MARKER = "_SUCCESS"
 
@@ -115,19 +116,21 @@ def test_a_link_that_takes_a_files_place_after_the_listing_is_not_followed(inbox
     assert not list((tmp_path / "storage").rglob("*.jsonl"))
 
 
-def test_a_bucket_prefix_is_an_inbox_too(tmp_path):
-    fs = fsspec.filesystem("memory")
+def test_a_bucket_prefix_is_an_inbox_too(bucket):  # noqa: F811
     for path in ("news/train.jsonl", "news/test.jsonl", "news/_SUCCESS", "a b/train.jsonl", "loose.jsonl"):
-        fs.pipe_file(f"/inbox-test/{path}", b'{"text": "row"}\n')
-    news, odd = sorted(scan("memory://inbox-test", MARKER), key=lambda domain: domain.name, reverse=True)
+        bucket.pipe_file(f"tasks/inbox/{path}", b'{"text": "row"}\n')
+    inbox = "s3://tasks/inbox"
+    found = {domain.name: domain for domain in scan(inbox, MARKER)}
+    assert "not a safe name" in found.pop("a b").problems[0]
+    news = found.pop("news")
+    assert not found
     assert news.marked
     assert [file.path for file in news.files] == ["test.jsonl", "train.jsonl"]
-    assert "not a safe name" in odd.problems[0]
-    before = news.stamp
-    target = RunDirectory(str(tmp_path / "storage"))
-    uri = copy_domain("memory://inbox-test", news, MARKER, target, "data/news-1")
-    assert (tmp_path / "storage" / "data" / "news-1" / "train.jsonl").exists(), uri
-    time.sleep(0.01)
-    fs.pipe_file("/inbox-test/news/train.jsonl", b'{"text": "other"}\n')
-    (changed,) = [domain for domain in scan("memory://inbox-test", MARKER) if domain.name == "news"]
-    assert changed.stamp != before
+    assert not replace(news, marked=False).is_complete(600, time.time())
+    assert replace(news, marked=False).is_complete(600, time.time() + 700)
+    target = RunDirectory("s3://tasks/storage")
+    assert copy_domain(inbox, news, MARKER, target, "data/news-1") == "s3://tasks/storage/data/news-1"
+    assert target.list("data/news-1") == ["_COPIED", "test.jsonl", "train.jsonl"]
+    bucket.pipe_file("tasks/inbox/news/train.jsonl", b'{"text": "ROW"}\n')  # of the same size
+    (changed,) = [domain for domain in scan(inbox, MARKER) if domain.name == "news"]
+    assert changed.stamp != news.stamp

@@ -112,6 +112,8 @@ def test_lineage_leads_through_several_runs(raw, earlier, tmp_path):
     assert list(start.digests) == list(TASKS)
     assert start.depth == 3
     assert [row["tasks"] for row in lineage(start.run, start.directory)] == [["third"], ["second"], ["first"]]
+    shutil.rmtree(earlier.uri)  # what the second run started from is on its own record
+    assert find_start(parse_config(after(raw, second, "third", name="last", tasks=[extra]))) == start
 
 
 def test_a_run_that_goes_on_keeps_the_parent_it_began_with(raw, earlier, monkeypatch):
