@@ -323,8 +323,11 @@ def rung_seconds(run: RunDirectory, spec: Spec) -> float:
 
 
 def prune(spec: Spec, number: int, values: Values) -> dict:
-    """End a trial at the rung that it has reached last."""
+    """End a trial at the rung that it has reached last; one that an earlier start has seen to its end stays so."""
     run = spec.run(values)
+    record = run.read_json("trial.json")
+    if record and record["status"] == "finished":
+        return record
     rungs = rungs_of(run, spec)
     last = rungs[-1]
     run.request_stop(f"behind the others at {last['rung']:.0%} of its training")
