@@ -196,7 +196,7 @@ class RemoteGroup:
                 raise GroupLost(str(error.cause)) from None
             raise
         except ray.exceptions.RayActorError as error:
-            raise GroupLost("the node that started the workers was lost") from error
+            raise GroupLost(f"the process that started the workers was lost ({str(error).splitlines()[0]})") from error
 
 
 def fit_group(raw_config: dict, storage: str, name: str, settings: dict) -> None:

@@ -646,7 +646,8 @@ def connect(verbose: bool = False, address: str | None = None) -> None:
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(
-        address=address or os.environ.get("RAY_ADDRESS"),
+        # "local": without it Ray joins whatever cluster was last started here, or waits for one that is dead
+        address=address or os.environ.get("RAY_ADDRESS") or "local",
         log_to_driver=verbose,
         logging_level="INFO" if verbose else "ERROR",
         include_dashboard=None if address else False,
