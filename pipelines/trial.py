@@ -244,9 +244,9 @@ class Trial:
         worth = self._assess(metrics["cells"])
         if worth is None:
             return self._fail("a validation score is not a number; lower training.learning_rate")
-        total = time.time() - self.begun
         train = metrics["seconds"]["train"]
         scored = metrics["seconds"]["evaluate"] + rung_seconds(self.run, self.spec)
+        total = max(time.time() - self.begun, train + scored)  # some of it may lie in an earlier start
         return write_record(
             self.run,
             self.spec,
