@@ -42,6 +42,14 @@ class Queue:
     def result(self, number: int) -> dict | None:
         return self._files.read_json(f"{number:06d}.done.json")
 
+    def place(self, placement_group: str) -> None:
+        """Say where the workers are, for whoever has to end them."""
+        self._files.write_json("place.json", {"placement_group": placement_group})
+
+    @property
+    def placement_group(self) -> str | None:
+        return (self._files.read_json("place.json") or {}).get("placement_group")
+
     def end(self) -> None:
         self._files.write_json("end.json", {})
 
@@ -120,6 +128,16 @@ class WorkerGroup:
         if reference is not None:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.cancel(reference, force=True)
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Free what the workers hold: Ray Train's own cleaner asks a dashboard for it, and ours is off."""
+        import ray
+        from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+        with contextlib.suppress(OSError):
+            if place := self.queue.placement_group:
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(place))))
 
     def _start(self) -> None:
         import ray
@@ -179,7 +197,7 @@ class RemoteGroup:
                 raise GroupLost(str(error.cause)) from None
             raise
         except ray.exceptions.RayActorError as error:
-            raise GroupLost("the node that started the workers was lost") from error
+            raise GroupLost(f"the process that started the workers was lost ({str(error).splitlines()[0]})") from error
 
 
 def fit_group(raw_config: dict, storage: str, name: str, settings: dict) -> None:
@@ -210,9 +228,15 @@ def fit_group(raw_config: dict, storage: str, name: str, settings: dict) -> None
 def work(settings: dict) -> None:
     """What Ray Train calls in a worker. Imports there, so that the processes around it stay small."""
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    import ray.train
+    from ray.util import get_current_placement_group
+
     from pipelines.worker import serve
 
-    serve(Queue(settings["queue"]), settings["verbose"])
+    queue, here = Queue(settings["queue"]), get_current_placement_group()
+    if here and ray.train.get_context().get_world_rank() == 0:
+        queue.place(here.id.hex())
+    serve(queue, settings["verbose"])
 
 
 def root_cause(error: BaseException) -> str:

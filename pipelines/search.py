@@ -17,88 +17,13 @@ from typing import Any
 from pipelines import choice
 from pipelines.config import ConfigError, PipelineConfig, Problem, Range, SearchConfig
 from pipelines.group import GroupLost, RemoteGroup
+from pipelines.judging import judging_view
 from pipelines.runs import Lease, RunDirectory, StepPlan, fingerprint, step_fingerprint
 from pipelines.space import Values, settings, trials, with_values
 from pipelines.workflow import RunFailed, RunStopped, and_then
 
-HELD, KEPT = "@held-out", "@kept"  # parts of a training split, see sources.load_split
 CHECKED_MODELS = 24  # settings whose adapters are put on the model, without weights, before anything starts
 STOP_SECONDS = 4.0  # for workers to write a checkpoint
-
-
-# -- data: who chooses must not see the test split, and no trial the part that it is judged by
-
-
-def training_view(config: PipelineConfig) -> PipelineConfig:
-    """The configuration as its chain is trained: a task without validation data gives a tenth of `train` to it."""
-    from pipelines.sources import validation_view
-
-    tasks = []
-    for task in config.tasks:
-        train = validation_view(task).splits.get("train", "train")
-        tasks.append(task.model_copy(update={"splits": {**task.splits, "train": train}}) if KEPT in train else task)
-    return config.model_copy(update={"tasks": tasks})
-
-
-def judging_view(config: PipelineConfig, position: int) -> PipelineConfig:
-    """A training view as trials see it: tasks up to `position` and retained text scored on validation data.
-
-    Raises:
-        ConfigError: a retained text has nothing but its test split.
-    """
-    from pipelines.sources import validation_view
-
-    seen = len(config.tasks) if config.is_joint else position
-    tasks = [_judged(task) if KEPT in task.splits.get("train", "") else validation_view(task) for task in config.tasks]
-    limits = config.search.objective
-    evaluation = {"max_examples": limits.max_examples, "max_retention_tokens": limits.max_retention_tokens}
-    return config.model_copy(
-        update={
-            "tasks": [*tasks[:seen], *config.tasks[seen:]],
-            "retention": _judged_texts(config) if limits.retention_weight else [],
-            "evaluation": config.evaluation.model_copy(update=evaluation),
-            "search": None,
-            "tracking": None,
-            "gate": None,
-        }
-    )
-
-
-def check_judging_data(config: PipelineConfig) -> None:
-    """Raises ConfigError with every problem of the data that trials of a training view would be judged by."""
-    from pipelines.door import check_data
-
-    problems = check_data(judging_view(config, len(config.tasks)), warn=lambda text: None)
-    if problems:
-        raise ConfigError(Problem(f"search: {p.field}", p.message) for p in problems)
-
-
-def _judged(task):
-    held = task.splits["train"].replace(KEPT, HELD)
-    return task.model_copy(update={"splits": {**task.splits, "test": held}})
-
-
-def _judged_texts(config: PipelineConfig) -> list:
-    from pipelines.sources import DataError, load_split
-
-    texts, problems = [], []
-    for index, corpus in enumerate(config.retention):
-        for split in ("validation", "train"):
-            if split == corpus.split:
-                continue
-            with contextlib.suppress(DataError):
-                load_split(corpus, split)
-                texts.append(corpus.model_copy(update={"split": split}))
-                break
-        else:
-            reason = (
-                f"'{corpus.name}' has only its split '{corpus.split}', on which no search may look; give it a "
-                "validation or train split, or set search.objective.retention_weight: 0"
-            )
-            problems.append(Problem(f"retention.{index}", reason))
-    if problems:
-        raise ConfigError(problems)
-    return texts
 
 
 # -- where a search lies, and what it has found

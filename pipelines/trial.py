@@ -244,9 +244,9 @@ class Trial:
         worth = self._assess(metrics["cells"])
         if worth is None:
             return self._fail("a validation score is not a number; lower training.learning_rate")
-        total = time.time() - self.begun
         train = metrics["seconds"]["train"]
         scored = metrics["seconds"]["evaluate"] + rung_seconds(self.run, self.spec)
+        total = max(time.time() - self.begun, train + scored)  # some of it may lie in an earlier start
         return write_record(
             self.run,
             self.spec,
@@ -323,8 +323,11 @@ def rung_seconds(run: RunDirectory, spec: Spec) -> float:
 
 
 def prune(spec: Spec, number: int, values: Values) -> dict:
-    """End a trial at the rung that it has reached last."""
+    """End a trial at the rung that it has reached last; one that an earlier start has seen to its end stays so."""
     run = spec.run(values)
+    record = run.read_json("trial.json")
+    if record and record["status"] == "finished":
+        return record
     rungs = rungs_of(run, spec)
     last = rungs[-1]
     run.request_stop(f"behind the others at {last['rung']:.0%} of its training")

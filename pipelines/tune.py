@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipelines import search
+from pipelines import judging, search
 from pipelines.config import ConfigError, PipelineConfig, Problem, did_you_mean
 from pipelines.runs import RunDirectory, StepPlan
 from pipelines.workflow import Plan, Projector, check_fits, cluster, gpus_per_worker, planned
@@ -35,9 +35,9 @@ def tune(
     if problems:
         raise ConfigError(problems)
     run = RunDirectory(config.run_uri)
-    config, plan = planned(search.training_view(config), run)
+    config, plan = planned(judging.training_view(config), run)
     if not plan.undecided:  # else `planned` has looked
-        search.check_judging_data(config)
+        judging.check_judging_data(config)
     step = _step_of(plan, run, task)
     where = search.place(config, step.position, step.parent, plan.base_fingerprint)
     with run.acquire_lease() as lease:

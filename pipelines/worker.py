@@ -14,6 +14,7 @@ import gc
 import hashlib
 import json
 import logging
+import math
 import resource
 import sys
 import tempfile
@@ -703,6 +704,9 @@ class Worker:
 
         Args:
             training: the model is in its training engine, through which it can be called.
+
+        Raises:
+            DivergedError: a score is not a number.
         """
         cells: list[dict] = []
         for name in names:
@@ -724,6 +728,12 @@ class Worker:
                     cells.append(cell.to_json())
                     lines = "".join(json.dumps(outcome) + "\n" for outcome in outcomes)
                     self.run_directory.write_bytes(f"{directory}/predictions/{name}.jsonl", lines.encode())
+        bad = [cell["name"] for cell in cells if not _is_finite(cell)]
+        if self._sum(len(bad)):  # rank 0 knows, all must hear
+            raise DivergedError(
+                f"the score of {', '.join(bad) or 'a set'} is not finite; lower training.learning_rate or "
+                "training.max_grad_norm"
+            )
         return cells
 
     def _set(self, name: str) -> EvaluationSet:
@@ -811,6 +821,10 @@ class _TrainingLog:
             seconds = time.perf_counter() - begun
             self.worker._event("checkpoint", self.plan, step=taken.step, bytes=size, seconds=seconds)
         self.worker._kept = time.monotonic()
+
+
+def _is_finite(cell: dict) -> bool:
+    return all(math.isfinite(value) for value in (cell["value"], cell["nll"]) if value is not None)
 
 
 def _identity(plan: StepPlan) -> dict:

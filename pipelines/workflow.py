@@ -370,7 +370,8 @@ def planned(config: PipelineConfig, run: RunDirectory) -> tuple[PipelineConfig, 
     """The configuration as its chain is trained, and the plan with every setting that a search has found so far."""
     if not config.search:
         return config, make_plan(config, run)
-    from pipelines.search import check_judging_data, settings_found, training_view
+    from pipelines.judging import check_judging_data, training_view
+    from pipelines.search import settings_found
 
     config = training_view(config) if config.search.when else config
     plan = make_plan(config, run, settings_found(run))

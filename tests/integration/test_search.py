@@ -19,6 +19,8 @@ def changes(bench) -> dict:
     return {
         "training": bench.raw["training"] | {"max_steps": STEPS},
         "tracking": {"uri": "sqlite:///search.db", "experiment": "search"},
+        # the bench's own has a test split only, on which no search may look
+        "retention": [{"name": "other", "data": bench.raw["tasks"][2]["data"], "window": 48}],
         "search": {
             "when": "every",
             "space": {"training.learning_rate": {"low": 1e-3, "high": 3e-2, "log": True}},

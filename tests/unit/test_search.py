@@ -5,8 +5,9 @@ import json
 import pytest
 
 from pipelines.config import ConfigError, parse_config
+from pipelines.judging import judging_view, training_view
 from pipelines.runs import RunDirectory
-from pipelines.search import adopt, concurrent, judging_view, place, settings_found, training_view
+from pipelines.search import adopt, concurrent, place, settings_found
 from pipelines.sources import load_split
 from pipelines.trial import Spec
 from pipelines.workflow import make_plan

@@ -1,10 +1,11 @@
 """What a search tries: every rule at configuration time, and the same settings every time."""
 
 import math
+from pathlib import Path
 
 import pytest
 
-from pipelines.config import ConfigError, parse_config
+from pipelines.config import ConfigError, parse_config, read_yaml
 from pipelines.space import settings, size, trials, with_values
 from tests.conftest import minimal
 
@@ -55,6 +56,14 @@ def problems(tmp_path, **fields) -> str:
 )
 def test_what_makes_no_sense_is_bad_input(tmp_path, fields, expected):
     assert expected in problems(tmp_path, **fields)
+
+
+def test_the_section_in_the_readme_is_valid(tmp_path):
+    readme = (Path(__file__).parents[2] / "pipelines" / "README.md").read_text()
+    block = readme.split("## Search\n\n```yaml\n")[1].split("```")[0]
+    (tmp_path / "search.yaml").write_text(block)
+    raw = minimal(tmp_path, tmp_path, strategy={"name": "ilora"}, **read_yaml(tmp_path / "search.yaml"))
+    assert len(settings(parse_config(raw).search)) == 12
 
 
 def test_an_adapter_of_its_own_for_each_task_may_be_searched_before_every_task(tmp_path):

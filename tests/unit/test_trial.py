@@ -158,6 +158,15 @@ def test_a_pruned_trial_ends_at_its_rung_and_goes_on_if_it_is_wanted_after_all(s
     assert record(spec)["status"] == "finished"
 
 
+def test_a_trial_trained_to_its_end_by_an_earlier_start_is_not_made_less(spec):
+    trial, _ = make(spec, Workers.reach(1 / 9, 0.5), Workers.reach(1 / 3, 0.6), Workers.end(0.7))
+    while not trial.advance().get("done"):
+        pass
+    assert prune(spec, 1, VALUES)["status"] == "finished"
+    assert record(spec)["status"] == "finished"
+    assert not spec.run(VALUES).stop_requested()
+
+
 def test_training_that_diverges_is_recorded_with_its_reason(spec):
     trial, workers = make(spec, Workers.fail)
     assert trial.advance() == {"done": True}
