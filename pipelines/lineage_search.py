@@ -63,11 +63,9 @@ def _send_search(to: lineage._Target, parent_id: str, folder: str, records: dict
     points = [(key, results["chosen"][key], ended, 0) for key in JUDGED]
     points += [(f"steps/{key}", value, ended, 0) for key, value in results["steps"].items()]
     lineage._send_metrics(to, entry.info.run_id, points)
-    for file in ("results.json", "table.md"):
-        lineage._upload(to, entry.info.run_id, f"{folder}/{file}", file, known={})
+    files = {f"{folder}/{file}": file for file in ("results.json", "table.md")}
     picture = f"figures/search-{position}-{task}.png"
-    if to.run.exists(picture):
-        lineage._upload(to, entry.info.run_id, picture, "search.png", known={})
+    lineage._upload(to, entry.info.run_id, files | ({picture: "search.png"} if to.run.exists(picture) else {}))
     to.client.set_terminated(entry.info.run_id, "FINISHED", lineage._milliseconds(ended))
     to.client.set_tag(entry.info.run_id, PREFIX + "sent", sent)
 
