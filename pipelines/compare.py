@@ -23,7 +23,7 @@ import numpy as np
 
 from pipelines.choice import loss_of
 from pipelines.config import ConfigError, PipelineConfig, Problem, did_you_mean, parse_config, read_yaml
-from pipelines.group import WorkerGroup
+from pipelines.group import WorkerGroup, groups_that_fit
 from pipelines.runs import RunDirectory
 
 if TYPE_CHECKING:
@@ -150,6 +150,8 @@ def compare(
     Raises:
         ConfigError: a method's configuration is impossible, before anything is trained.
     """
+    import ray
+
     from pipelines.workflow import cluster, gpus_per_worker
 
     configs = {m.name: _parsed(m, comparison.configuration(m)) for m in comparison.methods}
@@ -157,7 +159,7 @@ def compare(
     folder = RunDirectory(f"{first.storage}")
     with cluster(first, verbose, address):
         gpus = gpus_per_worker(first)
-        count = parallel or groups_that_fit(first, gpus)
+        count = parallel or groups_that_fit(first, ray.cluster_resources(), gpus)
         crew = Crew([WorkerGroup(first, folder.uri, gpus, verbose) for _ in range(count)], on_event)
         try:
             rates = _learning_rates(comparison, crew)
@@ -166,15 +168,6 @@ def compare(
         finally:
             crew.close()
     return summarise(comparison, folder, rates)
-
-
-def groups_that_fit(config: PipelineConfig, gpus: float) -> int:
-    """How many worker groups the connected cluster holds at once; at least one."""
-    import ray
-
-    there, workers = ray.cluster_resources(), config.resources.workers
-    needs = {"CPU": workers * config.resources.cpus_per_worker, "GPU": workers * gpus}
-    return max(1, min(int(there.get(kind, 0) // need) for kind, need in needs.items() if need))
 
 
 class Crew:

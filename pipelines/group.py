@@ -200,6 +200,13 @@ class RemoteGroup:
             raise GroupLost(f"the process that started the workers was lost ({str(error).splitlines()[0]})") from error
 
 
+def groups_that_fit(config: PipelineConfig, resources: dict, gpus_per_worker: float) -> int:
+    """How many groups of `config.resources.workers` a cluster with these resources holds at once; at least one."""
+    workers = config.resources.workers
+    needs = {"CPU": workers * config.resources.cpus_per_worker, "GPU": workers * gpus_per_worker}
+    return max(1, min(int(resources.get(kind, 0) / need + 1e-6) for kind, need in needs.items() if need))
+
+
 def fit_group(raw_config: dict, storage: str, name: str, settings: dict) -> None:
     """One `TorchTrainer.fit`, as a Ray task."""
     import ray.train

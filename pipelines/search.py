@@ -16,7 +16,7 @@ from typing import Any
 
 from pipelines import choice
 from pipelines.config import ConfigError, PipelineConfig, Problem, Range, SearchConfig
-from pipelines.group import GroupLost, RemoteGroup
+from pipelines.group import GroupLost, RemoteGroup, groups_that_fit
 from pipelines.judging import judging_view
 from pipelines.runs import Lease, RunDirectory, StepPlan, fingerprint, step_fingerprint
 from pipelines.space import Values, settings, trials, with_values
@@ -430,8 +430,7 @@ def _nothing(running: Running, records: list[dict], unfinished: int) -> str:
 
 def concurrent(config: PipelineConfig, resources: dict, gpus: float) -> int:
     """Trials at a time: as many as the cluster has room for, at most `max_concurrent` and as many as there are."""
-    need = {"CPU": config.resources.workers * config.resources.cpus_per_worker, "GPU": config.resources.workers * gpus}
-    room = min(int(resources.get(kind, 0) / each + 1e-6) for kind, each in need.items() if each)
+    room = groups_that_fit(config, resources, gpus)
     return max(1, min(room, config.search.max_concurrent or room, trials(config.search)))
 
 
