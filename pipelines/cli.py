@@ -142,19 +142,12 @@ def _run(path, overrides, as_json, verbose, address=None, segment_length=None, r
     from pipelines.hub import hub_available
 
     hub_available(config)
-    from pipelines.workflow import RunFailed, RunStopped, run_chain
+    from pipelines.workflow import run_chain
 
     console = _console(err=as_json)
     steps = 1 if config.is_joint else len(config.tasks)
-    try:
-        with _json_alone(as_json), ChainProgress(console, steps, config.name) as progress:
-            results = run_chain(config, progress, verbose, segment_length, address, redo)
-    except RunFailed as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except RunStopped as stop:
-        click.echo(f"stopped ({stop}); run the same command to go on from there", err=True)
-        sys.exit(1)
+    with _at_work(as_json), ChainProgress(console, steps, config.name) as progress:
+        results = run_chain(config, progress, verbose, segment_length, address, redo)
     if as_json:
         click.echo(json.dumps(results, indent=1))
         return
@@ -275,7 +268,7 @@ def compare(
         if event["kind"] in ("run", "warning"):
             console.print(event.get("text") or event["name"], highlight=False)
 
-    with _json_alone(as_json):
+    with _at_work(as_json):
         result = run_comparison(comparison, verbose, address, report, parallel)
     click.echo(json.dumps(result, indent=1) if as_json else markdown(result))
 
@@ -442,18 +435,10 @@ def tune(config, task, overrides, address, as_json, verbose) -> None:
 
     hub_available(loaded)
     from pipelines.tune import tune as search_step
-    from pipelines.workflow import RunFailed, RunStopped
 
     console = _console(err=as_json)
-    try:
-        with _json_alone(as_json), ChainProgress(console, 1, loaded.name) as progress:
-            result = search_step(loaded, task, progress, verbose, address)
-    except RunFailed as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except RunStopped as stop:
-        click.echo(f"stopped ({stop}); run the same command to go on from there", err=True)
-        sys.exit(1)
+    with _at_work(as_json), ChainProgress(console, 1, loaded.name) as progress:
+        result = search_step(loaded, task, progress, verbose, address)
     if as_json:
         click.echo(json.dumps(result, indent=1))
         return
@@ -800,10 +785,23 @@ def doctor(config: str | None, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _json_alone(as_json: bool):
-    """Inside, whatever libraries print (Ray tells of lost nodes) goes to stderr: a script reads stdout."""
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        yield
+def _at_work(as_json: bool):
+    """Around a training command: its failures in words, with exit code 1.
+
+    Args:
+        as_json: whatever libraries print (Ray tells of lost nodes) goes to stderr: a script reads stdout.
+    """
+    from pipelines.workflow import RunFailed, RunStopped
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            yield
+    except RunFailed as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except RunStopped as stop:
+        click.echo(f"stopped ({stop}); run the same command to go on from there", err=True)
+        sys.exit(1)
 
 
 def _console(err: bool = False):
