@@ -1,13 +1,15 @@
 """The command line in a process of its own, over a three-task chain on a real base model and real text."""
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import yaml
 
 
@@ -46,6 +48,15 @@ class Bench:
 
     def adapter_bytes(self, results: dict, step: int) -> bytes:
         return (self.step(results, step) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def all_gone(pids: Iterable[int]) -> bool:
+    """Whether none of these processes runs any more; one that its new parent has not reaped yet does not run."""
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                return False
+    return True
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 300) -> object:

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from pipelines.store import ui_command, ui_environment
-from tests.bench import Bench
+from tests.bench import Bench, all_gone, wait_for
 
 DRIVER_SURVIVES = ("worker", "hang", "mlflow")
 DAMAGES = ("worker", "raylet", "driver", "mlflow", "disk", "sigterm", "hang")
@@ -76,7 +76,7 @@ class Chaos:
             process.communicate(timeout=START_SECONDS)
             assert process.returncode != 0
             if damage == "sigterm":
-                assert not any(map(psutil.pid_exists, before)), "stray processes"
+                wait_for(lambda pids=before: all_gone(pids), seconds=10)  # no stray processes
             self._mend()
             process = self._start()
         out, err = process.communicate(timeout=600)

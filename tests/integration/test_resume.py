@@ -8,7 +8,7 @@ import signal
 import psutil
 import pytest
 
-from tests.bench import wait_for
+from tests.bench import all_gone, wait_for
 
 STEPS = 60
 AFTER = 12  # optimizer steps of the first task before it is stopped
@@ -46,7 +46,7 @@ def stopped(bench, changes):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "run the same command to go on" in err
-    assert not any(map(psutil.pid_exists, started)), "stray processes"
+    wait_for(lambda: all_gone(started), seconds=10)  # no stray processes
     assert json.loads((bench.directory("stopped") / "results.json").read_text())["status"] == "stopped"
     assert not (bench.directory("stopped") / "stop.json").exists()
     return bench.directory("stopped")
