@@ -8,7 +8,6 @@ import pytest
 
 from pipelines.inbox import copy_domain, scan
 from pipelines.runs import RunDirectory
-from tests.unit.test_sources import bucket  # noqa: F401  a real S3 server
 
 MARKER = "_SUCCESS"
 
@@ -116,7 +115,7 @@ def test_a_link_that_takes_a_files_place_after_the_listing_is_not_followed(inbox
     assert not list((tmp_path / "storage").rglob("*.jsonl"))
 
 
-def test_a_bucket_prefix_is_an_inbox_too(bucket):  # noqa: F811
+def test_a_bucket_prefix_is_an_inbox_too(bucket):
     for path in ("news/train.jsonl", "news/test.jsonl", "news/_SUCCESS", "a b/train.jsonl", "loose.jsonl"):
         bucket.pipe_file(f"tasks/inbox/{path}", b'{"text": "row"}\n')
     inbox = "s3://tasks/inbox"

@@ -121,31 +121,6 @@ def test_rows_are_memory_mapped(tmp_path):
 # -- remote
 
 
-@pytest.fixture(scope="module")
-def bucket():
-    """A real S3 server on loopback, with the environment that points clients at it."""
-    server = pytest.importorskip("moto.server", reason="pip install 'moto[s3]' flask s3fs")
-    pytest.importorskip("s3fs", reason="pip install s3fs")
-    import s3fs
-
-    s3 = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    s3.start()
-    host, port = s3.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        for name in ("http_proxy", "HTTP_PROXY"):
-            patch.delenv(name, raising=False)
-        s3fs.S3FileSystem.clear_instance_cache()
-        fs = s3fs.S3FileSystem()
-        fs.mkdir("tasks")
-        yield fs
-        s3fs.S3FileSystem.clear_instance_cache()
-    s3.stop()
-
-
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "csv"])
 def test_a_bucket_is_a_folder_like_any_other(tmp_path, bucket, form):
     write(tmp_path / form, form)
