@@ -27,6 +27,7 @@ import posixpath
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ PARAM_LENGTH = 500  # what every MLflow server accepts; the whole text is in con
 TAG_LENGTH = 5000
 CONVENTIONS = 2  # of this module; another number sends finished steps again
 DIGEST_LENGTH = 36
+INPUT_PAUSES = (0.2, 0.5, 1.0)  # seconds between tries
 AGGREGATES = (
     "average_accuracy",
     "learning_accuracy",
@@ -494,7 +496,24 @@ def _send_inputs(to: _Target, run_id: str, metrics: dict) -> None:
     missing = [item for key, item in keys.items() if key not in to.inputs]
     to.inputs.update(keys)
     for batch in _batches(missing, PARAMS_A_BATCH):
-        to.client.log_inputs(run_id, datasets=batch)
+        _log_inputs(to, run_id, batch)
+
+
+def _log_inputs(to: _Target, run_id: str, batch: list) -> None:
+    """The server looks for a dataset and then adds it: of two clients with a new one at once, one is turned away.
+
+    The other's dataset is there a moment later, and is found.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for pause in INPUT_PAUSES:
+        try:
+            return to.client.log_inputs(run_id, datasets=batch)
+        except MlflowException as error:
+            if not re.search("unique|duplicate", str(error), re.IGNORECASE):
+                raise
+            time.sleep(pause)
+    to.client.log_inputs(run_id, datasets=batch)
 
 
 def _dataset(name: str, digest: str, rows: int, source: str | None, context: str):

@@ -9,8 +9,8 @@ import pytest
 
 from tests.cluster.chaos import DAMAGES, Chaos, Server
 
-STEPS = 100
-SHORT = {"replay": ["worker", "disk", "driver"], "ilora": ["mlflow", "raylet", "sigterm"]}
+STEPS = 200
+SHORT = {"replay": ["worker", "disk", "driver"], "ilora": ["mlflow", "sigterm", "raylet"]}
 
 
 @pytest.fixture

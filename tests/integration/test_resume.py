@@ -10,8 +10,8 @@ import pytest
 
 from tests.bench import all_gone, wait_for
 
-STEPS = 60
-AFTER = 12  # optimizer steps of the first task before it is stopped
+STEPS = 240  # many more than the workers make until they hear of the signal
+AFTER = 6  # optimizer steps of the first task before it is stopped
 
 
 @pytest.fixture(scope="module")
