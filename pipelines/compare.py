@@ -152,7 +152,7 @@ def compare(
     """
     import ray
 
-    from pipelines.workflow import cluster, gpus_per_worker
+    from pipelines.ray_cluster import cluster, gpus_per_worker
 
     configs = {m.name: _parsed(m, comparison.configuration(m)) for m in comparison.methods}
     first = next(iter(configs.values()))

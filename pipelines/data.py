@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from curlora.continual.strategy import Example
 from pipelines.config import LanguageModelingTask, PipelineConfig, RetentionCorpus, Source, TaskSource
 from pipelines.encode import Encoded, Encoder, tokenizer_fingerprint
 from pipelines.kinds import EvaluationSet, kind_of
@@ -25,6 +24,8 @@ from pipelines.sources import batches, cache_folder, digest_of, load_split, node
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
+
+    from curlora.continual import Example
 
 IGNORE = -100
 FORMAT = 1  # of cached sequences: another number makes them anew
@@ -85,6 +86,8 @@ class Examples(Sequence):
 
 
 def _example(task: TaskSource, encoded: Encoded) -> Example:
+    from curlora.continual.strategy import Example  # imports PEFT: workers need it, a driver does not
+
     ids = tuple(encoded.input_ids.tolist())
     if kind_of(task).scorer == "head":
         return Example(task.name, ids, target=encoded.choice)

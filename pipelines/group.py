@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from pipelines.config import PipelineConfig
@@ -73,8 +74,7 @@ class WorkerGroup:
 
     def submit(self, assignment: dict) -> int:
         """Hand out an assignment; returns its number."""
-        if self._reference is None:
-            self._start()
+        self.start()
         number, self._number = self._number, self._number + 1
         self.queue.put(number, assignment)
         return number
@@ -139,17 +139,15 @@ class WorkerGroup:
             if place := self.queue.placement_group:
                 remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(place))))
 
-    def _start(self) -> None:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+    def start(self) -> None:
+        """Start the workers, if there are none; they wait for the first assignment."""
+        if self._reference is not None:
+            return
         # a name of its own for every start: Ray Train would restore the state of an earlier one of the same name
         name = f"group-{uuid.uuid4().hex[:8]}"
         self.queue, self._number = Queue(f"{self.uri}/train/{name}-queue"), 0
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # outlives others
-        remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(fit_group)
         settings = {"queue": self.queue.uri, "verbose": self.verbose, "gpus": self.gpus}
-        self._reference = remote.remote(self.config.model_dump(), f"{self.uri}/train", name, settings)
+        self._reference = _here(fit_group).remote(self.config.model_dump(), f"{self.uri}/train", name, settings)
 
     def _raise_loss(self) -> None:
         import ray
@@ -207,15 +205,34 @@ def groups_that_fit(config: PipelineConfig, resources: dict, gpus_per_worker: fl
     return max(1, min(int(resources.get(kind, 0) / need + 1e-6) for kind, need in needs.items() if need))
 
 
+def warm_up() -> None:
+    """Let a process of the cluster import now what `fit_group` will need; it takes that one, if it is done by then."""
+    _here(_import_trainer).remote()
+
+
+def _import_trainer() -> None:
+    import pipelines.lean_trainer  # noqa: F401
+
+
+def _here(function: Callable):
+    """A Ray task on this node, which outlives the others."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(function)
+
+
 def fit_group(raw_config: dict, storage: str, name: str, settings: dict) -> None:
     """One `TorchTrainer.fit`, as a Ray task."""
     import ray.train
-    from ray.train.torch import TorchTrainer
+
+    from pipelines.lean_trainer import LeanTorchTrainer
 
     config = PipelineConfig.model_validate(raw_config)
     gpus = settings["gpus"]
     resources = {"CPU": config.resources.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
-    TorchTrainer(
+    LeanTorchTrainer(
         work,
         train_loop_config=settings,
         scaling_config=ray.train.ScalingConfig(

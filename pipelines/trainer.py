@@ -128,7 +128,7 @@ def example_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, StepOut
         seen = place(model, batch["position_ids"])
     output = model(input_ids=batch["input_ids"], output_hidden_states=True, use_cache=False, **seen, **keep)
     hidden = output.hidden_states[-1]
-    losses = torch.zeros(len(examples), device=hidden.device)
+    losses, logits = torch.zeros(len(examples), device=hidden.device), None
     if first:
         logits = output.logits if keep else output.logits[:, positions]
         losses = losses + _token_losses(logits, labels[:, first:])
@@ -139,11 +139,11 @@ def example_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, StepOut
         raise ValueError(f"examples of {', '.join(sorted(headless))} have neither labels nor a head that trains")
     for task, head in trainable.items():
         # every trainable head runs on every rank: under ZeRO a parameter without a gradient on one rank is a deadlock
-        logits = head(features.to(head.weight.dtype)).float()
+        scores = head(features.to(head.weight.dtype)).float()
         classes = [e.target if e.task == task and e.labels is None else IGNORE for e in examples]
         targets = torch.tensor(classes, device=hidden.device)
-        losses = losses + nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
-    return losses, StepOutput(losses.sum(), hidden, mask)
+        losses = losses + nn.functional.cross_entropy(scores, targets, ignore_index=IGNORE, reduction="none")
+    return losses, StepOutput(losses.sum(), hidden, mask, logits=logits, first=first)
 
 
 def losses_alone(model: nn.Module, examples: Sequence[Example], device: torch.device) -> torch.Tensor:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from pipelines import judging, search
 from pipelines.config import ConfigError, PipelineConfig, Problem, did_you_mean
+from pipelines.ray_cluster import cluster, gpus_per_worker
 from pipelines.runs import RunDirectory, StepPlan
-from pipelines.workflow import Plan, Projector, check_fits, cluster, gpus_per_worker, planned
+from pipelines.workflow import Plan, Projector, check_fits, planned
 
 EXAMPLE = "search: {space: {training.learning_rate: {low: 1.0e-4, high: 1.0e-1, log: true}}, trials: 16}"
 

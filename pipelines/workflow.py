@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +27,7 @@ from pipelines.config import (
 )
 from pipelines.group import GroupLost, WorkerGroup
 from pipelines.publish import already_published, publish
+from pipelines.ray_cluster import cluster, early_cluster, gpus_per_worker
 from pipelines.runs import Lease, RunDirectory, RunDirectoryError, StepPlan, fingerprint, step_fingerprint
 from pipelines.start import Start, find_start, record_start
 
@@ -338,12 +337,15 @@ def run_chain(
     """
     from pipelines.door import check_data
 
-    problems = check_data(config, warn=lambda text: on_event({"kind": "warning", "text": text}))
-    if problems:
-        raise ConfigError(problems)
     run = RunDirectory(config.run_uri)
-    config, plan = planned(config, run)
-    with run.acquire_lease() as lease:
+    with contextlib.ExitStack() as stack:
+        if not group and (run.results() or {}).get("status") != "finished":
+            stack.enter_context(early_cluster(verbose, address))
+        problems = check_data(config, warn=lambda text: on_event({"kind": "warning", "text": text}))
+        if problems:
+            raise ConfigError(problems)
+        config, plan = planned(config, run)
+        lease = stack.enter_context(run.acquire_lease())
         run.open_for_writing(config)
         record_start(run, plan.start)
         run.remove("stop.json")  # it was meant for an earlier driver
@@ -352,7 +354,6 @@ def run_chain(
         projector = Projector(run, config, [step.fingerprint for step in plan.steps])
         ran = bool(plan.missing_steps(run) or any(plan.missing_cells(run).values()) or plan.undecided)
         if ran:
-            check_fits(config)
             known = {name for name, _ in run.events()}
             drive = Drive(config, plan, run, lease, projector, on_event, known)
             with _stops_cleanly(drive), _workers(drive, group, verbose, address) as drive.groups:
@@ -382,19 +383,31 @@ def planned(config: PipelineConfig, run: RunDirectory) -> tuple[PipelineConfig, 
 
 @contextlib.contextmanager
 def _workers(drive: Drive, group: WorkerGroup | None, verbose: bool, address: str | None):
-    """The given group; or those of this run alone, on a cluster that is left or ended with them."""
+    """The given group; or those of this run alone, on a cluster that is left or ended with them.
+
+    Raises:
+        ConfigError: the adapter does not fit the model, or the workers the cluster.
+    """
+    config = drive.config
     if group:
+        check_fits(config)
         yield [group]
         return
-    config = drive.config
     with cluster(config, verbose, address):
         if drive.plan.undecided:
+            check_fits(config)
             from pipelines.search import warm_groups
 
             with warm_groups(config, drive.run, gpus_per_worker(config), verbose) as groups:
                 yield groups
             return
         group = WorkerGroup(config, config.run_uri, gpus_per_worker(config), verbose)
+        group.start()
+        try:
+            check_fits(config)  # meanwhile the workers import what they need
+        except ConfigError:
+            group.kill()
+            raise
         yield [group]
         group.close()
 
@@ -634,77 +647,6 @@ def _end_workers(drive: Drive, number: int) -> None:
 
 def and_then(reason: str) -> str:
     return f"{reason}\nWhat was finished is kept; run the same command to go on from there."
-
-
-# -- cluster
-
-
-@contextlib.contextmanager
-def cluster(config: PipelineConfig, verbose: bool = False, address: str | None = None) -> Iterator[None]:
-    """A Ray cluster: the one this process is connected to, the given one, RAY_ADDRESS, or a local one for the time.
-
-    Raises:
-        ConfigError: the workers can never be placed there.
-    """
-    import ray
-
-    mine = not ray.is_initialized()
-    if mine:
-        connect(verbose, address)
-    try:
-        check_cluster(config, ray.cluster_resources())
-        yield
-    finally:
-        if mine:
-            ray.shutdown()
-
-
-def connect(verbose: bool = False, address: str | None = None) -> None:
-    """`ray.init`, without its plumbing on the user's terminal."""
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        # "local": without it Ray joins whatever cluster was last started here, or waits for one that is dead
-        address=address or os.environ.get("RAY_ADDRESS") or "local",
-        log_to_driver=verbose,
-        logging_level="INFO" if verbose else "ERROR",
-        include_dashboard=None if address or os.environ.get("RAY_ADDRESS") else False,
-    )
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the cluster before the workers can save anything
-
-
-def check_cluster(config: PipelineConfig, resources: dict) -> None:
-    """Raises ConfigError if the workers can never be placed: Ray itself would wait for ever."""
-    workers = config.resources.workers
-    gpus = gpus_per_worker(config, resources)
-    for name, kind, each in (("cpus_per_worker", "CPU", config.resources.cpus_per_worker), ("gpus", "GPU", gpus)):
-        there = resources.get(kind, 0)
-        if workers * each > there:
-            raise ConfigError(
-                [
-                    Problem(
-                        "resources.workers",
-                        f"{workers} workers need {workers * each:g} {kind}, the cluster has {there:g}; "
-                        f"lower resources.workers or resources.{name}, or add nodes",
-                    )
-                ]
-            )
-
-
-def gpus_per_worker(config: PipelineConfig, resources: dict | None = None) -> float:
-    """`auto` means one each where the cluster has any."""
-    value = config.resources.gpus_per_worker
-    if value != "auto":
-        return value
-    if resources is None:
-        import ray
-
-        resources = ray.cluster_resources()
-    return 1.0 if resources.get("GPU", 0) else 0.0
 
 
 # -- lineage beside the run

@@ -72,6 +72,9 @@ class StepOutput:
             alike, enters the loss as `weight * penalty`.
         replayed: how many examples of the global micro-batch come out of a memory.
         present: whether this rank's examples belong to the batch; False where it only keeps in step with the others.
+        logits: (batch, length − first, vocabulary): position p predicts token p + `first`; None where no example has
+            labels.
+        first: the smallest position at which any of this rank's examples has a target.
         ranks: how many processes share the batch. A sum over this rank's examples, times `ranks * weight / n`,
             averages over ranks to the mean over n examples.
     """
@@ -83,6 +86,8 @@ class StepOutput:
     replayed: int = 0
     present: bool = True
     ranks: int = 1
+    logits: torch.Tensor | None = None
+    first: int = 1
 
 
 class Requires(NamedTuple):

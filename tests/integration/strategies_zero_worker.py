@@ -28,7 +28,7 @@ CASES = {
     "clora": ("lora", {"k": 6, "strength": 0.3}),
     "olora": ("lora", {"strength": 0.05}),
     "replay": ("curlora", {"size": 3}),
-    "rehearsal": ("curlora", {"share": 0.2, "base_share": 0.3, "base_rows": 70, "base_length": 6}),
+    "rehearsal": ("curlora", {"share": 0.2, "base_share": 0.3, "base_rows": 70, "base_length": 6, "distill": 1.0}),
 }
 TRAINING = TrainingConfig(max_steps=4, batch_size=8, gradient_accumulation=2, learning_rate=1e-2, max_grad_norm=1.0)
 

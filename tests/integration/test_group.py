@@ -5,7 +5,7 @@ import ray
 
 from pipelines.config import parse_config
 from pipelines.group import WorkerGroup
-from pipelines.workflow import connect
+from pipelines.ray_cluster import connect
 from tests.bench import wait_for
 
 
@@ -25,7 +25,7 @@ def test_a_group_ended_by_force_gives_back_what_its_workers_held(cluster, tmp_pa
     group = WorkerGroup(parse_config(raw | {"resources": everything}), str(tmp_path / "g"), 0)
     places = []
     for _ in range(2):
-        group._start()
+        group.start()
         places.append(wait_for(lambda: group.queue.placement_group))
         group.kill()
     assert places[0] != places[1]  # there is room for one at a time only

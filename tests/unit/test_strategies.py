@@ -58,7 +58,7 @@ def forward(model, examples):
     output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
     targets = torch.where(mask.bool(), ids, -100)[:, 1:]
     losses = cross_entropy(output.logits[:, :-1].transpose(1, 2), targets, reduction="none").sum(1)
-    return losses / mask[:, 1:].sum(1), output.hidden_states[-1], mask
+    return losses / mask[:, 1:].sum(1), output.hidden_states[-1], mask, output.logits[:, :-1]
 
 
 def context(name: str, position: int, examples) -> TaskContext:
@@ -83,9 +83,9 @@ def train(model, strategy, task: TaskContext, steps: int = 6, on_step=lambda ste
     for step in range(1, steps + 1):
         first = (step - 1) * 4 % len(task.examples)
         batch = strategy.batch(list(task.examples[first : first + 4]))
-        losses, hidden, mask = forward(model, batch)
+        losses, hidden, mask, logits = forward(model, batch)
         replayed = sum(e.replayed for e in batch)
-        output = StepOutput(losses.mean(), hidden, mask, replayed=replayed)
+        output = StepOutput(losses.mean(), hidden, mask, replayed=replayed, logits=logits)
         strategy.loss(model, batch, output).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -114,7 +114,7 @@ def test_without_weight_a_strategy_is_sequential_to_the_bit(model, name):
     ("name", "options"),
     [
         ("replay", {"share": 0.3}),
-        ("rehearsal", {"share": 0.2, "base_share": 0.3, "base_rows": 9, "base_length": 6}),
+        ("rehearsal", {"share": 0.2, "base_share": 0.3, "base_rows": 9, "base_length": 6, "distill": 2.0}),
         ("ilora", {}),
         ("ewc", {"strength": 1e4, "examples": 6}),
         ("clora", {"k": 4}),
@@ -136,9 +136,10 @@ def test_an_interrupted_task_goes_on_with_the_same_bits(model, name, options, ki
 
         def step(number):
             batch = strategy.batch(list(tasks[1].examples[:4]))
-            losses, hidden, mask = forward(model, batch)
+            losses, hidden, mask, logits = forward(model, batch)
             count = sum(e.replayed for e in batch)
-            loss = strategy.loss(model, batch, StepOutput(losses.mean(), hidden, mask, replayed=count))
+            output = StepOutput(losses.mean(), hidden, mask, replayed=count, logits=logits)
+            loss = strategy.loss(model, batch, output)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -289,6 +290,31 @@ def test_rehearsal_adds_what_the_base_has_written_once_and_earlier_tasks(model):
     assert strategy.replayed_tasks() == ("old",), "the base has no head"
 
 
+def test_distillation_adds_the_divergence_from_the_base_on_what_it_has_written(model):
+    wrapped = adapted(model, "curlora")
+    strategy = make_strategy("rehearsal", share=0.0, base_share=0.5, base_rows=8, base_length=6, distill=3.0)
+    strategy.before_task(wrapped, context("new", 1, rows("new", 12)))
+    batch = strategy.batch(rows("new", 4))
+    written = [row for row in batch if row.task == "base"]
+    assert len(written) == 4
+
+    def added() -> float:
+        losses, hidden, mask, logits = forward(wrapped, batch)
+        output = StepOutput(losses.mean(), hidden, mask, weight=0.5, ranks=2, logits=logits)
+        return float((strategy.loss(wrapped, batch, output) - output.loss).detach())
+
+    assert added() == pytest.approx(0, abs=1e-6), "an untrained adapter is the base"
+    before = forward(wrapped, written)[3].softmax(-1)
+    start = read(adapter_parameters(wrapped))
+    write(adapter_parameters(wrapped), {n: p + 0.1 * torch.randn(p.shape) for n, p in start.items()})
+    after = forward(wrapped, written)[3].softmax(-1)
+    divergence = (before * (before / after).log()).sum(-1).mean(1).sum() / len(batch)
+    assert added() == pytest.approx(float(3.0 * 0.5 * 2 * divergence), rel=1e-4)
+    assert divergence > 1e-4
+    kept = read(adapter_parameters(wrapped))
+    assert not any(torch.equal(kept[name], start[name]) for name in start), "the trained weights are back"
+
+
 # ------------------------------------------------------------------------------------------------------------- I-LoRA
 
 
@@ -321,7 +347,7 @@ def test_consistency_is_the_masked_error_against_the_slow_copy(model):
     strategy.after_task(wrapped, context("old", 1, old))
     strategy.slow = {name: 0.5 * value for name, value in strategy.slow.items()}
     batch = rows("new", 2, 5) + strategy.memory.draw(3, [0])
-    losses, hidden, mask = forward(wrapped, batch)
+    losses, hidden, mask, _ = forward(wrapped, batch)
     output = StepOutput(losses.mean(), hidden, mask, weight=0.5, replayed=3)
     before = read(adapter_parameters(wrapped))
     extra = strategy.loss(wrapped, batch, output) - output.loss
@@ -479,7 +505,7 @@ def test_olora_over_curlora_is_the_row_space_overlap(model, whiten):
     strategy = make_strategy("olora", strength=1.0)
     strategy.before_task(wrapped, context("b", 2, rows("b", 4)))
     if whiten:
-        losses, hidden, mask = forward(wrapped, rows("b", 2))
+        losses, hidden, mask, _ = forward(wrapped, rows("b", 2))
         output = StepOutput(losses.mean(), hidden, mask)
         assert strategy.loss(wrapped, [], output) is output.loss  # orthogonal by construction
         return

@@ -6,8 +6,9 @@ import pytest
 
 from pipelines.config import ConfigError, parse_config
 from pipelines.gate import judge
+from pipelines.ray_cluster import check_cluster, gpus_per_worker
 from pipelines.runs import RunDirectory
-from pipelines.workflow import build_results, check_cluster, gpus_per_worker, make_plan
+from pipelines.workflow import build_results, make_plan
 from tests.conftest import minimal, write_jsonl
 
 
