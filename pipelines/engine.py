@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import sys
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -79,13 +80,27 @@ def prepare_environment() -> None:
     lock of a builder that was killed, and serves inference only: it is declared incompatible, which skips it.
     """
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
-    import deepspeed
+    with _not_imported("mlflow"):  # the autotuner would, for a second of each worker's start; nobody tunes here
+        import deepspeed
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.distributed.is_initialized():
         # joins the process group that is there; without it zero.Init believes in a world of one
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
+
+
+@contextlib.contextmanager
+def _not_imported(name: str) -> Iterator[None]:
+    """Inside, a package that nobody has imported yet seems not to be installed."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ class Rehearsal(Replay):
 
     Args:
         share: part of a batch that comes out of earlier tasks, as in `Replay`; default 0.1.
-        base_share: part of a batch that the base has written, in [0, 1); default 0.1.
+        base_share: part of a batch that the base has written, in [0, 1).
         base_rows: sequences that it writes, once, before the first task.
         base_length: tokens of each.
         distill: weight of KL(base ‖ adapted model), nats a token, on the rows that the base has written; 0 saves the
@@ -41,11 +41,11 @@ class Rehearsal(Replay):
     def __init__(
         self,
         share: float = 0.1,
-        base_share: float = 0.1,
+        base_share: float = 0.25,
         base_rows: int = 500,
         base_length: int = 128,
         memory: int = 500,
-        distill: float = 0.0,
+        distill: float = 3.0,
     ):
         super().__init__(share=share, memory=memory)
         require(0 <= base_share < 1, f"base_share is {base_share}; use a number in [0, 1), e.g. 0.1")
