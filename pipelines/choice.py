@@ -24,11 +24,16 @@ RULE = (
 
 @dataclass(frozen=True)
 class Assessment:
-    """A trial's worth; `retention_loss` is None where nothing was there to be lost."""
+    """A trial's worth; `retention_loss` is None where nothing was there to be lost.
+
+    `signal` is what trials are compared by on their way: the objective with the cross-entropy of the right class in
+    place of a score. A score may stand at chance for half of the training while the loss falls already.
+    """
 
     objective: float
     learning: float
     retention_loss: float | None
+    signal: float
 
     def to_json(self) -> dict:
         return dict(self.__dict__)
@@ -56,7 +61,11 @@ def assess(
     learning = math.fsum(learned) / len(learned)
     lost = [losses[name] - before for name, before in reference.items()]
     retention_loss = math.fsum(lost) / len(lost) if lost else None
-    return Assessment(learning - weight * (retention_loss or 0.0), learning, retention_loss)
+    known = {cell["name"]: cell.get("loss") for cell in cells}
+    early = [-known[name] if known[name] is not None else value for name, value in zip(new, learned, strict=True)]
+    cost = weight * (retention_loss or 0.0)
+    signal = math.fsum(early) / len(early) - cost
+    return Assessment(learning - cost, learning, retention_loss, signal if math.isfinite(signal) else -math.inf)
 
 
 # -- among trials (records as `trial.json` holds them)

@@ -46,7 +46,8 @@ class World:
 @dataclass(frozen=True)
 class Cell:
     """One cell of the score matrix, or one retention figure. `nll` is nats a token; `value` is what `metric` says;
-    `extras` are other metrics of the same outcomes."""
+    `extras` are other metrics of the same outcomes; `loss` is the cross-entropy of the right class, where there are
+    classes."""
 
     name: str
     role: str
@@ -63,6 +64,7 @@ class Cell:
     time: float
     higher_is_better: bool = True
     extras: dict[str, float] = field(default_factory=dict)
+    loss: float | None = None
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -115,6 +117,7 @@ def evaluate(
         time=time.time(),
         higher_is_better=metrics.higher_is_better(evaluation.metric),
         extras=summary.extras,
+        loss=kind.loss(evaluation, scored),
     )
     return cell, outcomes
 
@@ -211,8 +214,9 @@ def by_head(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], w
     )
     features = last_token_features(output.hidden_states[-1], padded.mask)
     head = get_head(model, evaluation.name)
-    classes = head(features.to(head.weight.dtype)).argmax(-1).tolist()
-    return [Scored(item.example, chosen) for item, chosen in zip(batch, classes, strict=True)]
+    scores = head(features.to(head.weight.dtype)).float()
+    found = zip(batch, scores.argmax(-1).tolist(), (-scores.log_softmax(-1)).tolist(), strict=True)
+    return [Scored(item.example, chosen, losses=tuple(losses)) for item, chosen, losses in found]
 
 
 def by_likelihood(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:

@@ -162,7 +162,7 @@ class Trial:
             rung = self._rungs.pop(0)
             if found is not None and (worth := self._assess(found["cells"])):
                 self._passed = rung
-                return self._report(worth.objective, rung)
+                return self._report(worth.objective, rung) | {"signal": worth.signal}
         if metrics is None:
             return None
         if record.get("status") != "finished":
@@ -332,7 +332,7 @@ def prune(spec: Spec, number: int, values: Values) -> dict:
     last = rungs[-1]
     run.request_stop(f"behind the others at {last['rung']:.0%} of its training")
     run.write_json(verdict_file(last["rung"]), {"go_on": False})
-    worth = {key: last[key] for key in ("objective", "learning", "retention_loss")}
+    worth = {key: last[key] for key in ("objective", "learning", "retention_loss", "signal")}
     steps = {"steps": last["step"], "total_steps": last["steps"]}
     return write_record(run, spec, number, values, "pruned", **worth, **steps)
 

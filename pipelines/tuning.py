@@ -23,7 +23,7 @@ from pipelines.config import Range, SearchConfig
 from pipelines.space import Values
 from pipelines.trial import Spec, TrialDriver
 
-METRIC, TIME = "objective", "resource"
+METRIC, SIGNAL, TIME = "objective", "signal", "resource"
 ASK_SECONDS = 1.0  # between two looks for a request to stop
 LOST_TRIALS = 3  # trials whose driver broke off, after which the search ends
 DRIVER_SHARE = 0.0001  # of this node's own resource: a trial's driver takes no CPU from its workers
@@ -104,13 +104,17 @@ class Proposals(Searcher):
 
 
 class Halving(AsyncHyperBandScheduler):
-    """ASHA (Li et al. 2020, arXiv 1810.05934), which tells when it ends a trial before its time."""
+    """ASHA (Li et al. 2020, arXiv 1810.05934), which tells when it ends a trial before its time.
+
+    At a rung it compares trials by their signal (`choice.Assessment`).
+    """
 
     def __init__(self, top: int, reduction: int, on_prune: Callable[[str], None]):
         super().__init__(time_attr=TIME, max_t=top, grace_period=1, reduction_factor=reduction)
         self.top, self.on_prune = top, on_prune
 
     def on_trial_result(self, tune_controller, trial, result: dict) -> str:
+        result = result | ({METRIC: result[SIGNAL]} if SIGNAL in result else {})
         action = super().on_trial_result(tune_controller, trial, result)
         if action == TrialScheduler.STOP and result[TIME] < self.top:
             self.on_prune(trial.trial_id)

@@ -25,6 +25,7 @@ class Scored:
         nll: summed over the counted tokens, in nats.
         tokens: how many were counted.
         output: token ids that the model wrote (greedy).
+        losses: NLL of every class (a classifier head).
     """
 
     example: int
@@ -32,6 +33,7 @@ class Scored:
     nll: float = 0.0
     tokens: int = 0
     output: tuple[int, ...] = ()
+    losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,10 @@ class Kind:
     def outcomes(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> list[dict]:
         """`predictions` against what is right: `{"id", …, "correct" | "score" | "nll"}` an example."""
         raise NotImplementedError
+
+    def loss(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> float | None:
+        """Mean cross-entropy of the right class, in nats; None where there are no classes. It moves before they do."""
+        return None
 
     def summary(self, evaluation: EvaluationSet, outcomes: Sequence[dict]) -> Summary:
         raise NotImplementedError

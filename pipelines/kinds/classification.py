@@ -158,6 +158,10 @@ class Classifier(_Classification):
     def predicted(self, scored: Sequence[Scored]) -> list[int]:
         return [entry.choice for entry in sorted(scored)]
 
+    def loss(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> float | None:
+        pairs = zip(sorted(scored), evaluation.labels, strict=True)
+        return math.fsum(entry.losses[label] for entry, label in pairs) / len(scored)
+
 
 class Verbalizer(_Classification):
     """The label whose text is the likeliest after the prompt."""
@@ -192,6 +196,9 @@ class Verbalizer(_Classification):
 
     def predicted(self, scored: Sequence[Scored]) -> list[int]:
         return likeliest(scored)
+
+    def loss(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> float | None:
+        return loss_among_choices(evaluation, scored)
 
 
 # -- parts that multiple choice shares
@@ -228,6 +235,18 @@ def likeliest(scored: Sequence[Scored], divisor: Callable[[Scored], float] = lam
         found = (entry.nll / divisor(entry), entry.choice)
         best[entry.example] = min(best.get(entry.example, (math.inf, -1)), found)
     return [choice for _, (_, choice) in sorted(best.items())]
+
+
+def loss_among_choices(evaluation: EvaluationSet, scored: Sequence[Scored]) -> float:
+    """Mean −log p(right), where p is the likelihood of a choice's text, made to add up to 1 over the choices."""
+    choices: dict[int, dict[int, float]] = {}
+    for entry in scored:
+        choices.setdefault(entry.example, {})[entry.choice] = entry.nll
+    losses = []
+    for (_, nll), label in zip(sorted(choices.items()), evaluation.labels, strict=True):
+        least = min(nll.values())
+        losses.append(nll[label] - least + math.log(math.fsum(math.exp(least - value) for value in nll.values())))
+    return math.fsum(losses) / len(losses)
 
 
 def compared(evaluation: EvaluationSet, predicted: Sequence[int]) -> list[dict]:

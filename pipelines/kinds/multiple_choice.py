@@ -12,7 +12,15 @@ from pipelines import metrics
 from pipelines.config import MultipleChoiceTask, template_fields
 from pipelines.encode import Encoder, fill
 from pipelines.kinds.base import EvaluationSet, Kind, Row, Scored, Summary, short, template_problems, text_problems
-from pipelines.kinds.classification import alternatives, answer_problems, compared, continued, likeliest, prompted
+from pipelines.kinds.classification import (
+    alternatives,
+    answer_problems,
+    compared,
+    continued,
+    likeliest,
+    loss_among_choices,
+    prompted,
+)
 from pipelines.sources import records
 
 if TYPE_CHECKING:
@@ -102,6 +110,9 @@ class MultipleChoice(Kind):
             return likeliest(scored, lambda entry: max(1, entry.tokens))
         texts = _texts(evaluation)
         return likeliest(scored, lambda entry: max(1, len(texts[entry.example, entry.choice])))
+
+    def loss(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> float | None:
+        return loss_among_choices(evaluation, scored)
 
     def summary(self, evaluation: EvaluationSet, outcomes: Sequence[dict]) -> Summary:
         return Summary(metrics.accuracy([o["prediction"] for o in outcomes], [o["label"] for o in outcomes]))

@@ -35,11 +35,14 @@ def test_objective_is_learning_minus_the_weighted_mean_loss_of_what_was_there():
     assert worth.learning == pytest.approx(0.8)
     assert worth.retention_loss == pytest.approx(0.2)
     assert worth.objective == pytest.approx(0.7)
+    assert worth.signal == worth.objective
+    told = assess([cells[0] | {"loss": 0.6}, *cells[1:]], ["new"], {"old": 0.3, "text": 4.2}, weight=0.5)
+    assert (told.objective, told.signal) == (worth.objective, pytest.approx(-0.6 - 0.1))
 
 
 def test_text_is_learned_in_nats_and_the_first_task_has_nothing_to_lose():
     worth = assess([cell("new", 3.5, "nll")], ["new"], {}, weight=1.0)
-    assert (worth.objective, worth.learning, worth.retention_loss) == (-3.5, -3.5, None)
+    assert (worth.objective, worth.learning, worth.retention_loss, worth.signal) == (-3.5, -3.5, None, -3.5)
 
 
 def test_a_score_that_is_no_number_has_no_worth():

@@ -60,6 +60,13 @@ def test_padding_never_changes_a_score(model, tokenizer):
     _, alone = evaluate(model, classifier_set(ids, labels), ALONE, 1, "task", "k")
     assert outcomes == alone
     assert together.value == pytest.approx(np.mean([o["correct"] for o in alone]))
+    losses = []
+    for row, label in zip(ids, labels, strict=True):
+        with torch.no_grad():
+            hidden = model(input_ids=torch.as_tensor(row)[None], output_hidden_states=True).hidden_states[-1]
+            scores = heads.get_head(model, "reviews")(hidden[0, -1])
+        losses.append(-scores.log_softmax(-1)[label].item())
+    assert together.loss == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_each_example_counts_once_whatever_the_number_of_workers(tokenizer):
@@ -81,7 +88,8 @@ def test_verbalizer_picks_the_likeliest_label(model, tokenizer):
         for c, a in enumerate(answers)
     )
     evaluation = EvaluationSet("v", "verbalizer", "accuracy", items, (0,) * 8, tuple(range(8)), ("x", "y"), "d")
-    _, outcomes = evaluate(model, evaluation, ALONE, 100, "task", "k")
+    cell, outcomes = evaluate(model, evaluation, ALONE, 100, "task", "k")
+    losses = []
     for prompt, outcome in zip(prompts, outcomes, strict=True):
         likelihoods = []
         for answer in answers:
@@ -90,6 +98,8 @@ def test_verbalizer_picks_the_likeliest_label(model, tokenizer):
                 scores = model(input_ids=ids).logits[0].log_softmax(-1)
             likelihoods.append(sum(scores[4 + k, token].item() for k, token in enumerate(answer)))
         assert outcome["prediction"] == int(np.argmax(likelihoods))
+        losses.append(-torch.tensor(likelihoods).log_softmax(-1)[0].item())
+    assert cell.loss == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_the_last_token_is_the_last_real_one():

@@ -112,9 +112,9 @@ def record(spec: Spec) -> dict | None:
 
 def test_reports_at_each_rung_goes_on_when_asked_again_and_records_its_end(spec):
     trial, workers = make(spec, Workers.reach(1 / 9, 0.5), Workers.reach(1 / 3, 0.6), Workers.end(0.7))
-    assert trial.advance() == {"objective": pytest.approx(0.4), "resource": 1}
+    assert trial.advance() == {"objective": pytest.approx(0.4), "signal": pytest.approx(0.4), "resource": 1}
     assert spec.run(VALUES).read_json(verdict_file(1 / 9)) is None  # the scheduler has not spoken yet
-    assert trial.advance() == {"objective": pytest.approx(0.5), "resource": 3}
+    assert trial.advance() == {"objective": pytest.approx(0.5), "signal": pytest.approx(0.5), "resource": 3}
     assert spec.run(VALUES).read_json(verdict_file(1 / 9)) == {"go_on": True}
     assert trial.advance() == {"objective": pytest.approx(0.6), "resource": 9, "done": True}
     assert len(workers.assignments) == 1

@@ -77,6 +77,9 @@ def test_a_trial_behind_the_best_third_at_a_rung_is_told_to_end_and_no_other():
         scheduler.on_trial_add(None, trial)
     for trial, value in zip(trials, (0.5, 0.9, 0.1, 0.95), strict=True):
         scheduler.on_trial_result(None, trial, {"objective": value, "resource": 1})
+    late = Trial("e")
+    scheduler.on_trial_add(None, late)
+    scheduler.on_trial_result(None, late, {"objective": 0.1, "signal": 0.99, "resource": 1})  # the loss is ahead
     assert pruned == ["c"]
     scheduler.on_trial_result(None, trials[0], {"waiting": True})  # no news is no reason
     scheduler.on_trial_result(None, trials[3], {"objective": 0.9, "resource": 9})  # the end is no early end
