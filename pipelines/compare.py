@@ -24,7 +24,7 @@ import numpy as np
 from pipelines.choice import loss_of
 from pipelines.config import ConfigError, PipelineConfig, Problem, did_you_mean, parse_config, read_yaml
 from pipelines.group import WorkerGroup, groups_that_fit
-from pipelines.runs import RunDirectory
+from pipelines.runs import RunDirectory, fingerprint
 
 if TYPE_CHECKING:
     from pipelines.workflow import Plan
@@ -228,11 +228,17 @@ def _learning_rates(comparison: Comparison, crew: Crew) -> dict[str, float | Non
     """Each method's best of the grid on the first task's validation part; None where there is nothing to choose."""
     tuned = [method for method in comparison.methods if method.tuned and comparison.learning_rates]
     trials = list(itertools.product(tuned, comparison.learning_rates))
-    configs = [tuning_config(comparison, method, rate) for method, rate in trials]
+    configs: dict[str, PipelineConfig] = {}  # methods that train the first task alike share their trials
+    keys = []
+    for method, rate in trials:
+        config = tuning_config(comparison, method, rate)
+        keys.append(fingerprint(config.model_dump(exclude={"name"})))
+        configs.setdefault(keys[-1], config)
+    found = dict(zip(configs, crew.run(list(configs.values())), strict=True))
     losses: dict[str, dict[float, float]] = {method.name: {} for method in tuned}
-    for (method, rate), config, results in zip(trials, configs, crew.run(configs), strict=True):
-        if results is not None:
-            losses[method.name][rate] = validation_loss(RunDirectory(config.run_uri), results)
+    for (method, rate), key in zip(trials, keys, strict=True):
+        if found[key] is not None:
+            losses[method.name][rate] = validation_loss(found[key])
     chosen = {
         name: min(found, key=found.get) if found else comparison.learning_rates[0] for name, found in losses.items()
     }
@@ -241,18 +247,21 @@ def _learning_rates(comparison: Comparison, crew: Crew) -> dict[str, float | Non
 
 def tuning_config(comparison: Comparison, method: Method, rate: float) -> PipelineConfig:
     """The first task alone, scored on what is not its test split."""
+    from curlora.continual import STRATEGIES
     from pipelines.sources import validation_view
 
     raw = comparison.configuration(method, seed=comparison.seeds[0], learning_rate=rate)
     raw |= {"name": f"tune-{method.safe_name}-{rate:g}".replace(".", "_"), "retention": []}
     if raw.get("strategy", {}).get("name") != "joint":
         raw["tasks"] = raw["tasks"][:1]
+    if STRATEGIES[raw.get("strategy", {}).get("name", "sequential")].plain_at_first:
+        raw |= {"strategy": {"name": "sequential"}, "adapter": raw.get("adapter", {}) | {"carry": "continue"}}
     config = parse_config(raw)
     tasks = [validation_view(task) for task in config.tasks]
     return config.model_copy(update={"tasks": tasks})
 
 
-def validation_loss(run: RunDirectory, results: dict) -> float:
+def validation_loss(results: dict) -> float:
     """Lower is better: NLL of text, 1 − score of the rest; mean over the tasks."""
     last = [value for value in results["scores"][-1] if value is not None]
     kinds = [results["metric"][task] for task in results["tasks"]]

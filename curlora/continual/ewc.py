@@ -29,6 +29,7 @@ class EWC(Strategy):
     """
 
     name = "ewc"
+    plain_at_first = True
     requirements: ClassVar = {
         "adapter.carry": Requires(("continue",), "it holds one and the same adapter where it was")
     }

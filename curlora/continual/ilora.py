@@ -33,6 +33,7 @@ class ILora(Replay):
     """
 
     name = "ilora"
+    plain_at_first = False
     requirements: ClassVar = {
         "adapter.carry": Requires(("continue",), "its slow copy is an average over tasks of one and the same adapter")
     }

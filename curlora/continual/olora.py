@@ -26,6 +26,7 @@ class OLora(Strategy):
     """
 
     name = "olora"
+    plain_at_first = True
     requirements: ClassVar = {
         "adapter.carry": Requires(("stack",), "it holds a task's adapter against those of earlier tasks")
     }

@@ -37,6 +37,7 @@ class Rehearsal(Replay):
     """
 
     name = "rehearsal"
+    plain_at_first = False
 
     def __init__(
         self,

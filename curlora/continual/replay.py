@@ -43,6 +43,7 @@ class Replay(Strategy):
     """
 
     name = "replay"
+    plain_at_first = True
 
     def __init__(self, share: float | None = None, size: int | None = None, memory: int = 500):
         require(share is None or size is None, "give share or size, not both")

@@ -5,3 +5,4 @@ from curlora.continual.strategy import Strategy
 
 class Sequential(Strategy):
     name = "sequential"
+    plain_at_first = True

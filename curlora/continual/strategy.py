@@ -106,10 +106,12 @@ class Strategy:
     A run may be interrupted between any two optimizer steps. What `state` returns then, put into a new object by
     `load_state` (after `before_task`), must make it go on with the same bits, on any number of ranks.
 
-    `requirements` maps a configuration field to what this strategy can work with.
+    `requirements` maps a configuration field to what this strategy can work with. `plain_at_first` says that the first
+    task is trained as without any strategy, because there is nothing yet to protect.
     """
 
     name: ClassVar[str] = "sequential"
+    plain_at_first: ClassVar[bool] = False
     requirements: ClassVar[dict[str, Requires]] = {}
 
     def check(self, model: nn.Module) -> None:

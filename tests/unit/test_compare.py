@@ -6,8 +6,18 @@ import io
 import numpy as np
 import pytest
 
-from pipelines.compare import Comparison, as_csv, bootstrap, markdown, mean_and_error, merged, read_methods
+from pipelines.compare import (
+    Comparison,
+    as_csv,
+    bootstrap,
+    markdown,
+    mean_and_error,
+    merged,
+    read_methods,
+    tuning_config,
+)
 from pipelines.config import ConfigError
+from tests.conftest import minimal
 
 RAW = {
     "name": "sequence",
@@ -41,6 +51,13 @@ def test_a_pattern_is_a_product_of_adapters_and_strategies():
     assert names == ["lora+ewc", "lora+replay", "curlora+ewc", "curlora+replay", "none"]
 
 
+def test_methods_that_train_the_first_task_alike_share_the_trials_of_their_learning_rate(tmp_path):
+    methods = read_methods(["lora", "lora+replay", "lora+ewc", "lora+olora", "lora+ilora", "lora+rehearsal"])
+    comparison = Comparison(minimal(tmp_path, tmp_path), methods, [0], [1e-3])
+    plain, *others = [tuning_config(comparison, m, 1e-3).model_dump(exclude={"name"}) for m in methods]
+    assert [other == plain for other in others] == [True, True, True, False, False]
+
+
 def test_unknown_methods_are_named_with_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'lora'") as error:
         read_methods(["lorra", "curlora+replya", "lora"])
@@ -50,7 +67,6 @@ def test_unknown_methods_are_named_with_the_nearest():
 def test_shipped_methods_are_valid_configurations(tmp_path):
     from pipelines.compare import CATALOGUE
     from pipelines.config import parse_config, read_yaml
-    from tests.conftest import minimal
 
     for name in read_yaml(CATALOGUE)["adapters"]:
         (method,) = read_methods([name])
