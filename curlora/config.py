@@ -21,7 +21,7 @@ class CurloraConfig(PeftConfig):
     """Configuration of `CurloraModel`: ΔW = s · C U R with C, R from W, and only U (r, r) trained."""
 
     r: int = field(
-        default=16,
+        default=23,
         metadata={"help": "Rank: the number of columns and rows that are selected; U holds r² numbers a layer."},
     )
     alpha: float = field(

@@ -84,7 +84,7 @@ class AdapterConfig(Section):
     """What trains. `curlora` has fields of its own; `options` goes to any other PEFT type unchanged."""
 
     type: str = Field("curlora", description="curlora | none (heads only) | lora | any PEFT type installed")
-    r: int = Field(16, gt=0, description="rank")
+    r: int = Field(23, gt=0, description="rank")
     alpha: float = Field(1.0, gt=0, description="scale of the update (lora: lora_alpha)")
     target_modules: str | list[str] = Field("all-linear", description="module name suffixes, or all-linear")
     selection: str = Field("inverse", description="rule that samples rows and columns")
