@@ -205,15 +205,6 @@ def groups_that_fit(config: PipelineConfig, resources: dict, gpus_per_worker: fl
     return max(1, min(int(resources.get(kind, 0) / need + 1e-6) for kind, need in needs.items() if need))
 
 
-def warm_up() -> None:
-    """Let a process of the cluster import now what `fit_group` will need; it takes that one, if it is done by then."""
-    _here(_import_trainer).remote()
-
-
-def _import_trainer() -> None:
-    import pipelines.lean_trainer  # noqa: F401
-
-
 def _here(function: Callable):
     """A Ray task on this node, which outlives the others."""
     import ray

@@ -1,7 +1,6 @@
 """The Ray cluster that a command works on: the given one, or a local one that ends with the command.
 
-A local one starts in the background while the driver still looks at its input (`early_cluster`), and with it the
-process that will run Ray Train (`group.fit_group`).
+A local one starts in the background while the driver still looks at its input (`early_cluster`).
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from pipelines.config import ConfigError, PipelineConfig, Problem
-from pipelines.group import warm_up
 
 LOCAL = "CURLORA_LOCAL_CLUSTER"  # set in the processes of a cluster that was started for one command
 # one node, which nobody takes away and nobody adds to
@@ -32,7 +30,7 @@ def early_cluster(verbose: bool = False, address: str | None = None) -> Iterator
         yield
         return
     with ThreadPoolExecutor(1, thread_name_prefix="ray") as pool:
-        _early = pool.submit(_connect_and_warm_up, verbose)
+        _early = pool.submit(connect, verbose)
         try:
             yield
         finally:
@@ -40,11 +38,6 @@ def early_cluster(verbose: bool = False, address: str | None = None) -> Iterator
             if unused:
                 unused.exception()
                 ray.shutdown()
-
-
-def _connect_and_warm_up(verbose: bool) -> None:
-    connect(verbose)
-    warm_up()
 
 
 @contextlib.contextmanager
