@@ -9,6 +9,7 @@ collective operation. What the scores of sequences mean is the kind's business (
 from __future__ import annotations
 
 import inspect
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicLayer
 
 from pipelines import metrics
 from pipelines.data import majority_rate
@@ -86,6 +88,24 @@ def make_batches(items: Sequence[Encoded], batch_tokens: int, new_tokens: int = 
     return batches
 
 
+def make_question_batches(items: Sequence[Encoded], batch_tokens: int) -> list[list[Encoded]]:
+    """As `make_batches`, but all alternatives of an example stay together, in their order."""
+    questions: dict[int, list[Encoded]] = {}
+    for item in sorted(items, key=lambda item: (item.example, item.choice)):
+        questions.setdefault(item.example, []).append(item)
+    length = {example: max(len(item.input_ids) for item in group) for example, group in questions.items()}
+    batches: list[list[Encoded]] = []
+    longest = 0  # of the last batch
+    for example in sorted(questions, key=lambda example: (-length[example], example)):
+        group = questions[example]
+        if batches and longest * (len(batches[-1]) + len(group)) <= batch_tokens:
+            batches[-1].extend(group)
+        else:
+            batches.append(list(group))
+            longest = length[example]
+    return batches
+
+
 def evaluate(
     model: nn.Module, evaluation: EvaluationSet, world: World, batch_tokens: int, role: str, key: str
 ) -> tuple[Cell, list[dict]] | None:
@@ -129,8 +149,12 @@ def score(model: nn.Module, evaluation: EvaluationSet, world: World, batch_token
 
 def score_part(model: nn.Module, evaluation: EvaluationSet, world: World, batch_tokens: int) -> list[Scored]:
     """What the model says of this rank's share of the sequences."""
-    batches = make_batches(evaluation.items, batch_tokens, evaluation.max_new_tokens)
-    run = SCORERS[KINDS[evaluation.kind].scorer]
+    scorer = KINDS[evaluation.kind].scorer
+    if scorer == "choices":
+        batches = make_question_batches(evaluation.items, batch_tokens)
+    else:
+        batches = make_batches(evaluation.items, batch_tokens, evaluation.max_new_tokens)
+    run = SCORERS[scorer]
     was_training = model.training
     model.eval()
     local: list[Scored] = []
@@ -229,6 +253,49 @@ def by_likelihood(model: nn.Module, evaluation: EvaluationSet, batch: list[Encod
     ]
 
 
+def by_choice(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:
+    """Summed NLL of each alternative after its prompt, which all alternatives of an example share and which runs once.
+
+    Under ZeRO-3 every batch takes the same two passes, whatever the lengths.
+    """
+    if not accepts(model, "past_key_values") or any(item.start < 1 for item in evaluation.items):
+        return by_likelihood(model, evaluation, batch, world)
+    questions = [list(group) for _, group in itertools.groupby(batch, key=lambda item: item.example)]
+    prompts = pad([group[0].input_ids[: group[0].start] for group in questions], world.device, side="left")
+    seen = model(
+        input_ids=prompts.ids,
+        attention_mask=prompts.mask,
+        use_cache=True,
+        **place(model, prompts.positions),
+        **keep_logits(model, 1),
+    )
+    cache = seen.past_key_values
+    if not all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None])):
+        return by_likelihood(model, evaluation, batch, world)  # a state that is no list of keys and values
+    owners = [number for number, group in enumerate(questions) for _ in group]
+    owner = torch.tensor(owners, device=world.device)
+    answers = pad([item.input_ids[item.start :] for item in batch], world.device)
+    sums = token_nll(seen.logits[owner, -1:], answers.ids[:, :1]).double().sum(1)
+    later = answers.ids.shape[1] - 1
+    if later or world.lockstep:
+        cache.batch_select_indices(owner)
+        given = answers.ids[:, : max(later, 1)]
+        positions = prompts.positions[owner, -1:] + 1 + torch.arange(given.shape[1], device=world.device)
+        logits = model(
+            input_ids=given,
+            attention_mask=torch.cat([prompts.mask[owner], answers.mask[:, : given.shape[1]]], 1),
+            past_key_values=cache,
+            use_cache=True,
+            **place(model, positions),
+        ).logits
+        if later:
+            sums += (token_nll(logits, answers.ids[:, 1:]).double() * answers.mask[:, 1:]).sum(1)
+    return [
+        Scored(item.example, item.choice, value, len(item.input_ids) - item.start)
+        for item, value in zip(batch, sums.tolist(), strict=True)
+    ]
+
+
 def sequence_nll(model: nn.Module, padded: Padded, starts: Sequence[int]) -> list[float]:
     """Summed NLL of each row's tokens from `starts` on (≥ 1, counted without padding, on whichever side that is).
 
@@ -309,4 +376,4 @@ def _all_done(here: bool, world: World) -> bool:
     return waiting.item() == 0
 
 
-SCORERS = {"head": by_head, "likelihood": by_likelihood, "greedy": by_writing}
+SCORERS = {"head": by_head, "likelihood": by_likelihood, "choices": by_choice, "greedy": by_writing}

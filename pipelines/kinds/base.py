@@ -80,7 +80,7 @@ class Kind:
 
     Attributes:
         name: key in `KINDS`.
-        scorer: how a model is run: head | likelihood | greedy.
+        scorer: how a model is run: head | likelihood | choices | greedy.
     """
 
     name: ClassVar[str]

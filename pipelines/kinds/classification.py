@@ -167,6 +167,7 @@ class Verbalizer(_Classification):
     """The label whose text is the likeliest after the prompt."""
 
     name = "verbalizer"
+    scorer = "choices"
 
     def inputs(self, task: ClassificationTask) -> list[str]:
         return template_fields(task.prompt)

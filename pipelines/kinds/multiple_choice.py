@@ -47,6 +47,7 @@ def right_choice(value: Any, choices: Sequence[str]) -> int | None:
 
 class MultipleChoice(Kind):
     name = "multiple-choice"
+    scorer = "choices"
 
     def inputs(self, task: MultipleChoiceTask) -> list[str]:
         templates = [] if isinstance(task.choices, str) else task.choices

@@ -11,8 +11,17 @@ from pipelines import metrics
 from pipelines.config import parse_config
 from pipelines.data import IGNORE, evaluation_set, training_examples
 from pipelines.encode import Encoded, Encoder, pack
-from pipelines.evaluation import World, evaluate, greedy, pad, score_part, sequence_nll
-from pipelines.kinds import Scored, kind_of
+from pipelines.evaluation import (
+    World,
+    evaluate,
+    greedy,
+    make_question_batches,
+    pad,
+    score,
+    score_part,
+    sequence_nll,
+)
+from pipelines.kinds import EvaluationSet, Scored, kind_of
 from pipelines.kinds.multiple_choice import right_choice
 from tests.conftest import WORDS, minimal, write_jsonl
 
@@ -250,6 +259,28 @@ def test_padding_on_either_side_changes_no_likelihood(model, tokenizer, side):
         together = sequence_nll(model, pad(ids, CPU, side), starts)
         alone = [sequence_nll(model, pad([i], CPU), [s])[0] for i, s in zip(ids, starts, strict=True)]
     assert together == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("answers", [(1, 1), (1, 3, 2)])
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_a_prompt_that_runs_once_for_all_its_answers_changes_no_likelihood(model, tokenizer, answers, lockstep):
+    rng = np.random.default_rng(0)
+    items = []
+    for example, length in enumerate((4, 11, 1, 7)):
+        prompt = rng.integers(3, len(tokenizer), size=length)
+        for choice, more in enumerate(answers[: 2 + example % 2]):
+            ids = np.concatenate([prompt, rng.integers(3, len(tokenizer), size=more)])
+            items.append(Encoded(example, ids, start=length, choice=choice))
+    evaluation = EvaluationSet("v", "verbalizer", "accuracy", tuple(items), (0,) * 4, tuple(range(4)), ("x", "y"), "d")
+    world = World(0, 1, CPU, lockstep=lockstep)
+    alone = {(i.example, i.choice): sequence_nll(model, pad([i.input_ids], CPU), [i.start])[0] for i in items}
+    for budget in (1, 20, 1000):
+        scored = score(model, evaluation, world, budget)
+        assert {(s.example, s.choice): s.nll for s in scored} == pytest.approx(alone, rel=1e-5)
+        assert {(s.example, s.choice): s.tokens for s in scored} == {k: answers[k[1]] for k in alone}
+    batches = make_question_batches(items, 20)
+    assert sorted(len({i.example for i in batch}) for batch in batches)[0] >= 1
+    assert all(sum(batch[0].example in {i.example for i in other} for other in batches) == 1 for batch in batches)
 
 
 def tokenizer_with(rule: str, **special):
