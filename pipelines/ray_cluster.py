@@ -55,6 +55,7 @@ def cluster(config: PipelineConfig, verbose: bool = False, address: str | None =
     try:
         if early:
             early.result()
+            _set_sigterm(signal.getsignal(signal.SIGTERM))
         elif mine:
             connect(verbose, address)
         check_cluster(config, ray.cluster_resources())
@@ -80,8 +81,13 @@ def connect(verbose: bool = False, address: str | None = None) -> None:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with _environment(LOCAL_SETTINGS if local else {}):  # what Ray starts inherits it
         ray.init(**settings)
+    _set_sigterm(on_sigterm)
+
+
+def _set_sigterm(handler) -> None:
+    """Ray's own handler, which Python does not know of, ends the process before the workers can save anything."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the cluster before the workers can save anything
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager
