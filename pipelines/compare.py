@@ -48,6 +48,9 @@ FIGURES = (  # key in results.json, heading, digits
 )
 
 
+ALONE = {"strategy": {"name": "sequential"}}  # an adapter without a strategy, whatever the sequence itself uses
+
+
 @dataclass(frozen=True)
 class Method:
     """A name and what it changes in a configuration; `tuned`: whether its learning rate is chosen from the grid."""
@@ -117,7 +120,7 @@ def read_methods(names: Sequence[str], catalogue: Path = CATALOGUE) -> list[Meth
                 Problem("--methods", f"unknown strategy '{strategy}', {did_you_mean(strategy, strategies)}")
             )
         else:
-            changes = merged(strategies.get(strategy, {}), adapters[adapter])
+            changes = merged(strategies[strategy] if plus else ALONE, adapters[adapter])
             tuned = changes.get("tuned", True)
             methods.append(Method(name, {k: v for k, v in changes.items() if k != "tuned"}, tuned))
     if problems:

@@ -36,14 +36,14 @@ def test_another_adapter_type_starts_from_nothing_and_the_same_type_is_refined()
 
 def test_a_method_is_an_adapter_with_a_strategy():
     method, plain = read_methods(["lora+olora", "curlora"])
-    comparison = Comparison(RAW, [method, plain], [0])
+    comparison = Comparison(RAW | {"strategy": {"name": "rehearsal", "share": 0.2}}, [method, plain], [0])
     raw = comparison.configuration(method, seed=3, learning_rate=1e-3)
     assert raw["adapter"]["type"] == "lora"
     assert raw["adapter"]["carry"] == "stack"
     assert raw["strategy"]["name"] == "olora"
     assert raw["training"] == {"max_steps": 5, "seed": 3, "learning_rate": 1e-3}
     assert raw["storage"] == "/s/compare-sequence"
-    assert "strategy" not in comparison.configuration(plain)
+    assert comparison.configuration(plain)["strategy"] == {"name": "sequential"}  # not the sequence's own
 
 
 def test_a_pattern_is_a_product_of_adapters_and_strategies():
