@@ -8,7 +8,6 @@ collective operation. What the scores of sequences mean is the kind's business (
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import time
 from collections.abc import Sequence
@@ -21,10 +20,11 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 from pipelines import metrics
-from pipelines.data import majority_rate
+from pipelines.data import IGNORE, majority_rate
 from pipelines.encode import Encoded
-from pipelines.heads import causal_lm, get_head
+from pipelines.heads import get_head
 from pipelines.kinds import KINDS, EvaluationSet, Scored
+from pipelines.likelihood import accepts, keep_logits, last_hidden, next_token_losses, place, token_nll
 
 
 @dataclass(frozen=True)
@@ -202,21 +202,6 @@ def pad(sequences: Sequence[Sequence[int]], device: torch.device, side: Literal[
     return Padded(*(torch.from_numpy(array).to(device) for array in (ids, mask, positions)))
 
 
-def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether the language model's forward takes an argument of this name."""
-    return argument in inspect.signature(causal_lm(model).forward).parameters
-
-
-def keep_logits(model: nn.Module, positions: torch.Tensor | int) -> dict:
-    """`logits_to_keep` for models that know it: logits where nobody looks cost more than all else in a small model."""
-    return {"logits_to_keep": positions} if accepts(model, "logits_to_keep") else {}
-
-
-def place(model: nn.Module, positions: torch.Tensor) -> dict:
-    """`position_ids` for models that know them; the others count by the mask."""
-    return {"position_ids": positions} if accepts(model, "position_ids") else {}
-
-
 def last_token_features(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(batch, hidden): the last *real* token of each sequence, padded on either side."""
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
@@ -229,14 +214,8 @@ def last_token_features(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
 def by_head(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:
     """The class that the task's head chooses for each sequence."""
     padded = pad([item.input_ids for item in batch], world.device)
-    output = model(
-        input_ids=padded.ids,
-        attention_mask=padded.mask,
-        output_hidden_states=True,
-        use_cache=False,
-        **keep_logits(model, 1),
-    )
-    features = last_token_features(output.hidden_states[-1], padded.mask)
+    hidden, _ = last_hidden(model, input_ids=padded.ids, attention_mask=padded.mask, **keep_logits(model, 1))
+    features = last_token_features(hidden, padded.mask)
     head = get_head(model, evaluation.name)
     scores = head(features.to(head.weight.dtype)).float()
     found = zip(batch, scores.argmax(-1).tolist(), (-scores.log_softmax(-1)).tolist(), strict=True)
@@ -297,34 +276,12 @@ def by_choice(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded],
 
 
 def sequence_nll(model: nn.Module, padded: Padded, starts: Sequence[int]) -> list[float]:
-    """Summed NLL of each row's tokens from `starts` on (≥ 1, counted without padding, on whichever side that is).
-
-    The logits before the first such token are never computed.
-    """
+    """Summed NLL of each row's tokens from `starts` on (≥ 1, counted without padding, on whichever side that is)."""
     counted = padded.mask.bool() & (padded.positions >= torch.tensor(starts, device=padded.ids.device)[:, None])
-    first = int(counted.any(0).nonzero()[0]) - 1
-    kept = torch.arange(first, padded.ids.shape[1] - 1, device=padded.ids.device)
-    keep = keep_logits(model, kept)
-    logits = model(
-        input_ids=padded.ids,
-        attention_mask=padded.mask,
-        use_cache=False,
-        **place(model, padded.positions),
-        **keep,
-    ).logits
-    if not keep:
-        logits = logits[:, kept]
-    losses = token_nll(logits, padded.ids[:, first + 1 :])
-    return (losses.double() * counted[:, first + 1 :]).sum(1).tolist()
-
-
-def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(batch, length) fp32 cross-entropy of logits (batch, length, vocabulary); 0 where the target is -100.
-
-    Flattened, so that the softmax runs along contiguous memory: over a strided dimension a CPU is many times slower.
-    """
-    losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.view(targets.shape)
+    targets = torch.where(counted, padded.ids, IGNORE)
+    places = place(model, padded.positions)
+    found = next_token_losses(model, targets, input_ids=padded.ids, attention_mask=padded.mask, **places)
+    return found.losses.double().sum(1).tolist()
 
 
 def by_writing(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:

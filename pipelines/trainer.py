@@ -22,8 +22,9 @@ from pipelines import engine
 from pipelines.checkpoint import Checkpoint
 from pipelines.config import TrainingConfig
 from pipelines.data import IGNORE
-from pipelines.evaluation import World, keep_logits, last_token_features, pad, place, token_nll
+from pipelines.evaluation import World, last_token_features, pad
 from pipelines.heads import trainable_heads
+from pipelines.likelihood import next_token_losses, place
 
 LOOK_SECONDS = 1.0  # about so long between two looks at the loss: each look waits for the device and for all ranks
 MOST_STEPS_BETWEEN_LOOKS = 50
@@ -117,21 +118,15 @@ def collate(batch: list[Example], world: World) -> dict:
 def example_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, StepOutput]:
     """(batch,) loss of each example: mean cross-entropy of its target tokens, or that of its class under its head."""
     labels, mask, examples = batch["labels"], batch["attention_mask"], batch["examples"]
-    first = _first_target(labels)
-    positions = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device) if first else 1
-    keep = keep_logits(model, positions)
     if batch["position_ids"] is None:
         seen = {"attention_mask": mask}
     else:
         # without a mask Transformers takes positions that start anew for documents apart; what pads a row stands
         # behind it, where no real token looks
         seen = place(model, batch["position_ids"])
-    output = model(input_ids=batch["input_ids"], output_hidden_states=True, use_cache=False, **seen, **keep)
-    hidden = output.hidden_states[-1]
-    losses, logits = torch.zeros(len(examples), device=hidden.device), None
-    if first:
-        logits = output.logits if keep else output.logits[:, positions]
-        losses = losses + _token_losses(logits, labels[:, first:])
+    found = next_token_losses(model, labels, input_ids=batch["input_ids"], **seen)
+    hidden = found.hidden
+    losses = found.losses.sum(1) / (labels[:, 1:] != IGNORE).sum(1).clamp(min=1)
     features = last_token_features(hidden, mask)
     trainable = trainable_heads(model)
     headless = {e.task for e in examples if e.labels is None} - trainable.keys()
@@ -143,24 +138,13 @@ def example_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, StepOut
         classes = [e.target if e.task == task and e.labels is None else IGNORE for e in examples]
         targets = torch.tensor(classes, device=hidden.device)
         losses = losses + nn.functional.cross_entropy(scores, targets, ignore_index=IGNORE, reduction="none")
-    return losses, StepOutput(losses.sum(), hidden, mask, logits=logits, first=first)
+    return losses, StepOutput(losses.sum(), hidden, mask, logits=found.logits)
 
 
 def losses_alone(model: nn.Module, examples: Sequence[Example], device: torch.device) -> torch.Tensor:
     """(batch,) differentiable losses of examples that this process alone has drawn: what a strategy may ask for."""
     batch = collate(list(examples), World(0, 1, device))
     return example_losses(model, {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})[0]
-
-
-def _first_target(labels: torch.Tensor) -> int:
-    """Smallest position ≥ 1 that any row has a target at; 0 if none has."""
-    columns = (labels[:, 1:] != IGNORE).any(0).nonzero()
-    return int(columns[0]) + 1 if len(columns) else 0
-
-
-def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(batch,) mean over each row's targets; 0 for a row without any."""
-    return token_nll(logits, targets).sum(1) / (targets != IGNORE).sum(1).clamp(min=1)
 
 
 class ContinualTrainer(transformers.Trainer):

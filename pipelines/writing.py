@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pipelines.evaluation import World, accepts, keep_logits
+from pipelines.evaluation import World
+from pipelines.likelihood import accepts, keep_logits
 
 BATCH = 32  # sequences a forward pass
 

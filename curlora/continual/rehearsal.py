@@ -91,7 +91,7 @@ class Rehearsal(Replay):
         base = self._base_logits(model, [examples[i] for i in rows or [0]], output.attention_mask.device)
         if not rows:
             return output.loss
-        ours = output.logits[rows, : base.shape[1]].float().log_softmax(-1)
+        ours = output.logits(rows, base.shape[1]).float().log_softmax(-1)
         divergence = nn.functional.kl_div(ours, base.float().log_softmax(-1), reduction="none", log_target=True)
         each = divergence.sum(-1).mean(1)
         return output.loss + self.distill * output.weight * output.ranks / self._rows * each.sum()

@@ -72,9 +72,8 @@ class StepOutput:
             alike, enters the loss as `weight * penalty`.
         replayed: how many examples of the global micro-batch come out of a memory.
         present: whether this rank's examples belong to the batch; False where it only keeps in step with the others.
-        logits: (batch, length − first, vocabulary): position p predicts token p + `first`; None where no example has
-            labels.
-        first: the smallest position at which any of this rank's examples has a target.
+        logits: (rows, length) → (len(rows), length, vocabulary), differentiable: what is predicted after the first
+            positions of some rows that have targets from their second token on.
         ranks: how many processes share the batch. A sum over this rank's examples, times `ranks * weight / n`,
             averages over ranks to the mean over n examples.
     """
@@ -86,8 +85,7 @@ class StepOutput:
     replayed: int = 0
     present: bool = True
     ranks: int = 1
-    logits: torch.Tensor | None = None
-    first: int = 1
+    logits: Callable[[list[int], int], torch.Tensor] | None = None
 
 
 class Requires(NamedTuple):
