@@ -154,6 +154,9 @@ class EvaluationConfig(Section):
     max_retention_tokens: int | None = Field(None, gt=0, description="the beginning of each retention corpus")
     seed: int = Field(0, ge=0, description="of the subset; the same rows under every training seed")
     batch_tokens: int = Field(8192, gt=0, description="padded tokens a forward pass")
+    earlier_every: int = Field(
+        1, gt=0, description="earlier tasks are scored after every so many steps, and at the end"
+    )
 
 
 class ResourcesConfig(Section):

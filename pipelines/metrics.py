@@ -57,13 +57,17 @@ def backward_transfer(scores: Matrix, columns: Sequence[int], rows: Rows = None)
 
 
 def forgetting(scores: Matrix, columns: Sequence[int], rows: Rows = None) -> float | None:
-    """mean_{i<T} (max_{i≤t<T} R[t][i] − R[T][i])."""
+    """mean_{i<T} (max_{i≤t<T} R[t][i] − R[T][i]); the maximum is over the rows in which the task was scored.
+
+    None where R[i][i] is not known.
+    """
     rows, last = _rows(scores, rows), len(scores) - 1
     drops = []
     for i in columns if rows else ():
         if rows[i] < last:
             history = [scores[t][i] for t in range(rows[i], last)]
-            drops.append(None if None in history else _minus(max(history), scores[last][i]))
+            best = max((score for score in history if score is not None), default=None)
+            drops.append(None if history[0] is None else _minus(best, scores[last][i]))
     return mean(drops)
 
 

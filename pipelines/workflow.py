@@ -184,7 +184,8 @@ def _cell_keys(config: PipelineConfig) -> dict[str, str]:
 def _needed(
     config: PipelineConfig, first: str, steps: Sequence[StepPlan], earlier: tuple[str, ...]
 ) -> dict[str, tuple[str, ...]]:
-    """Row 0, then what was seen and the task that comes next, and retention everywhere.
+    """Row 0, then each step's own task, the one that comes next, and retention; all that was learned before as often
+    as `evaluation.earlier_every` says, and after the last step.
 
     A head that is untrained has no score.
     """
@@ -195,7 +196,9 @@ def _needed(
     for step, after in zip(steps, [*steps[1:], None], strict=True):
         seen |= set(step.tasks)
         ahead = [n for n in (after.tasks if after else ()) if not has_untrained_head(config, n)]
-        needed[step.directory] = (*(n for n in names if n in seen), *ahead, *corpora)
+        whole = after is None or step.position % config.evaluation.earlier_every == 0
+        behind = [n for n in names if n in (seen if whole else step.tasks)]
+        needed[step.directory] = (*behind, *ahead, *corpora)
     return needed
 
 

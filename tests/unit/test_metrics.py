@@ -49,6 +49,13 @@ def test_missing_cell_gives_none_not_a_wrong_number():
     assert found["learning_accuracy"] is not None
 
 
+def test_forgetting_is_a_fall_from_the_best_of_the_rows_that_were_scored():
+    scores = [[None] * 3, [0.8, None, None], [None, 0.9, None], [0.5, 0.6, 0.7]]
+    assert metrics.forgetting(scores, [0, 1, 2]) == pytest.approx((0.3 + 0.3) / 2)
+    scores[1][0] = None  # what it had learned is not known
+    assert metrics.forgetting(scores, [0, 1, 2]) is None
+
+
 @given(st.lists(st.floats(0, 1), min_size=6, max_size=6))
 def test_forgetting_is_never_less_than_the_negative_of_backward_transfer(values):
     a, b, c, d, e, f = values

@@ -93,6 +93,18 @@ def test_rows_hold_past_tasks_the_next_one_and_retention(raw):
     ]
 
 
+def test_earlier_tasks_are_scored_as_often_as_asked_and_at_the_end(raw):
+    plan = make_plan(parse_config(changed(raw, "evaluation.earlier_every", 2)))
+    assert [plan.needed[step.directory] for step in plan.steps] == [
+        ("first", "second", "wiki"),
+        ("first", "second", "third", "wiki"),
+        ("first", "second", "third", "wiki"),
+    ]
+    plan = make_plan(parse_config(changed(raw, "evaluation.earlier_every", 9)))
+    assert plan.needed[plan.steps[1].directory] == ("second", "third", "wiki")
+    assert plan.needed[plan.steps[2].directory] == ("first", "second", "third", "wiki")
+
+
 def test_joint_is_one_step_on_all_tasks(raw):
     plan = make_plan(parse_config(changed(raw, "strategy", {"name": "joint"})))
     assert [step.tasks for step in plan.steps] == [("first", "second", "third")]
