@@ -26,8 +26,10 @@ RULE = (
 class Assessment:
     """A trial's worth; `retention_loss` is None where nothing was there to be lost.
 
-    `signal` is what trials are compared by on their way: the objective with the cross-entropy of the right class in
-    place of a score. A score may stand at chance for half of the training while the loss falls already.
+    `signal` is what trials are compared by on their way: the objective with a loss in place of the score, which may
+    stand at chance for half of the training while losses fall already. The loss is the mean training loss of the
+    second half of the way so far; scored at one moment of a high learning rate, a trial swings more than trials
+    differ. Without a training loss it is the cross-entropy of the right class on validation data.
     """
 
     objective: float
@@ -45,13 +47,18 @@ def loss_of(cell: Mapping[str, Any]) -> float:
 
 
 def assess(
-    cells: Sequence[Mapping], new: Sequence[str], reference: Mapping[str, float], weight: float
+    cells: Sequence[Mapping],
+    new: Sequence[str],
+    reference: Mapping[str, float],
+    weight: float,
+    train_loss: float | None = None,
 ) -> Assessment | None:
     """The worth of a trial by its cells; None if a score is not a number.
 
     Args:
         new: names of the tasks that it learned.
         reference: name → loss before the trial, of everything else.
+        train_loss: of the second half of its way so far; None where trials' training losses cannot be compared.
     """
     losses = {cell["name"]: loss_of(cell) for cell in cells}
     if not all(math.isfinite(value) for value in losses.values()):
@@ -64,7 +71,7 @@ def assess(
     known = {cell["name"]: cell.get("loss") for cell in cells}
     early = [-known[name] if known[name] is not None else value for name, value in zip(new, learned, strict=True)]
     cost = weight * (retention_loss or 0.0)
-    signal = math.fsum(early) / len(early) - cost
+    signal = (math.fsum(early) / len(early) if train_loss is None else -train_loss) - cost
     return Assessment(learning - cost, learning, retention_loss, signal if math.isfinite(signal) else -math.inf)
 
 

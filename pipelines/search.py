@@ -226,10 +226,16 @@ def _spec(where: Place, run: RunDirectory, parent_directory: str | None, base_di
         weight=search.objective.retention_weight,
         trial_training=dict(search.trial_training),
         rungs=tuple(1 / search.reduction**level for level in levels),
+        train_alike=not any(_changes_the_loss(path) for tried in (search.space, *search.start_with) for path in tried),
         reduction=search.reduction,
         lease=lease.token,
         lease_uri=run.uri,
     )
+
+
+def _changes_the_loss(path: str) -> bool:
+    """Whether training losses under two values of a field are losses on different rows."""
+    return path.startswith("strategy") or path == "training.max_length"
 
 
 def _check_models(where: Place, known: list[Values]) -> None:

@@ -45,6 +45,7 @@ class Spec:
         cell_keys: identity of each score, whatever the setting.
         reference: name → loss before the trial, of what is to be retained.
         rungs: fractions of the training at which a trial is scored.
+        train_alike: the settings tried do not change what a training loss is a loss of.
         lease, lease_uri: who drives the search.
     """
 
@@ -63,6 +64,7 @@ class Spec:
     trial_training: dict[str, Any] = field(default_factory=dict)
     reference: dict[str, float] = field(default_factory=dict)
     rungs: tuple[float, ...] = ()
+    train_alike: bool = True
     reduction: int = 1
     lease: str = ""
     lease_uri: str = ""
@@ -87,6 +89,11 @@ class Spec:
 
     def keys(self, config: PipelineConfig) -> dict[str, str]:
         return {name: fingerprint([key, config.training.max_length]) for name, key in self.cell_keys.items()}
+
+    def assess(self, scored: dict) -> Assessment | None:
+        """What a trial is worth by its scores at a rung or at its end; None if one is not a number."""
+        train_loss = scored.get("train_loss") if self.train_alike else None
+        return assess(scored["cells"], self.tasks, self.reference, self.weight, train_loss)
 
     def assignment(self, run: RunDirectory, config: PipelineConfig, steps: list[StepPlan], missing: dict) -> dict:
         """Work for a worker group."""
@@ -160,7 +167,7 @@ class Trial:
             if found is None and metrics is None:
                 return None
             rung = self._rungs.pop(0)
-            if found is not None and (worth := self._assess(found["cells"])):
+            if found is not None and (worth := self.spec.assess(found)):
                 self._passed = rung
                 return self._report(worth.objective, rung) | {"signal": worth.signal}
         if metrics is None:
@@ -173,9 +180,6 @@ class Trial:
         if objective is None:
             return {}
         return {"objective": objective, "resource": round(rung * self.spec.reduction ** len(self.spec.rungs))}
-
-    def _assess(self, cells: list[dict]) -> Assessment | None:
-        return assess(cells, self.spec.tasks, self.spec.reference, self.spec.weight)
 
     # -- with the workers
 
@@ -241,7 +245,7 @@ class Trial:
     # -- its record
 
     def _finish(self, metrics: dict) -> dict:
-        worth = self._assess(metrics["cells"])
+        worth = self.spec.assess(metrics)
         if worth is None:
             return self._fail("a validation score is not a number; lower training.learning_rate")
         train = metrics["seconds"]["train"]
@@ -311,7 +315,7 @@ def rungs_of(run: RunDirectory, spec: Spec) -> list[dict]:
     found = []
     for rung in spec.rungs:
         scored = run.read_json(rung_file(rung))
-        worth = assess(scored["cells"], spec.tasks, spec.reference, spec.weight) if scored else None
+        worth = spec.assess(scored) if scored else None
         if worth:
             found.append({k: scored[k] for k in ("rung", "step", "steps", "time")} | worth.to_json())
     return found

@@ -596,7 +596,7 @@ class Worker:
             with self._weights_to_judge(model, strategy):
                 cells = self._evaluate(model, log.plan.directory, self.assignment.missing[log.plan.directory], True)
             if self.world.rank == 0:
-                progress = {"step": log.points[-1][0], "steps": log.steps}
+                progress = {"step": log.points[-1][0], "steps": log.steps, "train_loss": log.recent_loss()}
                 self.run_directory.write_json(path, {"rung": rung, "cells": cells, "time": time.time(), **progress})
         log.keep(lambda: state)
         goes_on = self._sum(int(self.world.rank == 0 and self._verdict(rung)))
@@ -802,6 +802,11 @@ class _TrainingLog:
             seconds_left=elapsed / (step - self.first_step) * (self.steps - step),
             tokens_per_second=self.worker.world.size * self.tokens() / elapsed,
         )
+
+    def recent_loss(self) -> float:
+        """Mean training loss of the second half of the steps so far."""
+        losses = [loss for _, loss, _, _ in self.points[len(self.points) // 2 :]]
+        return math.fsum(losses) / len(losses)
 
     def keep(self, take: Callable[[], Checkpoint]) -> None:
         """Write a checkpoint; `take` gathers it from all ranks."""

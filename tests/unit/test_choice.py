@@ -38,6 +38,8 @@ def test_objective_is_learning_minus_the_weighted_mean_loss_of_what_was_there():
     assert worth.signal == worth.objective
     told = assess([cells[0] | {"loss": 0.6}, *cells[1:]], ["new"], {"old": 0.3, "text": 4.2}, weight=0.5)
     assert (told.objective, told.signal) == (worth.objective, pytest.approx(-0.6 - 0.1))
+    told = assess([cells[0] | {"loss": 0.6}, *cells[1:]], ["new"], {"old": 0.3, "text": 4.2}, 0.5, train_loss=0.4)
+    assert (told.objective, told.signal) == (worth.objective, pytest.approx(-0.4 - 0.1))
 
 
 def test_text_is_learned_in_nats_and_the_first_task_has_nothing_to_lose():

@@ -1,6 +1,7 @@
 """One trial between Ray Tune and its workers: reports at rungs, ends early, fails, and is not done twice."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -64,9 +65,9 @@ class Workers:
 
     # -- actions
 
-    def reach(rung: float, score: float):
+    def reach(rung: float, score: float, **fields):
         def act(self):
-            found = {"rung": rung, "step": round(90 * rung), "steps": 90, "time": 1.0, "cells": cells(score)}
+            found = {"rung": rung, "step": round(90 * rung), "steps": 90, "time": 1.0, "cells": cells(score)} | fields
             self.run.write_json(rung_file(rung), found)
 
         return act
@@ -108,6 +109,12 @@ def make(spec: Spec, *actions) -> tuple[Trial, Workers]:
 
 def record(spec: Spec) -> dict | None:
     return spec.run(VALUES).read_json("trial.json")
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_trials_that_train_alike_are_compared_by_their_training_loss(spec, alike):
+    trial, _ = make(replace(spec, train_alike=alike), Workers.reach(1 / 9, 0.5, train_loss=0.8))
+    assert trial.advance()["signal"] == pytest.approx(-0.8 - 0.1 if alike else 0.5 - 0.1)
 
 
 def test_reports_at_each_rung_goes_on_when_asked_again_and_records_its_end(spec):
