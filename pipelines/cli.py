@@ -231,6 +231,9 @@ def _print_facts(config, facts, table: dict) -> None:
 @click.option("--methods", required=True, help="adapter or adapter+strategy, with commas; a/b+c/d: all pairs.")
 @click.option("--seeds", default="0", show_default=True, help="Training seeds, separated by commas.")
 @click.option("--learning-rates", default="", help="Grid for each method, judged on the first task's validation part.")
+@click.option(
+    "--train-examples", default="", help="Each method on so many training examples a task, e.g. 100,500,1000."
+)
 @click.option("--reference", help="Method that the paired intervals are against; default: the first.")
 @click.option(
     "--parallel", type=click.IntRange(1), help="Runs at the same time; default: as many as the cluster holds."
@@ -241,7 +244,18 @@ def _print_facts(config, facts, table: dict) -> None:
 @click.option("--json", "as_json", is_flag=True)
 @click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
 def compare(
-    config, methods, seeds, learning_rates, reference, parallel, catalogue, overrides, address, as_json, verbose
+    config,
+    methods,
+    seeds,
+    learning_rates,
+    train_examples,
+    reference,
+    parallel,
+    catalogue,
+    overrides,
+    address,
+    as_json,
+    verbose,
 ) -> None:
     """Methods side by side on the sequence of CONFIG: a table with errors over seeds, paired intervals, a figure.
 
@@ -255,9 +269,10 @@ def compare(
     from pipelines.config import read_config
 
     chosen = read_methods([name.strip() for name in methods.split(",")], catalogue or CATALOGUE)
+    sizes = _numbers(train_examples, int, "--train-examples")
     comparison = Comparison(
         read_config(config, overrides),
-        chosen,
+        [method.on(size) for method in chosen for size in sizes] or chosen,
         _numbers(seeds, int, "--seeds"),
         _numbers(learning_rates, float, "--learning-rates"),
         reference or chosen[0].name,

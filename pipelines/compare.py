@@ -15,7 +15,7 @@ import math
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ FIGURES = (  # key in results.json, heading, digits
 )
 
 
+AT = "@"  # between a method and the number of its training examples
 ALONE = {"strategy": {"name": "sequential"}}  # an adapter without a strategy, whatever the sequence itself uses
 
 
@@ -61,7 +62,12 @@ class Method:
 
     @property
     def safe_name(self) -> str:
-        return self.name.replace("+", "_")
+        return self.name.replace("+", "_").replace(AT, "-n")
+
+    def on(self, examples: int) -> Method:
+        """This method on at most so many training examples a task, called `name@examples`."""
+        changes = merged(self.changes, {"training": {"max_train_examples": examples}})
+        return replace(self, name=f"{self.name}{AT}{examples}", changes=changes)
 
 
 @dataclass
@@ -71,7 +77,7 @@ class Comparison:
     Attributes:
         raw: the sequence's configuration as a plain mapping, without a method.
         learning_rates: the grid; empty: every method at the configuration's own.
-        reference: the method that the paired intervals are against.
+        reference: the method that the paired intervals are against, on the same number of training examples.
     """
 
     raw: dict
@@ -309,15 +315,20 @@ def summarise(comparison: Comparison, folder: RunDirectory, rates: dict[str, flo
     Markdown and a figure into the comparison's folder."""
     outcomes = {m.name: _finished(comparison, m, rates) for m in comparison.methods}
     methods = {name: _summary(runs, rates[name]) for name, runs in outcomes.items() if runs}
-    reference = comparison.reference if comparison.reference in methods else None
+    found = False
     for name, summary in methods.items():
-        if reference and name != reference:
+        reference = f"{comparison.reference}{''.join(name.partition(AT)[1:])}"
+        found = found or reference in methods
+        if name != reference and reference in methods:
             summary["against_reference"] = paired(outcomes[name], outcomes[reference])
+    reference = comparison.reference if found else None
     result = {"name": comparison.name, "seeds": comparison.seeds, "reference": reference, "methods": methods}
     folder.write_json("comparison.json", result)
     folder.write_bytes("comparison.md", markdown(result).encode())
     folder.write_bytes("comparison.csv", as_csv(result).encode())
     folder.write_bytes("tradeoff.png", tradeoff_figure(result))
+    if any(AT in name for name in methods):
+        folder.write_bytes("examples.png", examples_figure(result))
     return result
 
 
@@ -478,29 +489,66 @@ def as_csv(result: dict) -> str:
     return out.getvalue()
 
 
+KINDS = (  # learning, its key; forgetting, its key; the sign that makes forgetting positive
+    ("learning accuracy", "learning_accuracy", "forgetting", "forgetting", 1),
+    ("NLL learning, nats a token", "nll_learning", "NLL lost again, nats a token", "nll_backward_transfer", -1),
+)
+
+
 def tradeoff_figure(result: dict) -> bytes:
     """PNG: learning to the right, forgetting upwards (the best is at the lower right), one panel a kind of metric."""
+    methods = result["methods"]
+
+    def draw(axis, learning, learning_key, forgetting, forgetting_key, sign) -> bool:
+        points = {name: _point(m, learning_key, forgetting_key, sign) for name, m in methods.items()}
+        for name, point in points.items():
+            if point:
+                (x, dx), (y, dy) = point
+                axis.errorbar(x, y, xerr=dx, yerr=dy, marker="o", capsize=2, linestyle="none")
+                axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.set_xlabel(f"{learning} →")
+        axis.set_ylabel(f"{forgetting} (lower is better)")
+        return any(points.values())
+
+    return _panels(draw)
+
+
+def examples_figure(result: dict) -> bytes:
+    """PNG: what each method learns from how many training examples a task, one panel a kind of metric."""
+    methods = result["methods"]
+
+    def draw(axis, learning, key, *_) -> bool:
+        lines: dict[str, list] = {}
+        for name, summary in methods.items():
+            base, _, examples = name.partition(AT)
+            if summary[key][0] is not None:
+                lines.setdefault(base, []).append((int(examples), *summary[key]))
+        for base, points in lines.items():
+            x, y, errors = zip(*sorted(points), strict=True)
+            axis.errorbar(x, y, yerr=[e or 0 for e in errors], marker="o", capsize=2, label=base)
+        axis.set(xscale="log", xlabel="training examples a task", ylabel=f"{learning} →")
+        axis.legend(fontsize=8)
+        return bool(lines)
+
+    return _panels(draw)
+
+
+def _panels(draw: Callable) -> bytes:
+    """A figure with a panel for each kind of metric of which `draw(axis, *kind)` finds something to show."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = [
-        ("learning accuracy", "forgetting", "learning_accuracy", "forgetting", 1),
-        ("NLL learning, nats a token", "NLL lost again, nats a token", "nll_learning", "nll_backward_transfer", -1),
-    ]
-    points = [[_point(m, x, y, sign) for m in result["methods"].values()] for *_, x, y, sign in panels]
-    shown = [(p, row) for p, row in zip(panels, points, strict=True) if any(row)] or [(panels[0], points[0])]
-    figure, axes = plt.subplots(1, len(shown), figsize=(7 * len(shown), 5), squeeze=False, layout="constrained")
-    for axis, ((x_title, y_title, *_), row) in zip(axes[0], shown, strict=True):
-        for name, point in zip(result["methods"], row, strict=True):
-            if point:
-                (x, dx), (y, dy) = point
-                axis.errorbar(x, y, xerr=dx, yerr=dy, marker="o", capsize=2, linestyle="none")
-                axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        axis.set_xlabel(f"{x_title} →")
-        axis.set_ylabel(f"{y_title} (lower is better)")
+    figure, axes = plt.subplots(1, len(KINDS), squeeze=False)
+    shown = [axis for axis, kind in zip(axes[0], KINDS, strict=True) if draw(axis, *kind)] or [axes[0][0]]
+    for axis in set(axes[0]) - set(shown):
+        axis.remove()
+    for number, axis in enumerate(shown):
+        axis.set_subplotspec(figure.add_gridspec(1, len(shown))[0, number])
         axis.grid(alpha=0.3)
+    figure.set_size_inches(7 * len(shown), 5)
+    figure.set_layout_engine("constrained")
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=120)
     plt.close(figure)

@@ -10,10 +10,12 @@ from pipelines.compare import (
     Comparison,
     as_csv,
     bootstrap,
+    examples_figure,
     markdown,
     mean_and_error,
     merged,
     read_methods,
+    tradeoff_figure,
     tuning_config,
 )
 from pipelines.config import ConfigError
@@ -49,6 +51,14 @@ def test_a_method_is_an_adapter_with_a_strategy():
 def test_a_pattern_is_a_product_of_adapters_and_strategies():
     names = [method.name for method in read_methods(["lora/curlora+ewc/replay", "none", "lora+ewc"])]
     assert names == ["lora+ewc", "lora+replay", "curlora+ewc", "curlora+replay", "none"]
+
+
+def test_a_method_on_so_many_examples_is_a_method_of_its_own(tmp_path):
+    (lora,) = read_methods(["lora+ewc"])
+    method = lora.on(100)
+    assert (method.name, method.safe_name) == ("lora+ewc@100", "lora_ewc-n100")
+    comparison = Comparison(RAW, [method], [0])
+    assert comparison.configuration(method)["training"] == {"max_steps": 5, "max_train_examples": 100}
 
 
 def test_methods_that_train_the_first_task_alike_share_the_trials_of_their_learning_rate(tmp_path):
@@ -127,6 +137,17 @@ def test_table_shows_what_there_is_and_dashes_for_the_rest():
     assert "| curlora | config | 3 | 0.400 ± 0.020 |" in text
     assert "| curlora | -0.100 [-0.200, -0.050] | – |" in text
     assert "ppl" not in text
+
+
+@pytest.mark.parametrize("draw", [tradeoff_figure, examples_figure])
+def test_figures_are_drawn_with_and_without_anything_to_show(draw):
+    shown, names = result(), ["lora@100", "lora@500"]
+    found = [summary | {"nll_backward_transfer": [-0.1, 0.01]} for summary in shown["methods"].values()]
+    shown["methods"] = dict(zip(names, found, strict=True))
+    nothing = shown | {"methods": {}}
+    full, empty = draw(shown), draw(nothing)
+    assert full.startswith(b"\x89PNG")
+    assert len(full) > len(empty) > 1000
 
 
 def test_csv_has_a_column_for_each_error():
