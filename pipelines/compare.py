@@ -497,29 +497,24 @@ KINDS = (  # learning, its key; forgetting, its key; the sign that makes forgett
 
 def tradeoff_figure(result: dict) -> bytes:
     """PNG: learning to the right, forgetting upwards (the best is at the lower right), one panel a kind of metric."""
-    methods = result["methods"]
 
-    def draw(axis, learning, learning_key, forgetting, forgetting_key, sign) -> bool:
-        points = {name: _point(m, learning_key, forgetting_key, sign) for name, m in methods.items()}
-        for name, point in points.items():
-            if point:
+    def draw(axis, learning, learning_key, forgetting, forgetting_key, sign) -> None:
+        for name, summary in result["methods"].items():
+            if point := _point(summary, learning_key, forgetting_key, sign):
                 (x, dx), (y, dy) = point
                 axis.errorbar(x, y, xerr=dx, yerr=dy, marker="o", capsize=2, linestyle="none")
                 axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        axis.set_xlabel(f"{learning} →")
-        axis.set_ylabel(f"{forgetting} (lower is better)")
-        return any(points.values())
+        axis.set(xlabel=f"{learning} →", ylabel=f"{forgetting} (lower is better)")
 
-    return _panels(draw)
+    return _panels(result, draw)
 
 
 def examples_figure(result: dict) -> bytes:
     """PNG: what each method learns from how many training examples a task, one panel a kind of metric."""
-    methods = result["methods"]
 
-    def draw(axis, learning, key, *_) -> bool:
+    def draw(axis, learning, key, *_) -> None:
         lines: dict[str, list] = {}
-        for name, summary in methods.items():
+        for name, summary in result["methods"].items():
             base, _, examples = name.partition(AT)
             if summary[key][0] is not None:
                 lines.setdefault(base, []).append((int(examples), *summary[key]))
@@ -527,28 +522,24 @@ def examples_figure(result: dict) -> bytes:
             x, y, errors = zip(*sorted(points), strict=True)
             axis.errorbar(x, y, yerr=[e or 0 for e in errors], marker="o", capsize=2, label=base)
         axis.set(xscale="log", xlabel="training examples a task", ylabel=f"{learning} →")
-        axis.legend(fontsize=8)
-        return bool(lines)
+        if lines:
+            axis.legend(fontsize=8)
 
-    return _panels(draw)
+    return _panels(result, draw)
 
 
-def _panels(draw: Callable) -> bytes:
-    """A figure with a panel for each kind of metric of which `draw(axis, *kind)` finds something to show."""
+def _panels(result: dict, draw: Callable) -> bytes:
+    """A figure with a panel, drawn by `draw(axis, *kind)`, for each kind of metric that a method has learned by."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(KINDS), squeeze=False)
-    shown = [axis for axis, kind in zip(axes[0], KINDS, strict=True) if draw(axis, *kind)] or [axes[0][0]]
-    for axis in set(axes[0]) - set(shown):
-        axis.remove()
-    for number, axis in enumerate(shown):
-        axis.set_subplotspec(figure.add_gridspec(1, len(shown))[0, number])
+    shown = [kind for kind in KINDS if any(m[kind[1]][0] is not None for m in result["methods"].values())] or KINDS[:1]
+    figure, axes = plt.subplots(1, len(shown), figsize=(7 * len(shown), 5), squeeze=False, layout="constrained")
+    for axis, kind in zip(axes[0], shown, strict=True):
+        draw(axis, *kind)
         axis.grid(alpha=0.3)
-    figure.set_size_inches(7 * len(shown), 5)
-    figure.set_layout_engine("constrained")
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=120)
     plt.close(figure)
