@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -183,7 +184,6 @@ def train(model: str, case: Case, world, messages: list[Message]) -> Measured:
     from curlora.continual import Example, make_strategy
     from pipelines import engine
     from pipelines.adapters import attach_adapter
-    from pipelines.config import PipelineConfig
     from pipelines.trainer import ContinualTrainer, training_arguments
     from pipelines.worker import Worker, _end
 
@@ -267,7 +267,7 @@ class _Steps:
             trained=trained,
             frozen=frozen,
             element=element,
-            seconds=statistics.median(b[0] - a[0] for a, b in zip(marks, marks[1:], strict=False)),
+            seconds=statistics.median(b[0] - a[0] for a, b in itertools.pairwise(marks)),
             written=(marks[-1][1] - marks[0][1]) / count,
             messages=len(messages) / count,
             by_kind=dict(by_kind),
@@ -287,10 +287,11 @@ def print_tables(measured: list[Measured]) -> None:
         cells = [str(found.ranks), found.case.stage, found.case.adapter]
         cells += [f"{number:,.0f}" for number in (*numbers, *found.needed)]
         print(f"| {' | '.join(cells)} |")
-    print("\n| ranks | ZeRO | adapter | collective and who asked | bytes |\n|---|---|---|---|---|")
-    for found in measured:
+    most = max(found.ranks for found in measured)
+    print(f"\n| {most} ranks: ZeRO | adapter | collective and who asked | bytes |\n|---|---|---|---|")
+    for found in (found for found in measured if found.ranks == most):
         for who, size in sorted(found.by_caller.items(), key=lambda item: -item[1]):
-            print(f"| {found.ranks} | {found.case.stage} | {found.case.adapter} | {who} | {size:,.0f} |")
+            print(f"| {found.case.stage} | {found.case.adapter} | {who} | {size:,.0f} |")
 
 
 def main() -> None:
