@@ -41,7 +41,13 @@ ADAPTERS = {
     "CURLoRA r 23, all linear": {"type": "curlora", "r": 23, "target_modules": "all-linear"},
     "LoRA r 8, q/k/v": {"type": "lora", "r": 8, "alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]},
 }
-STAGES = {"zero2": {}, "zero3": {}, "zero3, nothing kept": {"max_live_parameters": 0, "max_reuse_distance": 0}}
+STAGES = {
+    "zero2": {},
+    "zero3": {},
+    "zero3, nothing kept": {"max_live_parameters": 0, "max_reuse_distance": 0},
+    "zero3, part kept": {"max_live_parameters": 0, "max_reuse_distance": 2_000_000},
+}
+SHOWN = ("zero2", "zero3", "zero3, nothing kept")
 STEPS, FIRST = 8, 4  # ZeRO-3 records the order of the modules in the first steps and fetches ahead afterwards
 LENGTH = 64
 
@@ -71,7 +77,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Measured:
-    """An optimizer step of a case, on one rank: the mean over the steps from `FIRST` on (seconds: their median)."""
+    """An optimizer step of a case, on one rank: the mean over the steps from `FIRST` on (of times the median)."""
 
     case: Case
     ranks: int
@@ -79,6 +85,7 @@ class Measured:
     frozen: int  # numbers that do not
     element: int  # bytes a number
     seconds: float
+    processor_seconds: float
     written: float
     messages: float
     by_kind: dict[str, float]
@@ -232,15 +239,23 @@ def configuration(model: str, case: Case, workers: int):
     )
 
 
+@dataclass(frozen=True)
+class _Mark:
+    time: float
+    processor: float
+    written: int
+    messages: int
+
+
 class _Steps:
     """Cuts the messages, the bytes written and the time into optimizer steps."""
 
     def __init__(self, messages: list[Message]):
         self.messages = messages
-        self.marks: list[tuple[float, int, int]] = []  # time, bytes written, messages, at the end of each step
+        self.marks: list[_Mark] = []  # the end of each step
 
     def mark(self) -> None:
-        self.marks.append((time.perf_counter(), _written(), len(self.messages)))
+        self.marks.append(_Mark(time.perf_counter(), time.process_time(), _written(), len(self.messages)))
 
     def callback(self):
         import transformers
@@ -256,7 +271,7 @@ class _Steps:
     def summary(self, case: Case, ranks: int, trained: int, frozen: int, element: int) -> Measured:
         marks = self.marks[FIRST - 2 :]  # the end of the step before the first one that counts
         count = len(marks) - 1
-        messages = self.messages[marks[0][2] : marks[-1][2]]
+        messages = self.messages[marks[0].messages : marks[-1].messages]
         by_kind, by_caller = Counter(), Counter()
         for message in messages:
             by_kind[message.kind] += message.sent(ranks) / count
@@ -267,8 +282,9 @@ class _Steps:
             trained=trained,
             frozen=frozen,
             element=element,
-            seconds=statistics.median(b[0] - a[0] for a, b in itertools.pairwise(marks)),
-            written=(marks[-1][1] - marks[0][1]) / count,
+            seconds=statistics.median(b.time - a.time for a, b in itertools.pairwise(marks)),
+            processor_seconds=statistics.median(b.processor - a.processor for a, b in itertools.pairwise(marks)),
+            written=(marks[-1].written - marks[0].written) / count,
             messages=len(messages) / count,
             by_kind=dict(by_kind),
             by_caller=dict(by_caller),
@@ -304,7 +320,7 @@ def main() -> None:
     if arguments.cases:
         work(arguments.model, [Case(**raw) for raw in json.loads(arguments.cases.read_text())], arguments.found)
         return
-    cases = [Case(stage, adapter) for stage in STAGES for adapter in ADAPTERS]
+    cases = [Case(stage, adapter) for stage in SHOWN for adapter in ADAPTERS]
     measured = [found for ranks in arguments.ranks for found in measure(arguments.model, ranks, cases)]
     print(f"bytes a rank and optimizer step, {cases[0].batch} × {cases[0].length} tokens over all ranks, fp32\n")
     print_tables(measured)
