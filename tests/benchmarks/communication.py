@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -294,20 +294,32 @@ class _Steps:
 # -- the tables
 
 
+def print_table(heads: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """A Markdown table; it appears once all rows are there."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    print("\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *lines]))
+
+
 def print_tables(measured: list[Measured]) -> None:
     kinds = [kind for kind in KINDS if any(kind in found.by_kind for found in measured)]
     heads = ["ranks", "ZeRO", "adapter", *kinds, "asked", "written", "messages", "gradients need", "weights need"]
-    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    rows = []
     for found in measured:
         numbers = [*(found.by_kind.get(kind, 0) for kind in kinds), found.asked, found.written, found.messages]
-        cells = [str(found.ranks), found.case.stage, found.case.adapter]
-        cells += [f"{number:,.0f}" for number in (*numbers, *found.needed)]
-        print(f"| {' | '.join(cells)} |")
+        cells = [found.ranks, found.case.stage, found.case.adapter]
+        rows.append([*cells, *(f"{number:,.0f}" for number in (*numbers, *found.needed))])
+    print_table(heads, rows)
     most = max(found.ranks for found in measured)
-    print(f"\n| {most} ranks: ZeRO | adapter | collective and who asked | bytes |\n|---|---|---|---|")
-    for found in (found for found in measured if found.ranks == most):
-        for who, size in sorted(found.by_caller.items(), key=lambda item: -item[1]):
-            print(f"| {found.case.stage} | {found.case.adapter} | {who} | {size:,.0f} |")
+    print()
+    print_table(
+        [f"{most} ranks: ZeRO", "adapter", "collective and who asked", "bytes"],
+        [
+            (found.case.stage, found.case.adapter, who, f"{size:,.0f}")
+            for found in measured
+            if found.ranks == most
+            for who, size in sorted(found.by_caller.items(), key=lambda item: -item[1])
+        ],
+    )
 
 
 def main() -> None:

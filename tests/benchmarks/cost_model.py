@@ -1,4 +1,4 @@
-r"""The cost model (`pipelines/cost.py`): what it predicts for large models, and how well it predicts what was measured.
+r"""The cost model (`pipelines/cost.py`): what it predicts for large models, and how well it predicts measurements.
 
 1. Llama-2-7B, Mistral-7B and Llama-2-70B shapes under ZeRO-3 on 1, 8 and 64 GPUs: predictions alone, at the hardware
    that the arguments assume. Seconds: all communication hidden behind computation, and nothing hidden.
@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import communication
 import transformers
-from communication import ADAPTERS, STAGES, Case
+from communication import ADAPTERS, STAGES, Case, print_table
 from zero3_loading import save_random
 
 from pipelines import cost
@@ -65,17 +66,7 @@ def large_config(model: Path, adapter: str, gpus: int, length: int) -> PipelineC
     )
 
 
-def predictions(arguments: argparse.Namespace) -> None:
-    node = cost.Hardware(arguments.flops, arguments.node_bandwidth, arguments.node_latency)
-    network = cost.Hardware(arguments.flops, arguments.network_bandwidth, arguments.network_latency)
-    print(
-        f"### Predicted, ZeRO-3, bf16, {arguments.length} tokens a GPU and step; assumed: {node.flops:.3g} FLOP/s a GPU, "
-        f"{node.bandwidth:.3g} bytes/s and {node.latency:.0e} s a message up to {NODE} GPUs, {network.bandwidth:.3g} "
-        f"bytes/s and {network.latency:.0e} s beyond\n"
-    )
-    heads = ["base", "adapter", "GPUs", "trainables", "forward + backward, TFLOP", "gradients need, MB"]
-    heads += ["gradients and updates, MB", "weights gathered, GB", "messages", "memory a GPU, GiB", "seconds a step"]
-    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+def predictions(arguments: argparse.Namespace) -> Iterator[Sequence]:
     for base, sizes in LARGE.items():
         for adapter in ADAPTERS:
             with tempfile.TemporaryDirectory() as folder:
@@ -83,30 +74,26 @@ def predictions(arguments: argparse.Namespace) -> None:
                 configs = [large_config(Path(folder), adapter, gpus, arguments.length) for gpus in GPUS]
                 shape = cost.shape_of(configs[0])
             for config in configs:
-                gpus = config.resources.workers
                 found = cost.cost(config, shape)
-                traffic, seconds = found.traffic, found.seconds(node if gpus <= NODE else network)
-                cells = [
-                    base,
-                    adapter,
-                    gpus,
-                    f"{sum(shape.trained):,}",
-                    f"{(found.forward + found.backward) / 1e12:.1f}",
-                ]
-                cells += [f"{traffic.needed / 1e6:.2f}", f"{(traffic.gradients + traffic.updates) / 1e6:.2f}"]
-                cells += [
-                    f"{traffic.weights / 1e9:.2f}",
-                    f"{traffic.messages:,}",
-                    f"{found.memory['total'] / 2**30:.1f}",
-                ]
-                print(f"| {' | '.join(map(str, cells))} | {seconds[0]:.3f} … {seconds[1]:.3f} |")
+                hidden, apart = found.seconds(hardware(arguments, config.resources.workers))
+                traffic, flops = found.traffic, found.forward + found.backward
+                yield (
+                    *(base, adapter, config.resources.workers, f"{sum(shape.trained):,}", f"{flops / 1e12:.1f}"),
+                    *(f"{traffic.needed / 1e6:.2f}", f"{(traffic.gradients + traffic.updates) / 1e6:.2f}"),
+                    *(f"{traffic.weights / 1e9:.2f}", f"{traffic.messages:,}"),
+                    *(f"{found.memory['total'] / 2**30:.1f}", f"{hidden:.3f} … {apart:.3f}"),
+                )
 
 
-def step_times() -> None:
-    print(f"\n### Processor seconds of a step, one process, one thread, fp32, {BATCH} × {LENGTH} tokens\n")
-    heads = ["layers × width", "adapter", "GFLOP", "measured, s", "predicted, s", "measured / predicted"]
-    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    speed = {}
+def hardware(arguments: argparse.Namespace, gpus: int) -> cost.Hardware:
+    if gpus <= NODE:
+        return cost.Hardware(arguments.flops, arguments.node_bandwidth, arguments.node_latency)
+    return cost.Hardware(arguments.flops, arguments.network_bandwidth, arguments.network_latency)
+
+
+def step_times() -> Iterator[Sequence]:
+    """The first row sets the FLOP/s by which all are predicted."""
+    speed = None
     for name, sizes in SMALL.items():
         with tempfile.TemporaryDirectory() as folder:
             save_random(llama(sizes, 4096), Path(folder))
@@ -114,28 +101,26 @@ def step_times() -> None:
             for found in communication.measure(folder, 1, cases):
                 config = communication.configuration(folder, found.case, 1)
                 predicted = cost.cost(config, cost.shape_of(config))
-                flops = predicted.forward + predicted.backward
-                adapter, measured = found.case.adapter, found.processor_seconds
-                calibrating = not speed
-                speed = speed or {"flops": flops / measured}
-                expected, _ = predicted.seconds(cost.Hardware(speed["flops"], 1, 0))
-                ratio = "calibration" if calibrating else f"{measured / expected:.2f}"
-                print(f"| {name} | {adapter} | {flops / 1e9:.2f} | {measured:.3f} | {expected:.3f} | {ratio} |")
-    print(f"\ncalibrated: {speed['flops'] / 1e9:.1f} GFLOP/s")
+                flops, measured = predicted.forward + predicted.backward, found.processor_seconds
+                speed = speed or cost.Hardware(flops / measured, 1, 0)
+                expected, _ = predicted.seconds(speed)
+                numbers = (flops / 1e9, flops / measured / 1e9)
+                yield (
+                    *(name, found.case.adapter, *(f"{number:.1f}" for number in numbers)),
+                    *(f"{measured:.3f}", f"{expected:.3f}", f"{measured / expected:.2f}"),
+                )
 
 
-def traffic_measured(model: str) -> None:
-    print("\n### Bytes that one of two ranks asks for in a step, 4 × 64 tokens\n")
-    heads = ["ZeRO", "adapter", "measured", "predicted", "measured / predicted", "messages", "predicted"]
-    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+def traffic_measured(model: str) -> Iterator[Sequence]:
     cases = [Case(stage, adapter) for stage in STAGES for adapter in ADAPTERS]
     for found in communication.measure(model, 2, cases):
         config = communication.configuration(model, found.case, 2)
         sharding = cost.Sharding.of(deepspeed_settings(config.deepspeed))
         predicted = cost.traffic(cost.shape_of(config), sharding, 2, found.element)
-        cells = [found.case.stage, found.case.adapter, f"{found.asked:,.0f}", f"{predicted.total:,.0f}"]
-        cells += [f"{found.asked / predicted.total:.3f}", f"{found.messages:.0f}", predicted.messages]
-        print(f"| {' | '.join(map(str, cells))} |")
+        yield (
+            *(found.case.stage, found.case.adapter, f"{found.asked:,.0f}", f"{predicted.total:,.0f}"),
+            *(f"{found.asked / predicted.total:.3f}", f"{found.messages:.0f}", predicted.messages),
+        )
 
 
 def main() -> None:
@@ -150,9 +135,21 @@ def main() -> None:
     parser.add_argument("--network-bandwidth", type=float, default=40e9, help="bytes/s a GPU sends between nodes")
     parser.add_argument("--network-latency", type=float, default=100e-6, help="seconds a message between nodes")
     arguments = parser.parse_args()
-    predictions(arguments)
-    step_times()
-    traffic_measured(arguments.model)
+    print(
+        f"### Predicted: ZeRO-3, bf16, {arguments.length} tokens a GPU and step\n\n"
+        f"Assumed: {arguments.flops:.3g} FLOP/s a GPU; up to {NODE} GPUs {arguments.node_bandwidth:.3g} bytes/s and "
+        f"{arguments.node_latency:.0e} s a message, beyond {arguments.network_bandwidth:.3g} and "
+        f"{arguments.network_latency:.0e}\n"
+    )
+    heads = ["base", "adapter", "GPUs", "trainables", "TFLOP", "gradients need, MB", "gradients and updates, MB"]
+    heads += ["weights gathered, GB", "messages", "memory a GPU, GiB", "seconds a step"]
+    print_table(heads, predictions(arguments))
+    print(f"\n### Processor seconds of a step: one process, one thread, fp32, {BATCH} × {LENGTH} tokens\n")
+    heads = ["layers × width", "adapter", "GFLOP", "GFLOP/s", "measured, s", "predicted, s", "measured / predicted"]
+    print_table(heads, step_times())
+    print("\n### Bytes that one of two ranks asks for in a step, 4 × 64 tokens\n")
+    heads = ["ZeRO", "adapter", "measured", "predicted", "measured / predicted", "messages", "messages predicted"]
+    print_table(heads, traffic_measured(arguments.model))
 
 
 if __name__ == "__main__":
