@@ -174,7 +174,8 @@ class Sharding:
         stage: of ZeRO, 2 or 3.
         persistence: tensors up to this size stay whole, and are gathered once, after the optimizer's step.
         reuse: a weight stays whole from its forward to its backward pass if less than this passes by in between, so
-            the last reuse / 2 of a model are gathered once.
+            the last reuse / 2 of a model are gathered once. DeepSpeed can keep more, by what its fetching ahead has
+            skipped: `tests/benchmarks/cost_model.py` shows one such case ("part kept").
         bucket: of gradients that travel together.
     """
 
@@ -230,8 +231,8 @@ def traffic(shape: Shape, sharding: Sharding, ranks: int, element: int, passes: 
     ZeRO-2 reduces gradients by an all-reduce of the whole bucket and gathers the stepped weights, 3 ring(b) where
     arXiv 1910.02054 (section 7) needs 2. ZeRO-3 reduces by reduce-scatter, gathers tensors that persist (frozen ones
     too) one by one after the step, and every other weight for each forward and backward pass that uses it. Scalars
-    (the gradient norm, the trainer's looks at the loss) are not counted. A message a gathered weight is an upper
-    bound: DeepSpeed fetches ahead several in one.
+    (the gradient norm, the trainer's looks at the loss) are not counted, nor are their two to four messages. A message
+    a gathered weight is the most: DeepSpeed fetches ahead several in one.
     """
     if ranks == 1:
         return Traffic(0, 0, 0, 0, 0)
