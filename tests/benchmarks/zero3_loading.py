@@ -26,8 +26,6 @@ WORKERS = 2
 
 def write_model(folder: Path, megabytes: float) -> int:
     """A Llama of about so many megabytes in fp32; its exact bytes."""
-    import tokenizers
-    import torch
     import transformers
 
     hidden = 768
@@ -41,11 +39,20 @@ def write_model(folder: Path, megabytes: float) -> int:
         num_attention_heads=12,
         num_key_value_heads=12,
     )
+    save_random(config, folder)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def save_random(config, folder: Path) -> None:
+    """A Llama of random weights, with the least of a tokenizer."""
+    import tokenizers
+    import torch
+    import transformers
+
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1}, unk_token="<s>"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>").save_pretrained(folder)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 class Watch:
