@@ -699,6 +699,8 @@ def _joined_mask(cores: list[CurloraCore], x: Tensor) -> Tensor | None:
 
 def _plain(base: nn.Module, x: Tensor) -> bool:
     """Whether base and update may run as one function: a frozen, whole, unhooked dense layer in the dtype of x."""
+    if base._forward_hooks or base._forward_pre_hooks:
+        return False  # not even a look at the weight: ZeRO-3 would gather it with the layer that looked, and once more
     weight = getattr(base, "weight", None)
     return (
         type(base) in (nn.Linear, Conv1D)
@@ -708,7 +710,5 @@ def _plain(base: nn.Module, x: Tensor) -> bool:
         and not (base.bias is not None and base.bias.requires_grad)
         and not hasattr(weight, "ds_id")
         and not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
-        and not base._forward_hooks
-        and not base._forward_pre_hooks
         and "forward" not in base.__dict__
     )

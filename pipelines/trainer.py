@@ -430,6 +430,7 @@ def training_arguments(
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
+        average_tokens_across_devices=False,  # a message a step, for a number that `compute_loss` has no use for
     )
 
 

@@ -31,10 +31,7 @@ def test_two_ranks_send_what_is_predicted(model, measured):
         config = communication.configuration(model, found.case, 2)
         sharding = cost.Sharding.of(deepspeed_settings(config.deepspeed))
         predicted = cost.traffic(cost.shape_of(config), sharding, 2, found.element)
-        # beyond it: scalars, and under CURLoRA the first block's projections in the backward pass (see cost_model.py)
-        assert found.asked == pytest.approx(predicted.total, rel=0.1), found.case
-        if "LoRA r 8" in found.case.adapter:
-            assert found.asked == pytest.approx(predicted.total, abs=100), found.case
+        assert found.asked == pytest.approx(predicted.total, abs=100), found.case  # beyond it: scalars
 
 
 def test_what_is_counted_is_what_is_written(measured):
