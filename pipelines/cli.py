@@ -223,7 +223,25 @@ def _print_facts(config, facts, table: dict) -> None:
         view.add_row(stage, *cells)
     console.print(view)
     console.print(f"host memory under zero3-offload: {host_bytes(facts, config) / 2**30:.4g} GiB a worker")
+    _print_step_cost(config, console)
     console.print(ARITHMETIC, style="dim", highlight=False, soft_wrap=True)
+
+
+def _print_step_cost(config, console) -> None:
+    """What an optimizer step computes and sends, where there is a model of that."""
+    from pipelines.cost import cost, shape_of
+
+    try:
+        found = cost(config, shape_of(config))
+    except ValueError:
+        return
+    sent = found.traffic
+    console.print(
+        f"a step of a worker: {(found.forward + found.backward) / 1e12:.3g} TFLOP, {sent.total / 1e6:.4g} MB sent in "
+        f"{sent.messages} messages (gradients alone need {sent.needed / 1e6:.4g} MB)",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 @main.command()

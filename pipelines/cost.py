@@ -46,7 +46,6 @@ class Shape:
         width: heads × size of a head, what attention works on.
         embedding: numbers of the token embedding.
         frozen, trained: sizes of the parameters.
-        buffer_bytes: of what the adapter keeps beside its parameters (CURLoRA: C, the whitening, indices).
         facts: what the memory estimate goes by.
     """
 
@@ -56,7 +55,6 @@ class Shape:
     embedding: int
     frozen: tuple[int, ...]
     trained: tuple[int, ...]
-    buffer_bytes: int
     facts: ModelFacts | None
 
 
@@ -76,7 +74,6 @@ def shape_of(config: PipelineConfig) -> Shape:
         raise ValueError(f"adapter.type is '{config.adapter.type}'; the cost model knows curlora, lora and none")
     model = attach_adapter(base, config.adapter, config.training.seed)
     parameters = list(model.parameters())
-    prefix = f"{adapter_of}_"
     return Shape(
         dense=tuple(_dense_layers(model, adapter_of, config.adapter.r)),
         blocks=text.num_hidden_layers,
@@ -85,9 +82,6 @@ def shape_of(config: PipelineConfig) -> Shape:
         embedding=base.get_input_embeddings().weight.numel(),
         frozen=tuple(p.numel() for p in parameters if not p.requires_grad),
         trained=tuple(p.numel() for p in parameters if p.requires_grad),
-        buffer_bytes=sum(
-            b.numel() * b.element_size() for name, b in model.named_buffers(remove_duplicate=False) if prefix in name
-        ),
         facts=model_facts(config),
     )
 
@@ -304,7 +298,7 @@ class Cost:
 
     Attributes:
         forward, backward: FLOPs.
-        memory: bytes, by `preflight.memory_by_stage`, and under "buffers" what the adapter keeps on every worker.
+        memory: bytes, by `preflight.memory_by_stage`.
     """
 
     forward: float
@@ -331,12 +325,10 @@ def cost(config: PipelineConfig, shape: Shape) -> Cost:
     tokens = micro_batch(training, ranks) * training.max_length
     element = DTYPE_BYTES[config.base_model.dtype]
     gib = memory_by_stage(shape.facts, config)[f"zero{sharding.stage}"]
-    memory = {name: value * 2**30 for name, value in gib.items()} | {"buffers": shape.buffer_bytes}
-    memory["total"] += shape.buffer_bytes
     partitioned = sharding.stage == 3
     return Cost(
         forward=passes * forward_flops(shape, tokens, training.max_length),
         backward=passes * backward_flops(shape, tokens, training.max_length, partitioned),
         traffic=traffic(shape, sharding, ranks, element, passes),
-        memory=memory,
+        memory={name: value * 2**30 for name, value in gib.items()},
     )

@@ -99,7 +99,7 @@ def test_sizes_are_those_of_the_real_adapter(config, adapted):
     layers = [layer for layer in shape.dense if layer.adapter != "none"]
     assert sum(map(by_hand[config.adapter.type], layers)) == trained
     buffers = {name: b for name, b in adapted.named_buffers() if "curlora_" in name}
-    assert shape.buffer_bytes == sum(b.numel() * b.element_size() for b in buffers.values())
+    assert shape.facts.buffer_bytes == sum(b.numel() * b.element_size() for b in buffers.values())
 
 
 # -- traffic, by hand: three layers of 100, 100 and 400 numbers, an embedding of 400, norms of 10
@@ -108,7 +108,7 @@ def test_sizes_are_those_of_the_real_adapter(config, adapted):
 def small_shape(trained: tuple[int, ...]) -> cost.Shape:
     layers = [("a", 10, 10, False), ("b", 10, 10, True), ("head", 40, 10, True)]
     dense = tuple(cost.Dense(name, m, n, "none", 0, reached) for name, m, n, reached in layers)
-    return cost.Shape(dense, 1, 10, 400, (400, 10, 100, 100, 10, 400), trained, 0, None)
+    return cost.Shape(dense, 1, 10, 400, (400, 10, 100, 100, 10, 400), trained, None)
 
 
 def sharding(stage: int, persistence: int = 50, reuse: int = 0) -> cost.Sharding:
@@ -182,10 +182,11 @@ def test_seconds_lie_between_all_hidden_and_none():
 
 
 def test_memory_counts_what_curlora_keeps_on_every_worker(config):
-    found = cost.cost(config, cost.shape_of(config))
+    shape = cost.shape_of(config)
+    found = cost.cost(config, shape)
     parts = sum(value for name, value in found.memory.items() if name != "total")
     assert found.memory["total"] == pytest.approx(parts)
-    assert (found.memory["buffers"] > 0) == (config.adapter.type == "curlora")
+    assert (shape.facts.buffer_bytes > 0) == (config.adapter.type == "curlora")
 
 
 def test_an_adapter_without_a_model_is_an_error(config, tmp_path):

@@ -1,5 +1,7 @@
 """The memory estimate, against numbers worked by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipelines.config import parse_config
@@ -41,4 +43,13 @@ def test_checkpointing_keeps_one_layer_and_the_borders_of_the_others(config):
 def test_a_large_evaluation_pass_binds(config):
     evaluation = config.evaluation.model_copy(update={"batch_tokens": 100_000})
     table = memory_by_stage(facts(10**9), config.model_copy(update={"evaluation": evaluation}))
-    assert table["zero2"]["passes"] * GIB == pytest.approx(100_000 * (100 * 34 + 1000 * 8))
+    assert table["zero3"]["passes"] * GIB == pytest.approx(100_000 * (100 * 34 + 1000 * 8))
+    assert table["zero2"]["passes"] * GIB == pytest.approx(100_000 * 100 * 34 + 2**26 * 8)  # logits in parts
+
+
+def test_what_an_adapter_keeps_is_whole_on_every_worker(config):
+    plain = facts(8 * 10**9)
+    kept = replace(plain, buffer_bytes=10**9)
+    for stage, parts in memory_by_stage(kept, config).items():
+        more = parts["weights"] - memory_by_stage(plain, config)[stage]["weights"]
+        assert more * GIB == pytest.approx(10**9), stage
