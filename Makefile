@@ -22,7 +22,7 @@ demo: $(READY)
 	$(BIN)/curlora demo
 
 test: unit
-	$(BIN)/python -m pytest tests --ignore=tests/unit
+	$(BIN)/python -m pytest tests --ignore=tests/unit --durations=30
 
 unit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n auto --dist loadfile
