@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -89,9 +88,9 @@ def run_chain(config: Path, cache: str) -> tuple[dict, float, float]:
     """(results, seconds on the wall, processor seconds of the driver)."""
     begun, spent = time.time(), 0.0
     command = [sys.executable, "-m", "pipelines", "run", str(config), "--json"]
-    with tempfile.TemporaryFile("w+") as out:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as told:
         environment = os.environ | ENVIRONMENT | {"CURLORA_CACHE": cache}
-        driver = psutil.Popen(command, stdout=out, stderr=subprocess.DEVNULL, env=environment, cwd=config.parent)
+        driver = psutil.Popen(command, stdout=out, stderr=told, env=environment, cwd=config.parent)
         while driver.poll() is None:
             try:
                 times = driver.cpu_times()
@@ -99,9 +98,10 @@ def run_chain(config: Path, cache: str) -> tuple[dict, float, float]:
                 break
             spent = max(spent, times.user + times.system)
             time.sleep(LOOK_SECONDS)
+        for stream in (out, told):
+            stream.seek(0)
         if driver.wait():
-            raise SystemExit(f"the chain failed; see it with: {' '.join(command[1:-1])}")
-        out.seek(0)
+            raise SystemExit(f"the chain failed:\n{told.read()}")
         return json.load(out), time.time() - begun, spent
 
 
