@@ -5,12 +5,14 @@ r"""How a chain grows with its number of tasks: time, memory and storage of its 
 Real chains on a random Llama whose arithmetic takes next to no time: one worker under ZeRO-2, a head a task, MLflow
 in sqlite. Replay keeps 48 rows, which two tasks fill. Row t of the score matrix has t scores, so evaluation and
 predictions grow by their nature. "a → b" is the median of the first five steps, without the very first one, which also
-warms up, and of the last five; of peak memory, which never falls, it is the first and the last step.
+warms up, and of the last five; of peak memory, which never falls, it is the first and the last step. Processor seconds
+are what other work on the machine does not change.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -19,9 +21,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import psutil
 import yaml
 
@@ -35,8 +38,27 @@ HIDDEN = 128  # its narrowest layer holds 32 blocks of rank 2
 STRATEGIES = {"replay": {"name": "replay", "size": 4, "memory": 48}, "sequential": {"name": "sequential"}}
 PARTS = ("adapter", "heads.safetensors", "strategy", "predictions", "metrics.json")
 WINDOW = 5
-LOOK_SECONDS = 0.2
+LOOK_SECONDS = 0.05
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass
+class Clock:
+    """Processor seconds of a process by time, as samples."""
+
+    process: psutil.Process | None = None
+    times: list[float] = field(default_factory=list)
+    spent: list[float] = field(default_factory=list)
+
+    def look(self) -> None:
+        with contextlib.suppress(psutil.Error):
+            used = self.process.cpu_times()
+            self.times.append(time.time())
+            self.spent.append(used.user + used.system)
+
+    def between(self, begin: float, end: float) -> float:
+        first, last = np.interp([begin, end], self.times, self.spent)
+        return float(last - first)
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,7 @@ class Chain:
     artifacts: int  # bytes
     wall: float  # seconds
     driver: float  # processor seconds of the driver's process
+    worker: Clock
 
     def __len__(self) -> int:
         return len(self.metrics)
@@ -84,25 +107,34 @@ def write_config(folder: Path, root: Path, tasks: int, carry: str, strategy: str
     return path
 
 
-def run_chain(config: Path, cache: str) -> tuple[dict, float, float]:
-    """(results, seconds on the wall, processor seconds of the driver)."""
-    begun, spent = time.time(), 0.0
+def run_chain(config: Path, cache: str) -> tuple[dict, float, Clock, Clock]:
+    """(results, seconds on the wall, processor seconds of the driver and of the worker)."""
+    begun = time.time()
     command = [sys.executable, "-m", "pipelines", "run", str(config), "--json"]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as told:
         environment = os.environ | ENVIRONMENT | {"CURLORA_CACHE": cache}
-        driver = psutil.Popen(command, stdout=out, stderr=told, env=environment, cwd=config.parent)
-        while driver.poll() is None:
-            try:
-                times = driver.cpu_times()
-            except psutil.Error:
-                break
-            spent = max(spent, times.user + times.system)
+        driver = Clock(psutil.Popen(command, stdout=out, stderr=told, env=environment, cwd=config.parent))
+        worker = Clock()
+        while driver.process.poll() is None:
+            driver.look()
+            if worker.process:
+                worker.look()
+            else:
+                worker.process = find_worker(driver.process)
             time.sleep(LOOK_SECONDS)
         for stream in (out, told):
             stream.seek(0)
-        if driver.wait():
+        if driver.process.returncode:
             raise SystemExit(f"the chain failed:\n{told.read()}")
-        return json.load(out), time.time() - begun, spent
+        return json.load(out), time.time() - begun, driver, worker
+
+
+def find_worker(driver: psutil.Process) -> psutil.Process | None:
+    for process in driver.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[:1] == ["ray::RayTrainWorker"]:
+                return process
+    return None
 
 
 def measure(folder: Path, tasks: int, carry: str, strategy: str) -> Chain:
@@ -112,7 +144,7 @@ def measure(folder: Path, tasks: int, carry: str, strategy: str) -> Chain:
         database = root / "mlflow.db"
         initialize(f"sqlite:///{database}")
         empty = database.stat().st_size
-        results, wall, driver = run_chain(config, str(folder / "cache"))
+        results, wall, driver, worker = run_chain(config, str(folder / "cache"))
         steps = [root / "scale" / step["directory"] for step in results["steps"]]
         print(f"{tasks} tasks, {carry}, {strategy}: {wall:.0f} s, {results['seconds']}", file=sys.stderr)
         return Chain(
@@ -122,7 +154,8 @@ def measure(folder: Path, tasks: int, carry: str, strategy: str) -> Chain:
             database=database.stat().st_size - empty,
             artifacts=size_of(root / "mlruns"),
             wall=wall,
-            driver=driver,
+            driver=driver.spent[-1],
+            worker=worker,
         )
 
 
@@ -139,6 +172,16 @@ def optimizer_step(metrics: dict) -> float:
     """Median milliseconds from one optimizer step to the next."""
     moments = [moment for *_, moment in metrics["training"]["curve"]]
     return 1e3 * statistics.median(after - before for before, after in itertools.pairwise(moments))
+
+
+def beside_scores(chain: Chain) -> list[float]:
+    """Processor seconds of the worker from the end of one step to that of the next, without those of its scores."""
+    seconds = []
+    for before, step in itertools.pairwise(chain.metrics):
+        scores = step["cells"]
+        scoring = chain.worker.between(scores[0]["time"] - scores[0]["seconds"], scores[-1]["time"])
+        seconds.append(chain.worker.between(before["finished"], step["finished"]) - scoring)
+    return seconds
 
 
 def ends(values: Sequence[float]) -> tuple[float, float]:
@@ -159,10 +202,11 @@ def ratio(values: Sequence[float]) -> str:
 
 
 TIME: dict[str, Callable[[Chain], str]] = {
+    "worker beside scores, processor s": lambda c: ratio(beside_scores(c)),
     "an optimizer step, ms": lambda c: ratio([optimizer_step(m) for m in c.metrics]),
     "training, s": lambda c: ratio([m["seconds"]["train"] for m in c.metrics]),
     "overhead, s": lambda c: ratio([m["seconds"]["overhead"] for m in c.metrics]),
-    "evaluation a score, ms": lambda c: shown([1e3 * m["seconds"]["evaluate"] / len(m["cells"]) for m in c.metrics]),
+    "a score, ms": lambda c: shown([1e3 * m["seconds"]["evaluate"] / len(m["cells"]) for m in c.metrics]),
     "worker's peak memory, MB": lambda c: f"{peak(c, 0):.0f} → {peak(c, -1):.0f}",
     "driver, processor s": lambda c: f"{c.driver:.1f}",
     "whole chain, s": lambda c: f"{c.wall:.0f}",
