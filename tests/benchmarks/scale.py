@@ -39,6 +39,7 @@ STRATEGIES = {"replay": {"name": "replay", "size": 4, "memory": 48}, "sequential
 PARTS = ("adapter", "heads.safetensors", "strategy", "predictions", "metrics.json")
 WINDOW = 5
 LOOK_SECONDS = 0.05
+SEARCH_SECONDS = 2.0  # between two looks for the worker, which walk over all processes
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -117,11 +118,10 @@ def run_chain(config: Path, cache: str) -> tuple[dict, float, Clock, Clock]:
         worker = Clock()
         while driver.process.poll() is None:
             driver.look()
+            worker.process = worker.process or find_worker(driver.process)
             if worker.process:
                 worker.look()
-            else:
-                worker.process = find_worker(driver.process)
-            time.sleep(LOOK_SECONDS)
+            time.sleep(LOOK_SECONDS if worker.process else SEARCH_SECONDS)
         for stream in (out, told):
             stream.seek(0)
         if driver.process.returncode:
