@@ -93,6 +93,12 @@ def saved_name(parameter_name: str) -> str | None:
     return rest if found else None
 
 
+def task_of(parameter_name: str) -> str | None:
+    """The task whose head a parameter belongs to, None for any other."""
+    name = saved_name(parameter_name)
+    return name.rpartition(".")[0] if name else None
+
+
 def _key(task: str) -> str:
     # nn.ModuleDict refuses names of its own methods ("keys", "train"): the prefix keeps every task name possible
     return f"task_{task}"

@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,28 +81,55 @@ def project(run: RunDirectory, uri: str, experiment: str, chain: Sequence[str] |
     Raises:
         LineageError: MLflow is away or refuses.
     """
-    # Imported here: the kinds of task bring numpy along, which most commands never need.
-    from pipelines.lineage_search import project_searches  # which uses what is here
-    from pipelines.logged_models import LoggedModels
+    return Projection(run, uri, experiment).send(chain)
 
-    with errors(uri, f"nothing is lost; send it later with: curlora sync {run.uri}"), quiet():
-        client = connect(uri)
-        to = _Target(client, _experiment(client, uri, experiment), run, run.config())
-        steps = current_steps(run, chain)
-        parent = _parent(to, steps)
-        children = _children(to, parent.info.run_id)
-        models = LoggedModels(client, to.experiment_id, parent.info.run_id, run, steps)
-        ids = {"parent": parent.info.run_id}
-        for directory, metrics in steps:
-            if metrics["position"] == 0:
-                _send_base(to, parent, directory, metrics)
-                continue
-            child = children.get(metrics["fingerprint"]) or _new_child(to, parent, directory, metrics)
-            _send_step(to, models, parent, child, directory, metrics)
-            ids[metrics["fingerprint"]] = child.info.run_id
-        _send_parent(to, models, parent, steps)
-        project_searches(to, parent.info.run_id, ids)
-        return ids
+
+class Projection:
+    """A run in MLflow, kept up to date by a process that lives with it.
+
+    What it has found or sent it does not look up again, so a step costs the same at the end of a long chain as at its
+    beginning. After an error everything is looked up anew.
+    """
+
+    def __init__(self, run: RunDirectory, uri: str, experiment: str):
+        self.run, self.uri, self.experiment = run, uri, experiment
+        self._known: _Known | None = None
+        self._last: str | None = None  # fingerprint of the step that was sent last
+
+    def send(self, chain: Sequence[str] | None = None) -> dict[str, str]:
+        """What `project` does."""
+        with errors(self.uri, f"nothing is lost; send it later with: curlora sync {self.run.uri}"), quiet():
+            steps, client = current_steps(self.run, chain), connect(self.uri)
+            known, self._known = self._known, None  # should this not come to its end
+            known = self._now(known, client, steps) or self._look(client, steps)
+            ids = _send(known, steps)
+            self._known, self._last = known, steps[-1][1]["fingerprint"] if steps else None
+            return ids
+
+    def _now(self, known: _Known | None, client, steps: Steps) -> _Known | None:
+        """With the parent run as it is now; None if the run was deleted or these steps are another chain's.
+
+        A step's fingerprint contains its parent's: where the last one is, all before it are.
+        """
+        if known is None or self._last not in {None, *(metrics["fingerprint"] for _, metrics in steps)}:
+            return None
+        parent = client.get_run(known.parent_id)
+        return replace(known, parent=parent) if parent.info.lifecycle_stage == "active" else None
+
+    def _look(self, client, steps: Steps) -> _Known:
+        # Imported here: the kinds of task bring numpy along, which most commands never need.
+        from pipelines.logged_models import LoggedModels
+
+        to = _Target(client, _experiment(client, self.uri, self.experiment), self.run, self.run.config())
+        parent_id = _parent(to, steps).info.run_id
+        children = _children(to, parent_id)
+        models = LoggedModels(client, to.experiment_id, parent_id, self.run, to.config)
+        ids = {name: child.info.run_id for name, child in children.items()}
+        sent = {name: child.data.tags.get(PREFIX + "sent", "") for name, child in children.items()}
+        return _Known(to, models, client.get_run(parent_id), ids, sent)
+
+
+Steps = Sequence[tuple[str, dict]]  # (directory, metrics.json) by position, row 0 first
 
 
 @dataclass(frozen=True)
@@ -116,7 +143,43 @@ class _Target:
     inputs: set[tuple[str, str, str]] = field(default_factory=set)  # (run id, dataset, digest) that are there
 
 
-def current_steps(run: RunDirectory, chain: Sequence[str] | None = None) -> list[tuple[str, dict]]:
+@dataclass(frozen=True)
+class _Known:
+    """What MLflow holds of a chain.
+
+    Attributes:
+        parent: the chain's run, as it was before this sending.
+        children: step fingerprint → MLflow run id.
+        sent: step fingerprint → digest of what was sent of it.
+    """
+
+    to: _Target
+    models: Any
+    parent: Any
+    children: dict[str, str]
+    sent: dict[str, str]
+
+    @property
+    def parent_id(self) -> str:
+        return self.parent.info.run_id
+
+
+def _send(known: _Known, steps: Steps) -> dict[str, str]:
+    from pipelines.lineage_search import project_searches  # which uses what is here
+
+    known.models.steps = steps
+    ids = {"parent": known.parent_id}
+    for directory, metrics in steps:
+        if metrics["position"] == 0:
+            _send_base(known.to, known.parent, directory, metrics)
+        else:
+            ids[metrics["fingerprint"]] = _send_step(known, directory, metrics)
+    _send_parent(known.to, known.models, known.parent, steps)
+    project_searches(known.to, known.parent_id, ids)
+    return ids
+
+
+def current_steps(run: RunDirectory, chain: Sequence[str] | None = None) -> Steps:
     """(directory, metrics.json) of the base and of every finished step of one chain, by position."""
     found = {}
     for entry in run.list("steps"):
@@ -192,7 +255,7 @@ def where_tags(tags: Mapping[str, str]) -> str:
 # -- parent run = chain
 
 
-def _parent(to: _Target, steps: list[tuple[str, dict]]):
+def _parent(to: _Target, steps: Steps):
     """The parent run of this chain.
 
     A fingerprint contains that of its parent step, so the recorded last step belongs to this chain if and only if
@@ -228,14 +291,14 @@ def _common(config: PipelineConfig) -> dict[str, str]:
     }
 
 
-def _started(run: RunDirectory, steps: list[tuple[str, dict]]) -> float:
+def _started(run: RunDirectory, steps: Steps) -> float:
     for _, event in run.events():
         if event["kind"] == "started":
             return event["time"]
     return min((metrics["started"] for _, metrics in steps), default=0.0)
 
 
-def _ended(run: RunDirectory, steps: list[tuple[str, dict]]) -> float:
+def _ended(run: RunDirectory, steps: Steps) -> float:
     """When the chain came to its end: the last such event, which is among the last files."""
     for name in reversed(run.list("events")):
         event = run.read_json(f"events/{name}")
@@ -244,14 +307,14 @@ def _ended(run: RunDirectory, steps: list[tuple[str, dict]]) -> float:
     return _latest(steps)
 
 
-def _latest(steps: list[tuple[str, dict]]) -> float:
+def _latest(steps: Steps) -> float:
     """The newest moment of any measurement."""
     moments = [metrics["finished"] for _, metrics in steps]
     moments += [cell["time"] for _, metrics in steps for cell in metrics["cells"]]
     return max(moments, default=0.0)
 
 
-def _send_parent(to: _Target, models, parent, steps: list[tuple[str, dict]]) -> None:
+def _send_parent(to: _Target, models, parent, steps: Steps) -> None:
     """Parameters, aggregates, pages and status of the chain."""
     run, run_id, results = to.run, parent.info.run_id, to.run.results()
     _send_params(to, parent, flatten(to.config.model_dump(exclude={"name", "storage", "tracking"})))
@@ -260,7 +323,7 @@ def _send_parent(to: _Target, models, parent, steps: list[tuple[str, dict]]) -> 
         aggregates = [(name, results.get(name), moment, steps[-1][1]["position"]) for name in AGGREGATES]
         last = models.found.get(steps[-1][1]["fingerprint"])
         _send_metrics(to, run_id, aggregates, last.model_id if last else None)
-    models.link_chain()
+    models.link_chain(parent)
     files = ["config.yaml", "results.json", "report.html", *(f"figures/{name}" for name in run.list("figures"))]
     _upload(to, run_id, {name: name for name in files if run.exists(name)})
     tags = {PREFIX + "tasks": ",".join(task.name for task in to.config.tasks)[:TAG_LENGTH]}
@@ -295,10 +358,10 @@ def _children(to: _Target, parent_id: str) -> dict[str, Any]:
     return {child.data.tags[PREFIX + "step_fingerprint"]: child for child in found}
 
 
-def _new_child(to: _Target, parent, directory: str, metrics: dict):
+def _new_child(to: _Target, parent_id: str, directory: str, metrics: dict):
     label = label_of(metrics)
     tags = {
-        "mlflow.parentRunId": parent.info.run_id,
+        "mlflow.parentRunId": parent_id,
         PREFIX + "kind": "step",
         PREFIX + "run": to.run.name,
         PREFIX + "run_uri": identity(to.run),
@@ -333,11 +396,16 @@ def _send_base(to: _Target, parent, directory: str, metrics: dict) -> None:
     to.client.set_tag(run_id, PREFIX + "sent_base", sent)
 
 
-def _send_step(to: _Target, models, parent, child, directory: str, metrics: dict) -> None:
-    """Everything of one step. The tag `sent` comes last, so that a long chain is not sent again at every step."""
-    run_id, sent = child.info.run_id, fingerprint([CONVENTIONS, metrics])
-    if child.data.tags.get(PREFIX + "sent") == sent:
-        return
+def _send_step(known: _Known, directory: str, metrics: dict) -> str:
+    """Everything of one step; its run's id. The mark `sent` comes last, so that a step is not sent again."""
+    to, name, digest = known.to, metrics["fingerprint"], fingerprint([CONVENTIONS, metrics])
+    if known.sent.get(name) == digest:
+        return known.children[name]
+    if name in known.children:
+        child = to.client.get_run(known.children[name])
+    else:
+        child = _new_child(to, known.parent_id, directory, metrics)
+    run_id = known.children[name] = child.info.run_id
     settings = {
         **metrics.get("setting", {}),
         "data": metrics.get("data"),
@@ -348,14 +416,16 @@ def _send_step(to: _Target, models, parent, child, directory: str, metrics: dict
     }
     _send_params(to, child, flatten(settings))
     _send_inputs(to, run_id, metrics)
-    _send_inputs(to, parent.info.run_id, metrics)
+    _send_inputs(to, known.parent_id, metrics)
     row = score_points(metrics)
-    _send_metrics(to, run_id, row, models.send(child, directory, metrics), _datasets(metrics))
+    _send_metrics(to, run_id, row, known.models.send(child, directory, metrics), _datasets(metrics))
     _send_metrics(to, run_id, [*_cost(metrics), *_curve(metrics)])
-    _send_metrics(to, parent.info.run_id, row)
+    _send_metrics(to, known.parent_id, row)
     _upload_folder(to, run_id, directory, "")
     to.client.set_terminated(run_id, "FINISHED", _milliseconds(metrics["finished"]))
-    to.client.set_tag(run_id, PREFIX + "sent", sent)
+    to.client.set_tag(run_id, PREFIX + "sent", digest)
+    known.sent[name] = digest
+    return run_id
 
 
 # -- metrics: (key, value, unix seconds, step)

@@ -20,16 +20,13 @@ from typing import Any
 from pipelines.config import ClassificationTask, GenerationTask, MultipleChoiceTask, PipelineConfig, TaskSource
 from pipelines.environment import versions
 from pipelines.kinds import kind_of
-from pipelines.lineage import PREFIX, TAG_LENGTH, flatten, where_tags
+from pipelines.lineage import PREFIX, TAG_LENGTH, Steps, flatten, where_tags
 from pipelines.runs import RunDirectory
 
 MODEL_TYPE = "curlora-adapter"
 CODE = Path(__file__).parent / "served.py"
 NEEDED = {"name", "base_model", "adapter", "training", "evaluation", "resources", "tasks"}  # of the configuration
 REQUIREMENTS = ("curlora", "torch", "transformers", "peft", "safetensors", "datasets", "mlflow")
-
-
-Steps = Sequence[tuple[str, dict]]  # (directory, metrics.json) by position, the base first
 
 
 @dataclass(frozen=True)
@@ -126,16 +123,14 @@ def _silent():
 class LoggedModels:
     """The logged models of one chain in one store, by step fingerprint.
 
-    Args:
-        steps: (directory, metrics.json) of the chain, by position.
+    Attributes:
+        steps: of the chain, as far as they are done.
     """
 
-    def __init__(
-        self, client, experiment_id: str, chain_id: str, run: RunDirectory, steps: Sequence[tuple[str, dict]]
-    ):
+    def __init__(self, client, experiment_id: str, chain_id: str, run: RunDirectory, config: PipelineConfig):
         self.client, self.experiment_id, self.chain_id = client, experiment_id, chain_id
-        self.run, self.steps = run, steps
-        self.config = run.config()
+        self.run, self.config = run, config
+        self.steps: Steps = ()
         where = where_tags({PREFIX + "chain": chain_id})
         self.found = {model.tags[PREFIX + "step_fingerprint"]: model for model in self._search(where)}
 
@@ -178,27 +173,27 @@ class LoggedModels:
         """As output of its run, with the parent adapter as input. MLflow would add both again every time."""
         from mlflow.entities import LoggedModelInput
 
-        given = {found.model_id for found in self._outputs(run_id, {model.model_id: metrics["position"]})}
+        run = self.client.get_run(run_id)
+        self._add_outputs(run, {model.model_id: metrics["position"]})
+        given = {found.model_id for found in run.inputs.model_inputs}
         parent = self.found.get(metrics["parent"])
         if parent and parent.model_id not in given:
             self.client.log_inputs(run_id, models=[LoggedModelInput(parent.model_id)])
 
-    def link_chain(self) -> None:
-        """All models as outputs of the chain's run."""
+    def link_chain(self, chain) -> None:
+        """All models as outputs of the chain's run, given as it was before."""
         positions = {metrics["fingerprint"]: metrics["position"] for _, metrics in self.steps}
         made = {m.model_id: positions[name] for name, m in self.found.items() if name in positions}
-        self._outputs(self.chain_id, made)
+        self._add_outputs(chain, made)
 
-    def _outputs(self, run_id: str, made: Mapping[str, int]) -> list:
-        """Add the outputs (model id → position) that a run lacks; its model inputs."""
+    def _add_outputs(self, run, made: Mapping[str, int]) -> None:
+        """Add the outputs (model id → position) that a run lacks."""
         from mlflow.entities import LoggedModelOutput
 
-        run = self.client.get_run(run_id)
         known = {output.model_id for output in run.outputs.model_outputs}
         missing = [LoggedModelOutput(model_id, step) for model_id, step in made.items() if model_id not in known]
         if missing:
-            self.client.log_outputs(run_id, missing)
-        return run.inputs.model_inputs
+            self.client.log_outputs(run.info.run_id, missing)
 
     def _adapter(self, directory: str, metrics: dict) -> Adapter:
         tasks = learned_tasks(self._history(metrics["position"]))

@@ -137,6 +137,7 @@ class RunDirectory:
         self.fs, root = fsspec.core.url_to_fs(self.uri)
         self.root = root.rstrip("/")
         self.is_local = not is_uri(uri) or uri.startswith("file://")
+        self._events: dict[str, dict] = {}  # they never change: each is read once
 
     @property
     def name(self) -> str:
@@ -307,8 +308,12 @@ class RunDirectory:
         Not "later than": after a clock was set back, new events have older names.
         """
         for name in self.list("events"):
-            if name not in known and (event := self.read_json(f"events/{name}")) is not None:
-                yield name, event
+            if name in known:
+                continue
+            if name not in self._events and (event := self.read_json(f"events/{name}")) is not None:
+                self._events[name] = event
+            if name in self._events:
+                yield name, self._events[name]
 
     # -- a request to stop
 

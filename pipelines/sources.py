@@ -38,6 +38,7 @@ CARVED = 0.1  # share of a single file that becomes its test split
 AT_MOST = 5  # broken lines named for each file
 BATCH = 1000  # rows read at a time
 REOPEN_ROWS = 20_000  # rows after which a memory map is opened anew, which gives back the pages it has touched
+MOST_SPLITS = 512  # kept open, memory-mapped; were they fewer than a sequence has, every pass would open all anew
 
 
 HELD_OUT = {"kept": "train", "held-out": "test"}  # name of a part of a split → side of the cut
@@ -91,7 +92,7 @@ def _expression(source: Source, split: str) -> str:
     return getattr(source, "splits", {}).get(split, split)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=MOST_SPLITS)
 def _load(
     data: str, subset: str | None, revision: str | None, expression: str, split: str, stamp: tuple
 ) -> datasets.Dataset:

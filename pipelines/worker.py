@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,6 +176,7 @@ class Worker:
         self.base: nn.Module | None = None
         self._loaded: str | None = None  # identity of the base that is loaded
         self._adapted: nn.Module | None = None  # the base with an adapter around it, until it is taken off
+        self._learned: frozenset[str] = frozenset()  # tasks with a trained head in the step that was attached last
         self._encoded: dict[str, EvaluationSet] = {}  # by cell key, of all assignments so far
 
     def work(self, assignment: Assignment) -> dict:
@@ -348,10 +349,13 @@ class Worker:
             model = adapters.attach_adapter(self.base, adapter or self.config.adapter, seed, carried, extend)
             self._adapted = model
             heads.attach_heads(model, self.classes, self.config.training.seed)
+            self._learned = frozenset()
             if folder and (folder / "heads.safetensors").exists():
                 from safetensors.torch import load_file
 
-                heads.load_heads(model, load_file(folder / "heads.safetensors"))
+                saved = load_file(folder / "heads.safetensors")
+                heads.load_heads(model, saved)
+                self._learned = frozenset(name.rpartition(".")[0] for name in saved)
         return model if engine.is_partitioned(model) else model.to(self.world.device)
 
     def _step_files(self, step: str, scratch: Path) -> Path:
@@ -519,7 +523,7 @@ class Worker:
                     raise
                 log.trained += time.perf_counter() - started - log.scored
             trainer.end_task(context)
-            weights = self._trained_weights(model, strategy)
+            weights = self._trained_weights(model, strategy, self._learned | set(plan.tasks))
             tokens = self._sum(trainer.tokens) + (resume.values["tokens"] if resume else 0)
             _end(trainer)
         return {
@@ -622,16 +626,17 @@ class Worker:
         with swapped({name: p for name, p in model.named_parameters() if name in judged}, judged):
             yield
 
-    def _trained_weights(self, model: nn.Module, strategy) -> dict[str, torch.Tensor]:
+    def _trained_weights(self, model: nn.Module, strategy, learned: Collection[str]) -> dict[str, torch.Tensor]:
         """Full fp32 weights to publish, by parameter name, the adapter's buffers included.
 
-        Where a strategy evaluates other weights than it trained, those are put into the model too.
+        Of the heads only those of the tasks `learned` so far: the others are drawn by their names, wherever they are
+        needed. Where a strategy evaluates other weights than it trained, those are put into the model too.
         """
         prefix = adapters.adapter_prefix(model)
         chosen = {
             name: p
             for name, p in model.named_parameters()
-            if (prefix in name or heads.saved_name(name) is not None) and "ds_" not in name
+            if (prefix in name or heads.task_of(name) in learned) and "ds_" not in name
         }
         replacement = strategy.evaluation_weights(model)
         if replacement:

@@ -26,10 +26,12 @@ from pipelines.config import (
     looks_local,
 )
 from pipelines.group import GroupLost, WorkerGroup
+from pipelines.lineage import Projection
 from pipelines.publish import already_published, publish
 from pipelines.ray_cluster import cluster, early_cluster, gpus_per_worker
 from pipelines.runs import Lease, RunDirectory, RunDirectoryError, StepPlan, fingerprint, step_fingerprint
 from pipelines.start import Start, find_start, record_start
+from pipelines.store import LineageError
 
 WHOLE_FILE = 1 << 30  # larger weight files are fingerprinted by samples
 STOP_SECONDS = 4.0  # for workers to write a checkpoint after a request to stop, before they are ended
@@ -662,6 +664,7 @@ class Projector:
         self.run, self.tracking, self.chain = run, config.tracking, chain
         self.runs: dict[str, str] = {}
         self.warning: str | None = None
+        self._projection = Projection(run, self.tracking.uri, self.tracking.experiment) if self.tracking else None
         self._wanted = threading.Event()
         self._stop = self._started = False
 
@@ -686,15 +689,12 @@ class Projector:
         return self.runs, self.warning
 
     def _loop(self) -> None:
-        from pipelines.lineage import project
-        from pipelines.store import LineageError
-
         while True:
             self._wanted.wait()
             self._wanted.clear()
             last = self._stop
             try:
-                self.runs = project(self.run, self.tracking.uri, self.tracking.experiment, self.chain)
+                self.runs = self._projection.send(self.chain)
                 self.warning = None
             except LineageError as error:
                 self.warning = str(error)

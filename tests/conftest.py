@@ -40,6 +40,10 @@ def _own_caches(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    return make_tokenizer()
+
+
+def make_tokenizer():
     """A byte-level tokenizer over a handful of words, with its special tokens."""
     import tokenizers
     import transformers
@@ -53,15 +57,19 @@ def tokenizer():
 
 @pytest.fixture
 def model(tokenizer):
-    """An untrained two-layer Llama in fp32."""
+    return make_model(tokenizer)
+
+
+def make_model(tokenizer, hidden: int = 16):
+    """An untrained two-layer Llama in fp32. Its narrowest linear layers have `hidden` / 2 outputs."""
     import torch
     import transformers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
+        hidden_size=hidden,
+        intermediate_size=hidden * 3 // 2,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -72,12 +80,15 @@ def model(tokenizer):
 
 @pytest.fixture
 def reviews(tmp_path) -> Path:
-    """A two-class folder whose label is the adjective of the sentence."""
-    folder = tmp_path / "reviews"
+    return write_reviews(tmp_path / "reviews")
+
+
+def write_reviews(folder: Path, ending: str = "") -> Path:
+    """A two-class folder whose label is the adjective of the sentence; another ending makes it another task."""
     folder.mkdir()
     sentences = {0: "the film is bad and dull", 1: "the film is good and warm"}
     for split, count in (("train", 24), ("test", 10)):
-        rows = [{"sentence": f"{sentences[i % 2]} {WORDS[i % 5]}", "label": i % 2} for i in range(count)]
+        rows = [{"sentence": f"{sentences[i % 2]} {WORDS[i % 5]}{ending}", "label": i % 2} for i in range(count)]
         write_jsonl(folder / f"{split}.jsonl", rows)
     (folder / "labels.json").write_text(json.dumps(["negative", "positive"]))
     return folder

@@ -119,6 +119,7 @@ def test_heads_are_the_same_on_every_rank_and_differ_by_task(model):
     assert not any(p.requires_grad for p in again.parameters())
     heads.train_heads(model, ("a",))
     assert list(heads.trainable_heads(model)) == ["a"]
+    assert {heads.task_of(name) for name, p in model.named_parameters() if p.requires_grad} == {"a", None}
     heads.detach_heads(model)
     assert heads.get_heads(model) is None
 

@@ -13,7 +13,7 @@ import pytest
 from sample_run import START, make_run
 
 from pipelines import store as mlflow_store
-from pipelines.lineage import finite, flatten, project
+from pipelines.lineage import Projection, finite, flatten, project
 from pipelines.store import LineageError
 
 
@@ -142,17 +142,21 @@ def test_interrupted_sending_is_completed_without_doubles(tmp_path, store, clien
     assert everything(client, "interrupted") == before
 
 
-def test_live_projection_ends_as_one_at_the_end(tmp_path, store, client):
+@pytest.mark.parametrize("kept", [False, True])
+def test_live_projection_ends_as_one_at_the_end(tmp_path, store, client, kept):
+    """Whether every call looks up what is there, or one process remembers what it has sent."""
+    names = (f"live-{kept}", f"at-end-{kept}")
+    projection = Projection(make_run(tmp_path, finished=0, status=None), store, names[0])
     for done in (0, 1, 2):
         run = make_run(tmp_path, finished=done, status=None)
-        ids = project(run, store, "live")
+        ids = projection.send() if kept else project(run, store, names[0])
         assert len(ids) == 1 + done
         assert client.get_run(ids["parent"]).info.status == "RUNNING"
     run = make_run(tmp_path)
-    live = project(run, store, "live")
+    live = projection.send() if kept else project(run, store, names[0])
     assert live["parent"] == ids["parent"]
-    at_end = project(run, store, "at-end")
-    contents = [everything(client, name) for name in ("live", "at-end")]
+    at_end = project(run, store, names[1])
+    contents = [everything(client, name) for name in names]
     for fingerprint in live:
         pair = [contents[0][live[fingerprint]], contents[1][at_end[fingerprint]]]
         for content in pair:
@@ -321,3 +325,39 @@ def test_long_chain_sends_only_what_is_new(tmp_path, store, monkeypatch):
     project(run, store, "long")
     assert requests.count("create_run") == 1
     assert len(requests) < 30
+
+
+def test_later_steps_of_a_kept_projection_look_nothing_up(tmp_path, store, monkeypatch):
+    """Searching returns every step of the chain with all that it holds: once is enough."""
+    from mlflow import MlflowClient
+
+    tasks = [f"t{k}" for k in range(6)]
+    projection = Projection(make_run(tmp_path, tasks=tasks, finished=1, status="running"), store, "kept")
+    projection.send()
+    requests = []
+    for name in ("search_runs", "search_logged_models", "get_run", "create_run", "log_inputs", "log_batch"):
+        original = getattr(MlflowClient, name)
+        monkeypatch.setattr(
+            MlflowClient, name, lambda *a, _o=original, _n=name, **k: (requests.append(_n), _o(*a, **k))[1]
+        )
+    counts = []
+    for done in (2, 3, 4):
+        make_run(tmp_path, tasks=tasks, finished=done, status="running")
+        requests.clear()
+        projection.send()
+        counts.append(sorted(requests))
+    assert counts[0] == counts[1] == counts[2]
+    assert counts[0].count("create_run") == 1
+    assert not {"search_runs", "search_logged_models"} & set(counts[0])
+
+
+def test_kept_projection_begins_anew_where_its_run_was_deleted_or_the_past_changed(tmp_path, store, client):
+    run = make_run(tmp_path, tasks=("mrpc", "sst2"), status="running")
+    projection = Projection(run, store, "anew")
+    first = projection.send()
+    client.delete_run(first["parent"])
+    second = projection.send()
+    assert second["parent"] != first["parent"]
+    run.remove("steps")
+    make_run(tmp_path, tasks=("mrpc", "sst2"), training={"learning_rate": 1e-4}, status="running")
+    assert not set(second.values()) & set(projection.send().values())

@@ -42,6 +42,17 @@ def test_events_come_back_in_order_and_only_unknown_ones(run):
     assert [event["number"] for _, event in run.events(names[:3])] == [3, 4]
 
 
+def test_an_event_is_read_once(run, monkeypatch):
+    run.event("tick", number=0)
+    first = list(run.events())
+    run.event("tick", number=1)
+    reads = []
+    read = run.read_bytes
+    monkeypatch.setattr(run, "read_bytes", lambda path: (reads.append(path), read(path))[1])
+    assert list(run.events())[:1] == first
+    assert len(reads) == 1
+
+
 def test_events_after_the_clock_was_set_back_are_seen(run, monkeypatch):
     run.event("tick", number=0)
     known = {name for name, _ in run.events()}
