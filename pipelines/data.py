@@ -48,6 +48,10 @@ def score_identity(source: Source, config: PipelineConfig) -> dict:
     """What a score cell is a score of: the key of a cell that need not be evaluated again."""
     if isinstance(source, RetentionCorpus):
         fields = source.model_dump(include={"name", "text", "window", "stride"})
+        if source.stride and (source.window is None or source.stride == source.window):
+            fields["least_context"] = (
+                1  # see `windows`; once the first token of such a window was scored as if after its last
+            )
         at_most = config.evaluation.max_retention_tokens
         return fields | {"digest": digest_of(source, source.split), "metric": "nll", "max_tokens": at_most}
     at_most = config.evaluation.max_examples

@@ -130,13 +130,14 @@ def token_stream(batches: Iterable[Sequence[str]], encoder: Encoder, end: bool) 
 def windows(parts: Iterable[Sequence[int]], window: int, stride: int, example: int | None = None) -> Iterator[Encoded]:
     """Overlapping windows over a stream of tokens that score every token but the first exactly once.
 
-    Every window but the first sees `window − stride` tokens of context before the first token it scores. Only a
-    window's worth of the stream is held at a time.
+    Every window but the first sees `window − stride` tokens of context before the first token it scores, and at least
+    one: a model says nothing of a token that nothing precedes. Only a window's worth of the stream is held at a time.
 
     Args:
         parts: the stream, in pieces of any length.
         example: the example that all windows belong to; None: each is an example of its own, counted from 0.
     """
+    stride = min(stride, window - 1)
     held = np.empty(0, dtype=np.int32)
     begin = number = 0  # position of the first held token; windows so far
     scored = 1  # nothing comes before the first token
