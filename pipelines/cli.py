@@ -690,9 +690,10 @@ def lineage(adapter: str, as_json: bool, figure: Path | None, uri: str | None, s
 @main.command()
 @click.argument("run")
 @click.option("--points", type=click.IntRange(2), default=5, show_default=True, help="On each line, ends included.")
+@click.option("--max-examples", type=click.IntRange(1), help="Test rows a task; default: as many as RUN scored.")
 @click.option("--storage", default="./runs", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def connectivity(run: str, points: int, storage: str, as_json: bool) -> None:
+def connectivity(run: str, points: int, max_examples: int | None, storage: str, as_json: bool) -> None:
     """Loss of every task on the straight line from each adapter of RUN to the next: is there a path that forgets less?
 
     \b
@@ -701,7 +702,7 @@ def connectivity(run: str, points: int, storage: str, as_json: bool) -> None:
     from pipelines.connectivity import write
 
     directory = _open(run, storage)
-    found = write(directory, points)
+    found = write(directory, points, max_examples)
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return

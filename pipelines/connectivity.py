@@ -20,18 +20,22 @@ from pipelines.predict import load_trained
 from pipelines.runs import RunDirectory
 
 
-def lines(run: RunDirectory, points: int = 5) -> list[dict]:
+def lines(run: RunDirectory, points: int = 5, max_examples: int | None = None) -> list[dict]:
     """For each pair of neighbouring steps `{"from", "to", "at": [0 … 1], "loss": {name: [one a point]}}`.
 
     The loss is nats a token for text, 1 − score for the rest; of the tasks trained up to `to`, and of retained text.
 
     Args:
         points: on each line, both ends included.
+        max_examples: test rows a task; None: as many as the run scored.
 
     Raises:
         ConfigError: fewer than two finished steps, or adapters that no line joins (`carry: stack`, no adapter).
     """
     config = run.config()
+    if max_examples:
+        evaluation = config.evaluation.model_copy(update={"max_examples": max_examples})
+        config = config.model_copy(update={"evaluation": evaluation})
     steps = [step for step in (run.results() or {}).get("steps", []) if run.metrics(step["directory"])]
     if len(steps) < 2:
         raise ConfigError([Problem(run.name, "has fewer than two finished steps; a line needs two")])
@@ -89,9 +93,9 @@ def figure(found: Sequence[dict]) -> bytes:
     return out.getvalue()
 
 
-def write(run: RunDirectory, points: int = 5) -> list[dict]:
+def write(run: RunDirectory, points: int = 5, max_examples: int | None = None) -> list[dict]:
     """`lines`, kept as `connectivity.json` and `figures/connectivity.png` of the run."""
-    found = lines(run, points)
+    found = lines(run, points, max_examples)
     run.write_json("connectivity.json", found)
     run.write_bytes("figures/connectivity.png", figure(found))
     return found
