@@ -4,6 +4,7 @@ import difflib
 import inspect
 
 from curlora.continual.clora import CLora
+from curlora.continual.coma import CoMA
 from curlora.continual.ewc import EWC
 from curlora.continual.ilora import ILora
 from curlora.continual.joint import Joint
@@ -14,7 +15,7 @@ from curlora.continual.sequential import Sequential
 from curlora.continual.strategy import Example, Requires, StepOutput, Strategy, TaskContext
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    strategy.name: strategy for strategy in (Sequential, Replay, Rehearsal, ILora, CLora, EWC, OLora, Joint)
+    strategy.name: strategy for strategy in (Sequential, Replay, Rehearsal, ILora, CoMA, CLora, EWC, OLora, Joint)
 }
 
 

@@ -54,8 +54,9 @@ class Rehearsal(Replay):
         require(base_rows > 0, f"base_rows is {base_rows}; use a positive number of sequences, e.g. 500")
         require(base_length > 1, f"base_length is {base_length}; use at least 2 tokens, e.g. 128")
         require(distill >= 0, f"distill is {distill}; use 0 or more, e.g. 1.0")
-        self.base_rows, self.base_length, self.distill = base_rows, base_length, distill
-        if distill:
+        self.base_rows, self.base_length = base_rows, base_length
+        self.distill = distill if base_share else 0.0  # there is nothing to distil on
+        if self.distill:
             reason = "distill finds the base again as the adapter in its first state"
             self.requirements = {"adapter.carry": Requires(("continue",), reason)}
         self.untrained: dict[str, Tensor] = {}  # the adapter with which the model is the base

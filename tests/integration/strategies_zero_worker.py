@@ -24,6 +24,7 @@ from pipelines.writing import write_text
 
 CASES = {
     "ilora": ("curlora", {"share": 0.4, "consistency": 50.0, "decay": 0.8}),
+    "coma": ("curlora", {"weight": 0.3, "share": 0.25}),
     "ewc": ("curlora", {"strength": 1e6, "examples": 5}),
     "clora": ("lora", {"k": 6, "strength": 0.3}),
     "olora": ("lora", {"strength": 0.05}),

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 WORKER = Path(__file__).with_name("strategies_zero_worker.py")
-NAMES = ("replay", "rehearsal", "ilora", "ewc", "clora", "olora")
+NAMES = ("replay", "rehearsal", "ilora", "coma", "ewc", "clora", "olora")
 
 
 def run(stage, processes, base, out):
@@ -51,10 +51,10 @@ def test_two_ranks_train_what_one_process_trains(runs, stage, name):
             assert values == pytest.approx(first[part][key], rel=2e-3, abs=2e-4 if weights else 1e-7)
 
 
-@pytest.mark.parametrize("name", ["ilora", "ewc", "clora", "olora"])
+@pytest.mark.parametrize("name", ["ilora", "coma", "ewc", "clora", "olora"])
 def test_a_penalty_changes_what_is_trained(runs, name):
     trained = {kind: runs["one"][0][kind]["trained"] for kind in NAMES}
-    other = "replay" if name in ("ilora", "ewc") else {"clora": "olora", "olora": "clora"}[name]
+    other = "replay" if name in ("ilora", "coma", "ewc") else {"clora": "olora", "olora": "clora"}[name]
     difference = max(
         abs(a - b) for key in trained[name] for a, b in zip(trained[name][key], trained[other][key], strict=True)
     )

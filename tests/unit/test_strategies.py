@@ -28,6 +28,7 @@ OFF = {
     "replay": {"share": 0.0},
     "rehearsal": {"share": 0.0, "base_share": 0.0},
     "ilora": {"share": 0.0, "consistency": 0.0, "decay": 0.0},
+    "coma": {"weight": 1.0},
     "clora": {"strength": 0.0, "k": 4},
     "ewc": {"strength": 0.0},
     "olora": {"strength": 0.0},
@@ -121,6 +122,7 @@ def test_without_weight_a_strategy_is_sequential_to_the_bit(model, name):
         ("replay", {"share": 0.3}),
         ("rehearsal", {"share": 0.2, "base_share": 0.3, "base_rows": 9, "base_length": 6, "distill": 2.0}),
         ("ilora", {}),
+        ("coma", {"share": 0.2}),
         ("ewc", {"strength": 1e4, "examples": 6}),
         ("clora", {"k": 4}),
     ],
@@ -197,6 +199,7 @@ def test_strategies_import_neither_ray_nor_pipelines():
         ("replay", {"share": 0.1, "size": 2}, "not both"),
         ("replay", {"share": 1.5}, r"share is 1.5; use a number in \[0, 1\)"),
         ("ilora", {"decay": 1.0}, "decay is 1.0"),
+        ("coma", {"weight": 0.0}, r"weight is 0.0; use a number in \(0, 1\]"),
         ("clora", {"k": "many"}, "wrong type"),
         ("ewc", {"strength": -1}, "strength is -1"),
     ],
@@ -378,6 +381,36 @@ def test_fast_and_slow_go_on_separately_into_the_next_task(model):
     strategy.before_task(wrapped, context("second", 2, rows("second", 8)))
     assert all(torch.equal(p, fast[n]) for n, p in adapter_parameters(wrapped).items())
     assert all(torch.equal(strategy.slow[n], slow[n]) for n in slow)
+
+
+# --------------------------------------------------------------------------------------------------------------- CoMA
+
+
+def test_coma_publishes_the_average_of_before_and_after_and_goes_on_from_there(model):
+    wrapped = adapted(model, "curlora")
+    strategy = make_strategy("coma", weight=0.25)
+    for position, task in enumerate(("first", "second"), 1):
+        before = read(adapter_parameters(wrapped))
+        train(wrapped, strategy, context(task, position, rows(task, 24, position)))
+        after, published = read(adapter_parameters(wrapped)), strategy.evaluation_weights(wrapped)
+        for name in after:
+            assert not torch.allclose(before[name], after[name], atol=1e-4)
+            assert torch.allclose(published[name], 0.75 * before[name] + 0.25 * after[name], atol=1e-6)
+        write(adapter_parameters(wrapped), published)  # what is published and loaded again
+
+
+def test_coma_over_curlora_averages_the_models_themselves(model):
+    wrapped = adapted(model, "curlora")
+    strategy = make_strategy("coma", weight=0.5)
+    deltas = {}
+    layer = next(m for m in wrapped.modules() if hasattr(m, "get_delta_weight"))
+    deltas["before"] = layer.get_delta_weight("default").detach().clone()
+    train(wrapped, strategy, context("only", 1, rows("only", 24)))
+    deltas["after"] = layer.get_delta_weight("default").detach().clone()
+    write(adapter_parameters(wrapped), strategy.evaluation_weights(wrapped))
+    found = layer.get_delta_weight("default")
+    assert torch.allclose(found, (deltas["before"] + deltas["after"]) / 2, atol=1e-6)
+    assert not torch.allclose(found, deltas["after"], atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------- EWC
