@@ -2,9 +2,9 @@
 
     published ← before + weight · (trained − before)
 
-The loss along that line is convex in most chains that we have looked at (`curlora connectivity`): the first part of the
-way brings most of what is learned, the last part costs most of what is forgotten. It costs nothing: no pass, no row, no
-penalty. Between the base and one fine-tune it is known as WiSE-FT (arXiv 2109.01903).
+It costs nothing: no pass, no row, no penalty. Where it helps, the first part of that line brings most of what is
+learned and the last part costs most of what is forgotten; `curlora connectivity` draws it for a chain. Between a base
+and one fine-tune of it this is WiSE-FT (arXiv 2109.01903).
 
 CURLoRA's ΔW is linear in U, so that this is the average of the *models*; LoRA's factors are averaged one by one.
 """
