@@ -13,7 +13,7 @@ import io
 import itertools
 import math
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -496,17 +496,47 @@ KINDS = (  # learning, its key; forgetting, its key; the sign that makes forgett
 
 
 def tradeoff_figure(result: dict) -> bytes:
-    """PNG: learning to the right, forgetting upwards (the best is at the lower right), one panel a kind of metric."""
+    """PNG: learning to the right, forgetting upwards (the best is at the lower right), one panel a kind of metric.
+
+    The dashed line joins the methods that no other one beats in both (the Pareto front).
+    """
 
     def draw(axis, learning, learning_key, forgetting, forgetting_key, sign) -> None:
+        points = {}
         for name, summary in result["methods"].items():
             if point := _point(summary, learning_key, forgetting_key, sign):
                 (x, dx), (y, dy) = point
                 axis.errorbar(x, y, xerr=dx, yerr=dy, marker="o", capsize=2, linestyle="none")
-                axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+                points[name] = (x, y)
+        if points:
+            axis.plot(*zip(*pareto_front(points.values()), strict=True), linestyle="--", color="0.6", zorder=0)
         axis.set(xlabel=f"{learning} →", ylabel=f"{forgetting} (lower is better)")
+        axis.margins(x=0.15, y=0.08)
+        _label(axis, points)
 
     return _panels(result, draw)
+
+
+def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (learning, forgetting) that no other one beats in both, the one with the least learning first."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (-point[0], point[1])):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    return front[::-1]
+
+
+def _label(axis, points: dict[str, tuple[float, float]]) -> None:
+    """Write each point's name beside it, higher where another name is in the way."""
+    axis.figure.draw_without_rendering()  # before that nothing has a place
+    placed: list = []
+    for name, place in sorted(points.items(), key=lambda item: item[1][1]):
+        text = axis.annotate(name, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+        for higher in range(4, 100, 2):
+            text.xyann = (5, higher)
+            if not any(text.get_window_extent().overlaps(other) for other in placed):
+                break
+        placed.append(text.get_window_extent())
 
 
 def examples_figure(result: dict) -> bytes:

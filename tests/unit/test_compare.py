@@ -14,6 +14,7 @@ from pipelines.compare import (
     markdown,
     mean_and_error,
     merged,
+    pareto_front,
     read_methods,
     tradeoff_figure,
     tuning_config,
@@ -145,9 +146,17 @@ def test_figures_are_drawn_with_and_without_anything_to_show(draw):
     found = [summary | {"nll_backward_transfer": [-0.1, 0.01]} for summary in shown["methods"].values()]
     shown["methods"] = dict(zip(names, found, strict=True))
     nothing = shown | {"methods": {}}
+    shown["methods"]["lora@600"] = shown["methods"]["lora@500"]  # two names at one place
     full, empty = draw(shown), draw(nothing)
     assert full.startswith(b"\x89PNG")
     assert len(full) > len(empty) > 1000
+
+
+def test_the_front_is_what_no_other_method_beats_in_learning_and_in_forgetting():
+    front = [(0.1, -0.2), (0.5, 0.1), (0.9, 0.8)]
+    beaten = [(0.4, 0.2), (0.9, 0.9), (0.1, 0.0)]
+    assert pareto_front(beaten + front) == front
+    assert pareto_front([]) == []
 
 
 def test_csv_has_a_column_for_each_error():
