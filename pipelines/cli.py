@@ -222,7 +222,8 @@ def _print_facts(config, facts, table: dict) -> None:
         cells = (f"{parts[name]:.4g}" for name in ("weights", "optimizer", "passes", "total"))
         view.add_row(stage, *cells)
     console.print(view)
-    console.print(f"host memory under zero3-offload: {host_bytes(facts, config) / 2**30:.4g} GiB a worker")
+    if "zero3-offload" in table:
+        console.print(f"host memory under zero3-offload: {host_bytes(facts, config) / 2**30:.4g} GiB a worker")
     _print_step_cost(config, console)
     console.print(ARITHMETIC, style="dim", highlight=False, soft_wrap=True)
 

@@ -73,7 +73,9 @@ class BaseModelConfig(Section):
     path: str = Field(description="local folder or hub id of a causal language model")
     revision: str | None = Field(None, description="hub revision")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen weights")
-    quantization: None = Field(None, description="null: quantised bases are not supported by this version")
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        None, description="8bit (LLM.int8) | 4bit (NF4) by bitsandbytes, frozen; dtype is what it computes in"
+    )
     trust_remote_code: bool = Field(False, description="run model code that comes with the weights")
     architecture: dict[str, Any] | None = Field(
         None, description="the base's config.json, inline: lets --dry-run work where the hub is out of reach"

@@ -46,17 +46,19 @@ def export_step(run: RunDirectory, step: str | None, form: str, target: Path) ->
         raise ConfigError([Problem("--to", f"{target} is not empty; name a new folder")])
     import transformers
 
+    from pipelines.base import load_base, load_tokenizer
+
     transformers.utils.logging.disable_progress_bar()
-    base_config = config.base_model
-    options = {"revision": base_config.revision, "trust_remote_code": base_config.trust_remote_code}
-    base = transformers.AutoModelForCausalLM.from_pretrained(base_config.path, dtype=base_config.dtype, **options)
+    base = load_base(config.base_model)
+    if form == "merged" and config.base_model.quantization:
+        base = base.dequantize()  # the weights that the adapter was trained on, in full precision
     with tempfile.TemporaryDirectory() as scratch:
         local = run.download(directory, Path(scratch))
         _write(config.adapter.type, form, base, local / "adapter", target)
         if (local / "heads.safetensors").exists():
             (target / "heads.safetensors").write_bytes((local / "heads.safetensors").read_bytes())
     if form == "merged":
-        transformers.AutoTokenizer.from_pretrained(base_config.path, **options).save_pretrained(target)
+        load_tokenizer(config.base_model).save_pretrained(target)
     return target
 
 

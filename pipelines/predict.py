@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from pipelines import heads
+from pipelines.base import load_base, load_tokenizer
 from pipelines.config import ConfigError, PipelineConfig, Problem, TaskSource, did_you_mean
 from pipelines.data import prediction_set
 from pipelines.evaluation import World, score
@@ -85,15 +85,12 @@ def load_trained(run: RunDirectory, step: str | None) -> Trained:
 
 def load_folder(folder: Path | None, config: PipelineConfig, tasks: Iterable[str]) -> Trained:
     """Base with the adapter and heads of a folder (a step directory, or a copy of its files); None: the bare base."""
-    base = config.base_model
-    options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
-    model = transformers.AutoModelForCausalLM.from_pretrained(base.path, dtype=getattr(torch, base.dtype), **options)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base.path, **options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_base(config.base_model, device)
     context = int(getattr(model.config, "max_position_embeddings", None) or 1024)
     if folder is not None:
         model = _with_adapter(model, folder, config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Trained(config, model.to(device).eval(), tokenizer, context, frozenset(tasks))
+    return Trained(config, model.to(device).eval(), load_tokenizer(config.base_model), context, frozenset(tasks))
 
 
 def _with_adapter(model: torch.nn.Module, folder: Path, config: PipelineConfig) -> torch.nn.Module:

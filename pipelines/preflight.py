@@ -20,8 +20,9 @@ ACTIVATION_BYTES = (
     34  # a token, a layer and a hidden unit, bf16 without recomputation (Korthikanti et al. 2022, eq. 2)
 )
 ARITHMETIC = """\
-weights    base numbers × dtype bytes; zero3: ÷ workers, + at most 1e9 numbers that are gathered at a time;
-           zero3-offload: these alone, the shard lies in host memory; + what the adapter keeps beside what it trains
+weights    base numbers × dtype bytes (quantised: 1 or 0.52 bytes in dense layers); zero3: ÷ workers, + at most 1e9
+           numbers that are gathered at a time; zero3-offload: these alone, the shard lies in host memory; + what the
+           adapter keeps beside what it trains
 optimizer  trained numbers × (weight and gradient in the base's dtype + 12 bytes: fp32 copy, two Adam moments);
            ÷ workers: zero1 the 12 bytes, zero2 the gradient too, zero3 all of it
 passes     the larger of training, tokens a micro-batch × layers × hidden × 34 bytes, with gradient checkpointing
@@ -43,6 +44,7 @@ class ModelFacts:
     vocabulary: int
     context: int
     buffer_bytes: int = 0  # of what the adapter keeps, whole on every worker, beside its parameters
+    linear_parameters: int = 0  # of the base's, those that `base_model.quantization` would take in
 
 
 def base_on_meta(config: PipelineConfig):
@@ -98,9 +100,10 @@ def check_model(config: PipelineConfig) -> list[Problem]:
 
 
 def _check_deepspeed(config: PipelineConfig) -> None:
-    from pipelines.engine import deepspeed_settings
+    from pipelines.base import check_quantisation
+    from pipelines.engine import deepspeed_settings, stage_of
 
-    deepspeed_settings(config.deepspeed)
+    check_quantisation(config, stage_of(deepspeed_settings(config.deepspeed)))
 
 
 def _check_strategy(config: PipelineConfig) -> None:
@@ -143,9 +146,10 @@ def model_facts(config: PipelineConfig) -> ModelFacts:
     """
     from curlora.sizes import adapter_file_bytes
     from pipelines.adapters import adapter_parameters, attach_adapter, attach_final_form
+    from pipelines.base import quantised_numbers
 
     base = base_on_meta(config)
-    base_parameters = sum(p.numel() for p in base.parameters())
+    base_parameters, linear_parameters = sum(p.numel() for p in base.parameters()), quantised_numbers(base)
     text = base.config.get_text_config()
     model = attach_adapter(base, config.adapter, config.training.seed)
     steps = 1 if config.is_joint else len(config.tasks)
@@ -160,6 +164,7 @@ def model_facts(config: PipelineConfig) -> ModelFacts:
         vocabulary=text.vocab_size,
         context=getattr(text, "max_position_embeddings", 0) or 0,
         buffer_bytes=adapter_buffer_bytes(model, config.adapter.type) if adapted else 0,
+        linear_parameters=linear_parameters,
     )
 
 
@@ -175,10 +180,11 @@ def memory_by_stage(facts: ModelFacts, config: PipelineConfig) -> dict[str, dict
     base, trained = facts.base_parameters, facts.trainable_parameters
     gathered = min(base, LIVE_NUMBERS) * size
     table = {}
-    for stage in ("zero1", "zero2", "zero3", "zero3-offload"):
+    shards = () if config.base_model.quantization else ("zero3", "zero3-offload")
+    for stage in ("zero1", "zero2", *shards):
         sharded = stage.startswith("zero3")
         passes = max(_training_pass(facts, config, sharded), _evaluation_pass(facts, config, sharded))
-        weights = base * size
+        weights = weight_bytes(facts, config)
         if sharded:
             weights = gathered + (0 if stage == "zero3-offload" else weights / workers)
         whole = size * (not sharded) + size * (stage == "zero1")  # weight, and under ZeRO-1 gradient, of each number
@@ -189,6 +195,16 @@ def memory_by_stage(facts: ModelFacts, config: PipelineConfig) -> dict[str, dict
         }
         table[stage] = {name: value / 2**30 for name, value in (parts | {"total": sum(parts.values())}).items()}
     return table
+
+
+def weight_bytes(facts: ModelFacts, config: PipelineConfig) -> float:
+    """Bytes of the whole base."""
+    from pipelines.base import QUANTISED_BYTES
+
+    size = DTYPE_BYTES[config.base_model.dtype]
+    taken_in = facts.linear_parameters if config.base_model.quantization else 0
+    each = QUANTISED_BYTES.get(config.base_model.quantization or "", 0.0)
+    return (facts.base_parameters - taken_in) * size + taken_in * each
 
 
 def _training_pass(facts: ModelFacts, config: PipelineConfig, sharded: bool) -> float:

@@ -24,7 +24,7 @@ class Start:
         named: `start_from` as it was written.
         depth: steps between the base and this step, itself included.
         digests: task → digest of the data it was trained on last, over the whole lineage; oldest first.
-        base: `path` and `dtype` of its base model.
+        base: `path`, `dtype` and `quantization` of its base model.
         adapter: its `adapter:` section.
         strategy: name of the strategy whose state it carries; None if there is none.
     """
@@ -142,7 +142,7 @@ def _read(config: PipelineConfig, run_uri: str, step: str) -> Start:
         base_fingerprint=results["base_fingerprint"],
         depth=metrics.get("depth", metrics["position"]),
         digests=_learned(run, directory),
-        base={"path": base.path, "dtype": base.dtype},
+        base={"path": base.path, "dtype": base.dtype, "quantization": base.quantization},
         adapter=metrics["setting"]["adapter"],
         strategy=metrics["setting"]["strategy"]["name"] if run.exists(f"{directory}/strategy") else None,
     )
@@ -188,11 +188,13 @@ def _misfits(config: PipelineConfig, start: Start) -> Iterator[Problem]:
     """What of the configuration keeps it from growing from there; each with the value that would."""
     from pipelines.workflow import base_fingerprint
 
-    if base_fingerprint(config.base_model) != start.base_fingerprint:
+    ours = config.base_model
+    if base_fingerprint(ours) != start.base_fingerprint:
+        theirs = ", ".join(f"{field}: {'null' if value is None else value}" for field, value in start.base.items())
         yield Problem(
             "base_model",
-            f"'{config.base_model.path}' ({config.base_model.dtype}) is not the base that {start.named} was trained "
-            f"on; set base_model.path: {start.base['path']}, dtype: {start.base['dtype']}, or start from another run",
+            f"'{ours.path}' ({ours.dtype}, quantization: {ours.quantization or 'null'}) is not the base that "
+            f"{start.named} was trained on; set base_model.{theirs}, or start from another run",
         )
     for field, value in config.adapter.model_dump().items():
         theirs = start.adapter.get(field, value)

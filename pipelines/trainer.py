@@ -7,6 +7,7 @@ class) loss, whatever the slices are.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -184,7 +185,8 @@ class ContinualTrainer(transformers.Trainer):
         on_rung: Callable[[float, Callable[[], Checkpoint]], None] = lambda rung, take: None,
         resume: Checkpoint | None = None,
     ):
-        super().__init__(model=model, args=arguments, train_dataset=None)
+        with _taken_for_adapted(model):
+            super().__init__(model=model, args=arguments, train_dataset=None)
         self.loss_is_scaled_for_ga = True  # `scale` below is over the whole global batch
         self.strategy = strategy
         self.training = training
@@ -439,9 +441,22 @@ def micro_batch(training: TrainingConfig, world_size: int) -> int:
     return math.ceil(training.batch_size / training.gradient_accumulation / world_size)
 
 
-def optimizer_steps(training: TrainingConfig, examples: int) -> int:
-    """Optimizer steps of a task: `max_steps`, or `epochs` over so many examples."""
+@contextlib.contextmanager
+def _taken_for_adapted(model: nn.Module) -> Iterator[None]:
+    """Inside, a quantised base whose heads are all that trains passes Transformers' check for an adapter."""
+    if not getattr(model, "is_quantized", False) or hasattr(model, "peft_config"):
+        yield
+        return
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded  # the class says False
+
+
+def optimizer_steps(training: TrainingConfig, examples: int, tasks: int = 1) -> int:
+    """Optimizer steps of a step of the chain: `max_steps` a task, or `epochs` over so many examples."""
     if training.max_steps:
-        return training.max_steps
+        return training.max_steps * tasks
     micro_batches = math.ceil(examples / (training.batch_size // training.gradient_accumulation))
     return max(1, math.ceil(training.epochs * micro_batches / training.gradient_accumulation))

@@ -258,22 +258,18 @@ class Worker:
                 return {name.removesuffix(".weight"): saved.get_slice(name).get_shape()[0] for name in names}
 
     def _load_base(self) -> tuple[nn.Module, object]:
-        import transformers
         from transformers.integrations import HfDeepSpeedConfig
+
+        from pipelines.base import load_base, load_tokenizer
 
         # under ZeRO-3 this object makes from_pretrained load shards only; it must stay referenced
         self._partitioning = HfDeepSpeedConfig(self.settings) if self.world.lockstep else None
-        base = self.config.base_model
-        options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
         returned = engine.freed_memory_returned() if self._partitioning else contextlib.nullcontext()
         with _stdout_to_stderr(), returned:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                base.path, dtype=getattr(torch, base.dtype), **options
-            )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base.path, **options)
+            model = load_base(self.config.base_model, None if self._partitioning else self.world.device)
         model.requires_grad_(False)
         model.config.use_cache = False
-        return model if self._partitioning else model.to(self.world.device), tokenizer
+        return model, load_tokenizer(self.config.base_model)
 
     # -- the segment
 
@@ -509,7 +505,7 @@ class Worker:
         if resume:
             strategy.load_state(resume.part("strategy"), resume.values["strategy"])
             _put_weights(model, resume.part("weight"))
-        steps = optimizer_steps(self.config.training, len(examples))
+        steps = optimizer_steps(self.config.training, len(examples), len(plan.tasks))
         log = _TrainingLog(self, plan, steps, history, resume.step if resume else 0)
         with tempfile.TemporaryDirectory() as scratch, engine.hooks_restored(model):
             trainer = self._trainer(model, examples, strategy, steps, scratch, log, resume)

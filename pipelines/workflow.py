@@ -103,14 +103,15 @@ class Plan:
 
 
 def base_fingerprint(base: BaseModelConfig) -> str:
-    """Identity of a base model: its files' content (samples of very large files), or hub id and commit; and dtype."""
+    """Identity of a base: its files' content (samples of very large files), or hub id and commit; dtype; bits."""
+    numbers = {"dtype": base.dtype} | ({"quantization": base.quantization} if base.quantization else {})
     if not looks_local(base.path):
-        return fingerprint({"hub": base.path, "commit": _hub_commit(base), "dtype": base.dtype})
+        return fingerprint({"hub": base.path, "commit": _hub_commit(base), **numbers})
     folder = Path(base.path)
     if not folder.is_dir():
         raise ConfigError([Problem("base_model.path", f"'{base.path}': no such folder; check the path or hub id")])
     names = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
-    return fingerprint({"files": {p.name: _file_digest(p) for p in names}, "dtype": base.dtype})
+    return fingerprint({"files": {p.name: _file_digest(p) for p in names}, **numbers})
 
 
 def _hub_commit(base: BaseModelConfig) -> str | None:

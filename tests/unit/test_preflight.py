@@ -53,3 +53,12 @@ def test_what_an_adapter_keeps_is_whole_on_every_worker(config):
     for stage, parts in memory_by_stage(kept, config).items():
         more = parts["weights"] - memory_by_stage(plain, config)[stage]["weights"]
         assert more * GIB == pytest.approx(10**9), stage
+
+
+def test_a_quantised_base_weighs_what_its_dense_layers_weigh_and_is_never_sharded(config):
+    some = replace(facts(8 * 10**9), linear_parameters=7 * 10**9)
+    for bits, each in (("8bit", 1.0), ("4bit", 0.5 + 1 / 64)):
+        base = config.base_model.model_copy(update={"quantization": bits})
+        table = memory_by_stage(some, config.model_copy(update={"base_model": base}))
+        assert list(table) == ["zero1", "zero2"]
+        assert table["zero2"]["weights"] * GIB == pytest.approx(10**9 * 2 + 7 * 10**9 * each)

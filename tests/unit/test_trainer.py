@@ -133,6 +133,8 @@ def test_step_arithmetic():
     training = TrainingConfig(batch_size=16, gradient_accumulation=2, epochs=3)
     assert optimizer_steps(training, 100) == 20  # 3 × 13 micro-batches of 8, two a step
     assert optimizer_steps(TrainingConfig(max_steps=5), 100) == 5
+    assert optimizer_steps(TrainingConfig(max_steps=5), 100, tasks=3) == 15
+    assert optimizer_steps(training, 100, tasks=3) == 20  # the epochs are over the examples of all of them
     assert micro_batch(training, 3) == 3
 
 
