@@ -553,6 +553,9 @@ def examples_figure(result: dict) -> bytes:
             axis.errorbar(x, y, yerr=[e or 0 for e in errors], marker="o", capsize=2, label=base)
         axis.set(xscale="log", xlabel="training examples a task", ylabel=f"{learning} →")
         if lines:
+            counts = sorted({point[0] for points in lines.values() for point in points})
+            axis.set_xticks(counts, [f"{count:,}" for count in counts])
+            axis.minorticks_off()
             axis.legend(fontsize=8)
 
     return _panels(result, draw)
