@@ -324,11 +324,12 @@ def cost(config: PipelineConfig, shape: Shape) -> Cost:
     passes = training.gradient_accumulation
     tokens = micro_batch(training, ranks) * training.max_length
     element = DTYPE_BYTES[config.base_model.dtype]
+    sent = traffic(shape, sharding, ranks, element, passes)  # refuses the stages that it has no model of
     gib = memory_by_stage(shape.facts, config)[f"zero{sharding.stage}"]
     partitioned = sharding.stage == 3
     return Cost(
         forward=passes * forward_flops(shape, tokens, training.max_length),
         backward=passes * backward_flops(shape, tokens, training.max_length, partitioned),
-        traffic=traffic(shape, sharding, ranks, element, passes),
+        traffic=sent,
         memory={name: value * 2**30 for name, value in gib.items()},
     )

@@ -57,8 +57,13 @@ class Replay(Strategy):
         self._draws = 0  # micro-batches of this task so far
         self._seed: tuple[int, int] = (0, 0)
 
+    @property
+    def replays(self) -> bool:
+        """Whether anything is ever drawn from the memory; if not, it keeps no row either."""
+        return bool(self.size or (self.size is None and self.quota.each))
+
     def replayed_tasks(self) -> tuple[str, ...]:
-        return self.memory.tasks if self.size or (self.size is None and self.quota.each) else ()
+        return self.memory.tasks if self.replays else ()
 
     def before_task(self, model, task: TaskContext) -> None:
         self._draws, self._seed, self.quota.owed = 0, (task.seed, task.position), 0.0
@@ -71,7 +76,8 @@ class Replay(Strategy):
         return examples + self.memory.draw(count, (*self._seed, self._draws))
 
     def after_task(self, model, task: TaskContext) -> None:
-        self.memory.add_task(task.name, task.examples, task.seed)
+        if self.replays:
+            self.memory.add_task(task.name, task.examples, task.seed)
 
     def state(self):
         tensors, values = self.memory.state()

@@ -35,19 +35,28 @@ def test_dense_layers_but_the_output_layer_are_counted():
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_quantised_weights_take_the_bytes_that_are_said_and_give_gradients_after_an_evaluation(directory, bits):
+def test_quantised_weights_take_the_bytes_that_are_said_and_give_the_same_gradients_after_an_evaluation(
+    directory, bits
+):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     model = load_base(BaseModelConfig(path=directory, quantization=bits))
     layer = model.get_decoder().layers[0].mlp.down_proj
     assert layer.weight.numel() * layer.weight.element_size() == 64 * 128 // (2 if bits == "4bit" else 1)
     ids = torch.arange(3, 11)[None]
+    at_first = gradient(model, ids)
     with torch.no_grad():
         before = model.eval()(input_ids=ids).logits
-    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
-    model.train()(inputs_embeds=embeddings).logits.square().sum().backward()
-    assert embeddings.grad.abs().sum() > 0
+    assert torch.equal(gradient(model, ids), at_first)
+    assert at_first.abs().sum() > 0
     with torch.no_grad():
         assert torch.equal(model.eval()(input_ids=ids).logits, before)
+
+
+def gradient(model, ids: torch.Tensor) -> torch.Tensor:
+    """Of a loss by the embedded tokens: it comes through every layer."""
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model.train()(inputs_embeds=embedded).logits.square().sum().backward()
+    return embedded.grad
 
 
 def test_the_number_of_bits_belongs_to_the_identity_of_a_base(directory):

@@ -399,6 +399,21 @@ def test_coma_publishes_the_average_of_before_and_after_and_goes_on_from_there(m
         write(adapter_parameters(wrapped), published)  # what is published and loaded again
 
 
+@pytest.mark.parametrize(("name", "options"), [("coma", {}), ("replay", {"share": 0.0}), ("replay", {"size": 0})])
+def test_what_replays_nothing_keeps_no_rows(model, name, options):
+    wrapped, strategy = adapted(model, "curlora"), make_strategy(name, **options)
+    for position, task in enumerate(("first", "second"), 1):
+        train(wrapped, strategy, context(task, position, rows(task, 12, position)))
+    assert len(strategy.memory) == 0
+    assert {key for key in strategy.state()[0] if not key.startswith("before.")} == make_state_keys(name, options)
+    assert strategy.replayed_tasks() == ()
+
+
+def make_state_keys(name: str, options: dict) -> set[str]:
+    """The tensors' names in the state of a strategy that has seen no task."""
+    return set(make_strategy(name, **options).state()[0])
+
+
 def test_coma_over_curlora_averages_the_models_themselves(model):
     wrapped = adapted(model, "curlora")
     strategy = make_strategy("coma", weight=0.5)
