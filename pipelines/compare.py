@@ -13,7 +13,7 @@ import io
 import itertools
 import math
 import queue
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -314,7 +314,7 @@ def summarise(comparison: Comparison, folder: RunDirectory, rates: dict[str, flo
     """`{"name", "seeds", "reference", "methods": {name: {"learning_rate", "runs", figures …}}}`, written as JSON, CSV,
     Markdown and a figure into the comparison's folder."""
     outcomes = {m.name: _finished(comparison, m, rates) for m in comparison.methods}
-    methods = {name: _summary(runs, rates[name]) for name, runs in outcomes.items() if runs}
+    methods = {name: _summary(list(runs.values()), rates[name]) for name, runs in outcomes.items() if runs}
     found = False
     for name, summary in methods.items():
         reference = f"{comparison.reference}{''.join(name.partition(AT)[1:])}"
@@ -332,9 +332,11 @@ def summarise(comparison: Comparison, folder: RunDirectory, rates: dict[str, flo
     return result
 
 
-def _finished(comparison: Comparison, method: Method, rates: dict) -> list[RunDirectory]:
-    runs = [RunDirectory(_config_of_run(comparison, method, s, rates[method.name]).run_uri) for s in comparison.seeds]
-    return [run for run in runs if (run.results() or {}).get("status") == "finished"]
+def _finished(comparison: Comparison, method: Method, rates: dict) -> dict[int, RunDirectory]:
+    """The method's finished runs, by seed."""
+    uris = {s: _config_of_run(comparison, method, s, rates[method.name]).run_uri for s in comparison.seeds}
+    runs = {seed: RunDirectory(uri) for seed, uri in uris.items()}
+    return {seed: run for seed, run in runs.items() if (run.results() or {}).get("status") == "finished"}
 
 
 def _summary(runs: list[RunDirectory], rate: float | None) -> dict:
@@ -369,14 +371,19 @@ def mean_and_error(values: Sequence[float]) -> list[float | None]:
 # -- paired intervals
 
 
-def paired(runs: Sequence[RunDirectory], reference: Sequence[RunDirectory]) -> dict:
+def paired(runs: Mapping[int, RunDirectory], reference: Mapping[int, RunDirectory]) -> dict | None:
     """95 % intervals of the difference to the reference method, over the same test examples.
 
     `learning` is the score right after a task's training, `forgetting` its loss from there to the end; both as means
     over tasks, higher = more, in units of score (1 − … nats a token for text). Examples are resampled within tasks;
-    an example's outcome is its mean over the seeds that both methods have.
+    an example's outcome is its mean over the seeds that both methods have (None where there is no such seed).
+
+    Args:
+        runs, reference: the runs of each method by seed.
     """
-    pairs = list(zip(runs, reference, strict=False))
+    pairs = [(run, reference[seed]) for seed, run in runs.items() if seed in reference]
+    if not pairs:
+        return None
     tasks = pairs[0][0].results()["tasks"]
     learning, forgetting = [], []
     for position, task in enumerate(tasks):

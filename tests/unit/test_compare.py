@@ -14,12 +14,14 @@ from pipelines.compare import (
     markdown,
     mean_and_error,
     merged,
+    paired,
     pareto_front,
     read_methods,
     tradeoff_figure,
     tuning_config,
 )
 from pipelines.config import ConfigError
+from pipelines.runs import RunDirectory
 from tests.conftest import minimal
 
 RAW = {
@@ -107,6 +109,21 @@ def test_bootstrap_weighs_examples_and_counts_tasks_alike():
     parts = [(np.array([0.0, 1.0]), np.array([3.0, 1.0])), (np.array([1.0]), np.array([50.0]))]
     assert bootstrap(parts)["mean"] == pytest.approx((0.25 + 1.0) / 2)
     assert bootstrap([]) is None
+
+
+def run_with(folder, correct: list[int]) -> RunDirectory:
+    """A run of one task whose test examples came out as `correct` says."""
+    run = RunDirectory(str(folder))
+    run.write_json("results.json", {"tasks": ["task"], "steps": [{"directory": "steps/1"}]})
+    run.write_bytes("steps/1/predictions/task.jsonl", "".join(f'{{"correct": {c}}}\n' for c in correct).encode())
+    return run
+
+
+def test_pairs_are_of_one_seed_also_where_a_run_is_missing(tmp_path):
+    reference = {0: run_with(tmp_path / "r0", [1, 1, 1, 1]), 1: run_with(tmp_path / "r1", [0, 1, 0, 1])}
+    ours = {1: run_with(tmp_path / "o1", [0, 1, 0, 1])}  # its run with seed 0 failed
+    assert paired(ours, reference)["learning"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert paired(ours, {0: reference[0]}) is None
 
 
 def result() -> dict:
