@@ -7,7 +7,7 @@ PEFT, which saves only what carries its prefix, leaves them alone. They are coun
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -59,8 +59,7 @@ def get_head(model: nn.Module, task: str) -> nn.Linear:
 
 
 def train_heads(model: nn.Module, tasks: tuple[str, ...]) -> None:
-    """Only the heads of `tasks` get gradients: those of the step, and of replayed tasks, whose examples keep them up
-    with an adapter that moves under them."""
+    """Only the heads of `tasks` get gradients."""
     for key, head in (get_heads(model) or {}).items():
         head.requires_grad_(key in {_key(task) for task in tasks})
 
@@ -69,6 +68,12 @@ def trainable_heads(model: nn.Module) -> dict[str, nn.Linear]:
     """Task name → head, of the heads that get gradients, in a fixed order."""
     heads = get_heads(model) or {}
     return {key.removeprefix("task_"): head for key, head in sorted(heads.items()) if head.weight.requires_grad}
+
+
+def heads_of(model: nn.Module, tasks: Iterable[str]) -> dict[str, nn.Linear]:
+    """Task name → head, of those of `tasks` that have one, in a fixed order."""
+    heads = get_heads(model) or {}
+    return {task: heads[_key(task)] for task in sorted(tasks) if _key(task) in heads}
 
 
 def load_heads(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

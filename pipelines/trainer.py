@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +24,7 @@ from pipelines.checkpoint import Checkpoint
 from pipelines.config import TrainingConfig
 from pipelines.data import IGNORE
 from pipelines.evaluation import World, last_token_features, pad
-from pipelines.heads import trainable_heads
+from pipelines.heads import heads_of, trainable_heads
 from pipelines.likelihood import next_token_losses, place
 
 LOOK_SECONDS = 1.0  # about so long between two looks at the loss: each look waits for the device and for all ranks
@@ -116,8 +116,12 @@ def collate(batch: list[Example], world: World) -> dict:
     }
 
 
-def example_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, StepOutput]:
-    """(batch,) loss of each example: mean cross-entropy of its target tokens, or that of its class under its head."""
+def example_losses(model: nn.Module, batch: dict, held: Iterable[str] = ()) -> tuple[torch.Tensor, StepOutput]:
+    """(batch,) loss of each example: mean cross-entropy of its target tokens, or that of its class under its head.
+
+    Args:
+        held: tasks whose heads do not train and whose examples may come nevertheless, the same on every rank.
+    """
     labels, mask, examples = batch["labels"], batch["attention_mask"], batch["examples"]
     if batch["position_ids"] is None:
         seen = {"attention_mask": mask}
@@ -129,12 +133,12 @@ def example_losses(model: nn.Module, batch: dict) -> tuple[torch.Tensor, StepOut
     hidden = found.hidden
     losses = found.losses.sum(1) / (labels[:, 1:] != IGNORE).sum(1).clamp(min=1)
     features = last_token_features(hidden, mask)
-    trainable = trainable_heads(model)
-    headless = {e.task for e in examples if e.labels is None} - trainable.keys()
+    used = heads_of(model, held) | trainable_heads(model)
+    headless = {e.task for e in examples if e.labels is None} - used.keys()
     if headless:
-        raise ValueError(f"examples of {', '.join(sorted(headless))} have neither labels nor a head that trains")
-    for task, head in trainable.items():
-        # every trainable head runs on every rank: under ZeRO a parameter without a gradient on one rank is a deadlock
+        raise ValueError(f"examples of {', '.join(sorted(headless))} have neither labels nor a head that is used")
+    for task, head in used.items():
+        # they all run on every rank: under ZeRO a parameter that one rank lacks, or its gradient, is a deadlock
         scores = head(features.to(head.weight.dtype)).float()
         classes = [e.target if e.task == task and e.labels is None else IGNORE for e in examples]
         targets = torch.tensor(classes, device=hidden.device)
@@ -247,7 +251,7 @@ class ContinualTrainer(transformers.Trainer):
         return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        losses, output = example_losses(model, inputs)
+        losses, output = example_losses(model, inputs, self.strategy.replayed_tasks())
         share = losses.sum() * inputs["scale"] / self.training.gradient_accumulation
         self._losses.append(share.detach())
         self.tokens += int(inputs["attention_mask"].sum()) if inputs["scale"] else 0

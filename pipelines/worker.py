@@ -438,7 +438,6 @@ class Worker:
             "head_parameters": _head_parameters(model),
         }
         strategy = self._strategy(parent)
-        heads.train_heads(model, (*plan.tasks, *strategy.replayed_tasks()))
         resume = self._newest_checkpoint(plan)
         history = resume.values if resume else {"started": begun, "seconds": 0.0, "curve": [], "resumed_at": []}
         training = self._train(model, plan, strategy, resume, history)

@@ -1,8 +1,8 @@
 """Replay: every batch carries some rows of earlier tasks, out of a bounded memory.
 
 A task's training set is offered to the memory when the task ends, so a batch never meets itself and no epoch inserts a
-row twice. The heads of replayed classification tasks go on training: the adapter moves under them, and their own
-examples are there to move them along.
+row twice. Classifier heads stay as their own task left them, and replayed rows move the adapter only: from the one or
+two rows of a batch, Adam would move a head by as much as from all the rows of its own task.
 """
 
 from __future__ import annotations

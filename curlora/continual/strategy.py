@@ -116,7 +116,7 @@ class Strategy:
         """Raise ValueError where this strategy cannot work on `model` (which may lie on the meta device)."""
 
     def replayed_tasks(self) -> tuple[str, ...]:
-        """Earlier tasks whose examples `batch` may add; their classifier heads go on training."""
+        """Earlier tasks whose examples `batch` may add, through their classifier heads as they are."""
         return ()
 
     def before_task(self, model: nn.Module, task: TaskContext) -> None:
