@@ -16,7 +16,7 @@ import transformers
 from curlora import CurloraConfig
 from curlora.continual import Example, TaskContext, make_strategy
 from curlora.continual.parameters import adapter_parameters, read, write
-from pipelines import engine
+from pipelines import engine, heads
 from pipelines.config import TrainingConfig
 from pipelines.evaluation import World
 from pipelines.trainer import ContinualTrainer, training_arguments
@@ -29,14 +29,20 @@ CASES = {
     "clora": ("lora", {"k": 6, "strength": 0.3}),
     "olora": ("lora", {"strength": 0.05}),
     "replay": ("curlora", {"size": 3}),
+    "replay of classes": ("curlora", {"size": 3}),  # through the first task's head, which does not train
     "rehearsal": ("curlora", {"share": 0.2, "base_share": 0.3, "base_rows": 70, "base_length": 6, "distill": 1.0}),
 }
 TRAINING = TrainingConfig(max_steps=4, batch_size=8, gradient_accumulation=2, learning_rate=1e-2, max_grad_norm=1.0)
 
 
-def examples(task: str, seed: int) -> list[Example]:
+HEADS = {"first": 3, "second": 2}  # classes of each task's head
+
+
+def examples(task: str, seed: int, classes: bool) -> list[Example]:
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(3, 64, (length,), generator=generator).tolist() for length in (6, 9, 7, 5, 8, 4, 9, 7) * 3]
+    if classes:
+        return [Example(task, tuple(row), target=row[0] % HEADS[task]) for row in rows]
     return [Example(task, tuple(row), tuple(row)) for row in rows]
 
 
@@ -94,11 +100,15 @@ def train(model, strategy, task: TaskContext, config: dict, world: World) -> dic
         if config["zero_optimization"]["stage"] == 3:
             assert any(p.numel() == 0 for p in parameters.values()), "the adapter is partitioned"
         trainer.end_task(task)
-        trained = read(parameters)
+        trained = read(parameters | dict(head_parameters(model)))
         trainer.model_wrapped.destroy()
         trainer.accelerator.free_memory()
     model.zero_grad(set_to_none=True)
     return trained
+
+
+def head_parameters(model):
+    return [(name, p) for name, p in model.named_parameters() if ".task_heads." in name]
 
 
 def main(stage: int, base_directory: str, out: Path) -> None:
@@ -109,20 +119,28 @@ def main(stage: int, base_directory: str, out: Path) -> None:
     base.requires_grad_(False)
     report = {}
     for name, (kind, options) in CASES.items():
-        strategy, published = make_strategy(name, **options), None
+        classes = name.endswith("of classes")
+        strategy, published = make_strategy(name.partition(" ")[0], **options), {}
+        first_head: dict[str, torch.Tensor] = {}
         for position, task in enumerate(("first", "second"), 1):
             model = adapt(base, kind)
+            if classes:
+                heads.attach_heads(model, HEADS, seed=0)
             if published:
-                write(adapter_parameters(model), published)
+                write(adapter_parameters(model) | dict(head_parameters(model)), published)
+            heads.train_heads(model, (task,))
 
             def write_rows(model, rows, length):
                 with engine.ready_for_inference(model, config, world):
                     return write_text(model, rows, length, 1, 0, world)
 
             places = {"rank": world.rank, "size": world.size, "total": total, "write": write_rows}
-            context = TaskContext(task, position, 0, examples(task, position), **places)
+            context = TaskContext(task, position, 0, examples(task, position, classes), **places)
             trained = train(model, strategy, context, config, world)
-            published = strategy.evaluation_weights(model) or trained
+            published = trained | (strategy.evaluation_weights(model) or {})
+            first_head = first_head or {key: tensor for key, tensor in trained.items() if "task_first" in key}
+            assert all(torch.equal(tensor, trained[key]) for key, tensor in first_head.items()), "it has its own task"
+            heads.detach_heads(model)
             base = model.unload()
         tensors, _ = strategy.state()
         state = {key: tensor.double().flatten().tolist() for key, tensor in tensors.items()}

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 WORKER = Path(__file__).with_name("strategies_zero_worker.py")
-NAMES = ("replay", "rehearsal", "ilora", "coma", "ewc", "clora", "olora")
+NAMES = ("replay", "replay of classes", "rehearsal", "ilora", "coma", "ewc", "clora", "olora")
 
 
 def run(stage, processes, base, out):
