@@ -412,7 +412,7 @@ class Outcomes:
 def example_outcomes(run: RunDirectory, position: int, task: str) -> Outcomes | None:
     """None where the run has no row of its own for the task (joint training)."""
     steps = run.results()["steps"]
-    if len(steps) <= position:
+    if len(steps) <= position or steps[position]["task"] != task:
         return None
     after, weight = _scores(run.read_jsonl(f"{steps[position]['directory']}/predictions/{task}.jsonl"))
     end, _ = _scores(run.read_jsonl(f"{steps[-1]['directory']}/predictions/{task}.jsonl"))

@@ -111,10 +111,10 @@ def test_bootstrap_weighs_examples_and_counts_tasks_alike():
     assert bootstrap([]) is None
 
 
-def run_with(folder, correct: list[int]) -> RunDirectory:
-    """A run of one task whose test examples came out as `correct` says."""
+def run_with(folder, correct: list[int], step: str = "task") -> RunDirectory:
+    """A run of one task, in one step, whose test examples came out as `correct` says."""
     run = RunDirectory(str(folder))
-    run.write_json("results.json", {"tasks": ["task"], "steps": [{"directory": "steps/1"}]})
+    run.write_json("results.json", {"tasks": ["task"], "steps": [{"task": step, "directory": "steps/1"}]})
     run.write_bytes("steps/1/predictions/task.jsonl", "".join(f'{{"correct": {c}}}\n' for c in correct).encode())
     return run
 
@@ -124,6 +124,12 @@ def test_pairs_are_of_one_seed_also_where_a_run_is_missing(tmp_path):
     ours = {1: run_with(tmp_path / "o1", [0, 1, 0, 1])}  # its run with seed 0 failed
     assert paired(ours, reference)["learning"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
     assert paired(ours, {0: reference[0]}) is None
+
+
+def test_joint_training_has_no_difference_right_after_a_task(tmp_path):
+    sequential = {0: run_with(tmp_path / "sequential", [0, 1])}
+    joint = {0: run_with(tmp_path / "joint", [1, 1], step="joint")}
+    assert paired(joint, sequential) == {"learning": None, "forgetting": None}
 
 
 def result() -> dict:
