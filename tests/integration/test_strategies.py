@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import curlora  # noqa: F401  (registers its adapter type)
 from pipelines.export import export_step
@@ -52,6 +53,21 @@ def test_every_step_loads_in_a_bare_process_and_earlier_tasks_are_scored(bench, 
         test = bench.metrics(results, step)["self_test"]
         model = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder / "adapter"))
         assert last_logits(model, test) == pytest.approx(test["last_logits"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_a_head_stays_as_its_own_task_left_it(bench, two_workers, name):
+    folder, steps = bench.root / "runs" / two_workers[name]["run"], two_workers[name]["steps"]
+    after = [load_file(folder / step["directory"] / "heads.safetensors") for step in steps]
+    own = {
+        key: tensor
+        for step, saved in zip(steps, after, strict=True)
+        for key, tensor in saved.items()
+        if key.rpartition(".")[0] == step["task"]
+    }
+    assert own, "a task of this sequence has a head"
+    assert own.keys() == after[-1].keys()
+    assert all(torch.equal(after[-1][key], tensor) for key, tensor in own.items())
 
 
 @pytest.mark.parametrize(("name", "field", "sizes"), [("olora", "r", [2, 4, 6]), ("replay", "blocks", [1, 2, 3])])
