@@ -38,7 +38,7 @@ TRAINING = TrainingConfig(max_steps=4, batch_size=8, gradient_accumulation=2, le
 HEADS = {"first": 3, "second": 2}  # classes of each task's head
 
 
-def examples(task: str, seed: int, classes: bool) -> list[Example]:
+def examples(task: str, seed: int, classes: bool = False) -> list[Example]:
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(3, 64, (length,), generator=generator).tolist() for length in (6, 9, 7, 5, 8, 4, 9, 7) * 3]
     if classes:
