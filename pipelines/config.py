@@ -34,7 +34,7 @@ FIELD_NAME = re.compile(r"[^\W\d][\w\- ]*")
 DURATION = re.compile(r"(\d+(?:\.\d+)?) *([smhd]?)")
 VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 SELECTION_RULES = ("inverse", "uniform", "importance", "leverage", "deim", "activation")
-STRATEGIES = ("sequential", "replay", "rehearsal", "ilora", "coma", "clora", "ewc", "olora", "joint")
+STRATEGIES = ("sequential", "replay", "rehearsal", "ilora", "coma", "lwf", "clora", "ewc", "olora", "joint")
 
 
 @dataclass(frozen=True)

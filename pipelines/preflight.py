@@ -11,6 +11,7 @@ from functools import reduce
 from pathlib import Path
 
 from pipelines.config import ConfigError, PipelineConfig, Problem, looks_local
+from pipelines.kinds import kind_of
 
 ADAM_BYTES = 12  # fp32 master copy and two moments of a trained number
 LIVE_NUMBERS = 10**9  # that DeepSpeed keeps gathered under ZeRO-3 (stage3_max_live_parameters)
@@ -125,6 +126,9 @@ def _unmet(config: PipelineConfig, strategy) -> Iterator[Problem]:
         found = reduce(getattr, field.split("."), config)
         if found not in values:
             yield Problem(field, f"is {found}, but strategy '{name}' needs {' or '.join(values)}: {reason}")
+    if strategy.needs_heads and all(kind_of(task).scorer != "head" for task in config.tasks):
+        message = f"'{name}' holds what classifier heads say, and no task has one; choose another, e.g. rehearsal"
+        yield Problem("strategy.name", message)
     from curlora.continual import Strategy
     from pipelines.adapters import attach_adapter
 

@@ -143,7 +143,12 @@ def example_losses(model: nn.Module, batch: dict, held: Iterable[str] = ()) -> t
         classes = [e.target if e.task == task and e.labels is None else IGNORE for e in examples]
         targets = torch.tensor(classes, device=hidden.device)
         losses = losses + nn.functional.cross_entropy(scores, targets, ignore_index=IGNORE, reduction="none")
-    return losses, StepOutput(losses.sum(), hidden, mask, logits=found.logits)
+
+    def held_scores(hidden: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = last_token_features(hidden, mask)
+        return {task: head(features.to(head.weight.dtype)).float() for task, head in heads_of(model, held).items()}
+
+    return losses, StepOutput(losses.sum(), hidden, mask, logits=found.logits, held_scores=held_scores)
 
 
 def losses_alone(model: nn.Module, examples: Sequence[Example], device: torch.device) -> torch.Tensor:
@@ -251,7 +256,7 @@ class ContinualTrainer(transformers.Trainer):
         return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        losses, output = example_losses(model, inputs, self.strategy.replayed_tasks())
+        losses, output = example_losses(model, inputs, self.strategy.held_heads())
         share = losses.sum() * inputs["scale"] / self.training.gradient_accumulation
         self._losses.append(share.detach())
         self.tokens += int(inputs["attention_mask"].sum()) if inputs["scale"] else 0

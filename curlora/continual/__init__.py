@@ -8,6 +8,7 @@ from curlora.continual.coma import CoMA
 from curlora.continual.ewc import EWC
 from curlora.continual.ilora import ILora
 from curlora.continual.joint import Joint
+from curlora.continual.lwf import LwF
 from curlora.continual.olora import OLora
 from curlora.continual.rehearsal import Rehearsal
 from curlora.continual.replay import Replay
@@ -15,7 +16,7 @@ from curlora.continual.sequential import Sequential
 from curlora.continual.strategy import Example, Requires, StepOutput, Strategy, TaskContext
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    strategy.name: strategy for strategy in (Sequential, Replay, Rehearsal, ILora, CoMA, CLora, EWC, OLora, Joint)
+    strategy.name: strategy for strategy in (Sequential, Replay, Rehearsal, ILora, CoMA, LwF, CLora, EWC, OLora, Joint)
 }
 
 

@@ -46,8 +46,9 @@ class CoMA(Rehearsal):
         base_length: int = 128,
         memory: int = 500,
         distill: float = 3.0,
+        lwf: float = 0.0,
     ):
-        super().__init__(share, base_share, base_rows, base_length, memory, distill)
+        super().__init__(share, base_share, base_rows, base_length, memory, distill, lwf)
         require(0 < weight <= 1, f"weight is {weight}; use a number in (0, 1], e.g. 0.5")
         self.weight = weight
         self.requirements = type(self).requirements

@@ -12,13 +12,12 @@ in the authors' code none of this holds.
 
 from __future__ import annotations
 
-import inspect
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from curlora.continual.parameters import adapter_parameters, read, require_adapter, swapped, write
+from curlora.continual.parameters import adapter_parameters, read, require_adapter, write
+from curlora.continual.passes import hidden_with
 from curlora.continual.replay import Replay
 from curlora.continual.strategy import Example, Requires, StepOutput, TaskContext, require
 
@@ -72,33 +71,15 @@ class ILora(Replay):
             return output.loss
         # a rank without a replayed row goes along with its first one: under ZeRO-3 all must run the pass
         rows = [i for i, example in enumerate(examples) if example.replayed and output.present]
-        target = self._slow_hidden(model, examples, rows or [0], output.attention_mask)
+        chosen = rows or [0]
+        mask = output.attention_mask[chosen]
+        target = hidden_with(model, self._on(model), [examples[i] for i in chosen], mask)
         if not rows:
             return output.loss
-        mask = output.attention_mask[rows].unsqueeze(-1)
+        mask = mask.unsqueeze(-1)
         difference = (output.hidden_states[rows].float() - target.float()).square() * mask
         errors = difference.mean(2).sum(1) / mask.sum((1, 2))
         return output.loss + self.consistency * output.weight * output.ranks / output.replayed * errors.sum()
-
-    @torch.no_grad()
-    def _slow_hidden(self, model: nn.Module, examples: list[Example], rows: list[int], mask: Tensor) -> Tensor:
-        """(rows, length, hidden): last hidden states of some examples under the slow weights, without dropout."""
-        ids = torch.zeros_like(mask[rows])
-        for line, row in enumerate(rows):
-            tokens = examples[row].input_ids
-            ids[line, : len(tokens)] = torch.tensor(tokens)
-        knows = inspect.signature(model.get_base_model().forward).parameters
-        options = {"logits_to_keep": 1} if "logits_to_keep" in knows else {}
-        was_training = model.training
-        model.eval()
-        try:
-            with swapped(adapter_parameters(model), self._on(model)):
-                output = model(
-                    input_ids=ids, attention_mask=mask[rows], output_hidden_states=True, use_cache=False, **options
-                )
-        finally:
-            model.train(was_training)
-        return output.hidden_states[-1]
 
     def _on(self, model: nn.Module) -> dict[str, Tensor]:
         """The slow weights, moved once to where the model is."""

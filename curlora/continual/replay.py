@@ -62,7 +62,7 @@ class Replay(Strategy):
         """Whether anything is ever drawn from the memory; if not, it keeps no row either."""
         return bool(self.size or (self.size is None and self.quota.each))
 
-    def replayed_tasks(self) -> tuple[str, ...]:
+    def held_heads(self) -> tuple[str, ...]:
         return self.memory.tasks if self.replays else ()
 
     def before_task(self, model, task: TaskContext) -> None:

@@ -22,7 +22,7 @@ class Example:
         task: name of the task it belongs to; the loss goes by that task's head.
         input_ids: token ids.
         labels: next-token targets aligned with `input_ids` (-100: no loss), or None for a classifier head.
-        target: class index for a classifier head, else -1.
+        target: class index for a classifier head, else -1; -100: no loss.
         breaks: positions > 0 of packed text where another document begins; attention does not cross them.
         replayed: it comes out of a memory of earlier tasks.
     """
@@ -74,6 +74,8 @@ class StepOutput:
         present: whether this rank's examples belong to the batch; False where it only keeps in step with the others.
         logits: (rows, length) → (len(rows), length, vocabulary), differentiable: what is predicted after the first
             positions of some rows that have targets from their second token on.
+        held_scores: (hidden (rows, length, hidden), mask (rows, length)) → task → (rows, classes): what the held heads
+            say, differentiable by the hidden states. Under ZeRO-3 all ranks call it equally often.
         ranks: how many processes share the batch. A sum over this rank's examples, times `ranks * weight / n`,
             averages over ranks to the mean over n examples.
     """
@@ -86,6 +88,7 @@ class StepOutput:
     present: bool = True
     ranks: int = 1
     logits: Callable[[list[int], int], torch.Tensor] | None = None
+    held_scores: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]] | None = None
 
 
 class Requires(NamedTuple):
@@ -105,18 +108,20 @@ class Strategy:
     `load_state` (after `before_task`), must make it go on with the same bits, on any number of ranks.
 
     `requirements` maps a configuration field to what this strategy can work with. `plain_at_first` says that the first
-    task is trained as without any strategy, because there is nothing yet to protect.
+    task is trained as without any strategy, because there is nothing yet to protect. `needs_heads` says that a
+    sequence without a classifier head gives it nothing to do.
     """
 
     name: ClassVar[str] = "sequential"
     plain_at_first: ClassVar[bool] = False
+    needs_heads: ClassVar[bool] = False
     requirements: ClassVar[dict[str, Requires]] = {}
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError where this strategy cannot work on `model` (which may lie on the meta device)."""
 
-    def replayed_tasks(self) -> tuple[str, ...]:
-        """Earlier tasks whose examples `batch` may add, through their classifier heads as they are."""
+    def held_heads(self) -> tuple[str, ...]:
+        """Earlier tasks whose classifier heads take part as they are: for examples that `batch` adds, or in `loss`."""
         return ()
 
     def before_task(self, model: nn.Module, task: TaskContext) -> None:

@@ -30,6 +30,9 @@ CASES = {
     "olora": ("lora", {"strength": 0.05}),
     "replay": ("curlora", {"size": 3}),
     "replay of classes": ("curlora", {"size": 3}),  # through the first task's head, which does not train
+    "sequential of classes": ("curlora", {}),
+    "lwf of classes": ("curlora", {"weight": 20.0}),
+    "rehearsal of classes": ("curlora", {"share": 0.2, "base_share": 0.3, "base_length": 6, "lwf": 20.0}),
     "rehearsal": ("curlora", {"share": 0.2, "base_share": 0.3, "base_rows": 70, "base_length": 6, "distill": 1.0}),
 }
 TRAINING = TrainingConfig(max_steps=4, batch_size=8, gradient_accumulation=2, learning_rate=1e-2, max_grad_norm=1.0)

@@ -12,7 +12,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 WORKER = Path(__file__).with_name("strategies_zero_worker.py")
-NAMES = ("replay", "replay of classes", "rehearsal", "ilora", "coma", "ewc", "clora", "olora")
+NAMES = (
+    "replay",
+    "replay of classes",
+    "lwf of classes",
+    "rehearsal",
+    "rehearsal of classes",
+    "ilora",
+    "coma",
+    "ewc",
+    "clora",
+    "olora",
+)
 
 
 def run(stage, processes, base, out):
@@ -51,10 +62,13 @@ def test_two_ranks_train_what_one_process_trains(runs, stage, name):
             assert values == pytest.approx(first[part][key], rel=2e-3, abs=2e-4 if weights else 1e-7)
 
 
-@pytest.mark.parametrize("name", ["ilora", "coma", "ewc", "clora", "olora"])
+OTHER = {"clora": "olora", "olora": "clora", "lwf of classes": "sequential of classes"}
+
+
+@pytest.mark.parametrize("name", ["ilora", "coma", "lwf of classes", "ewc", "clora", "olora"])
 def test_a_penalty_changes_what_is_trained(runs, name):
-    trained = {kind: runs["one"][0][kind]["trained"] for kind in NAMES}
-    other = "replay" if name in ("ilora", "coma", "ewc") else {"clora": "olora", "olora": "clora"}[name]
+    trained = {kind: runs["one"][0][kind]["trained"] for kind in runs["one"][0]}
+    other = OTHER.get(name, "replay")
     difference = max(
         abs(a - b) for key in trained[name] for a, b in zip(trained[name][key], trained[other][key], strict=True)
     )

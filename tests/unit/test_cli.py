@@ -83,7 +83,7 @@ def test_bad_values_name_field_and_remedy(call, override, expected):
     assert expected in bad_input(call("--dry-run", "--set", override))
 
 
-@pytest.mark.parametrize("name", ["ilora", "ewc", "clora"])
+@pytest.mark.parametrize("name", ["ilora", "lwf", "ewc", "clora"])
 def test_a_strategy_that_protects_an_adapter_refuses_the_probe(call, name):
     found = bad_input(call("--dry-run", "--set", "adapter.type=none", "--set", f"strategy={{name: {name}}}"))
     assert f"'{name}' does not work with adapter 'none'" in found
@@ -94,9 +94,17 @@ def test_clora_needs_the_factors_of_a_lora(call):
     assert "'clora' does not work with adapter 'curlora': its penalty is on LoRA's factors" in found
 
 
-def test_ewc_and_ilora_refuse_a_new_adapter_for_every_task(call):
-    for name in ("ewc", "ilora"):
-        found = bad_input(call("--dry-run", "--set", "adapter.carry=fresh", "--set", f"strategy={{name: {name}}}"))
+def test_lwf_needs_a_head_to_hold(call, reviews):
+    text = f"tasks=[{{name: t, kind: language-modeling, data: {reviews}, text: sentence}}]"
+    found = bad_input(call("--dry-run", "--set", "strategy={name: lwf}", "--set", text))
+    assert "strategy.name: 'lwf' holds what classifier heads say, and no task has one" in found
+
+
+def test_what_lives_in_one_adapter_refuses_a_new_adapter_for_every_task(call):
+    options = {"ewc": "", "ilora": "", "lwf": "", "rehearsal": ", distill: 0, lwf: 1"}
+    for name, more in options.items():
+        strategy = f"strategy={{name: {name}{more}}}"
+        found = bad_input(call("--dry-run", "--set", "adapter.carry=fresh", "--set", strategy))
         assert f"adapter.carry: is fresh, but strategy '{name}' needs continue" in found
 
 

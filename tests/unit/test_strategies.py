@@ -19,6 +19,7 @@ from curlora.continual.clora import subspace
 from curlora.continual.ewc import fisher_information
 from curlora.continual.memory import ReservoirMemory
 from curlora.continual.parameters import adapter_parameters, read, swapped, write
+from curlora.continual.passes import hidden_with
 
 CONFIGS = {
     "curlora": lambda: CurloraConfig(r=4, task_type="CAUSAL_LM"),
@@ -29,6 +30,7 @@ OFF = {
     "rehearsal": {"share": 0.0, "base_share": 0.0},
     "ilora": {"share": 0.0, "consistency": 0.0, "decay": 0.0},
     "coma": {"weight": 1.0},
+    "lwf": {"weight": 0.0},
     "clora": {"strength": 0.0, "k": 4},
     "ewc": {"strength": 0.0},
     "olora": {"strength": 0.0},
@@ -200,6 +202,8 @@ def test_strategies_import_neither_ray_nor_pipelines():
         ("replay", {"share": 1.5}, r"share is 1.5; use a number in \[0, 1\)"),
         ("ilora", {"decay": 1.0}, "decay is 1.0"),
         ("coma", {"weight": 0.0}, r"weight is 0.0; use a number in \(0, 1\]"),
+        ("lwf", {"temperature": 0}, "temperature is 0; use a number above 0"),
+        ("rehearsal", {"lwf": -1}, "lwf is -1; use 0 or more"),
         ("clora", {"k": "many"}, "wrong type"),
         ("ewc", {"strength": -1}, "strength is -1"),
     ],
@@ -214,7 +218,7 @@ def test_options_have_defaults_that_work():
         assert make_strategy(name, **option_defaults(name)).name == name
 
 
-@pytest.mark.parametrize("name", ["ilora", "ewc", "clora", "olora"])
+@pytest.mark.parametrize("name", ["ilora", "lwf", "ewc", "clora", "olora"])
 def test_without_an_adapter_there_is_nothing_to_protect(model, name):
     with pytest.raises(ValueError, match=r"adapter|LoRA"):
         make_strategy(name).check(model)
@@ -271,7 +275,7 @@ def test_replay_mixes_in_its_share_of_earlier_tasks_only(share):
     strategy.before_task(None, context("old", 1, old))
     assert strategy.batch(old[:8]) == old[:8]
     strategy.after_task(None, context("old", 1, old))
-    assert strategy.replayed_tasks() == ("old",)
+    assert strategy.held_heads() == ("old",)
     strategy.before_task(None, context("new", 2, new))
     batches = [strategy.batch(new[i : i + 8]) for i in range(0, 400, 8)]
     replayed = [row for batch in batches for row in batch if row.replayed]
@@ -295,7 +299,7 @@ def test_rehearsal_adds_what_the_base_has_written_once_and_earlier_tasks(model):
     assert {row.input_ids for row in strategy.written.rows} == written, "the trained model writes nothing"
     second = Counter(row.task for i in range(0, 40, 8) for row in strategy.batch(new[i : i + 8]))
     assert second == {"new": 40, "old": 20, "base": 20}
-    assert strategy.replayed_tasks() == ("old",), "the base has no head"
+    assert strategy.held_heads() == ("old",), "the base has no head"
 
 
 def test_distillation_adds_the_divergence_from_the_base_on_what_it_has_written(model):
@@ -321,6 +325,118 @@ def test_distillation_adds_the_divergence_from_the_base_on_what_it_has_written(m
     assert divergence > 1e-4
     kept = read(adapter_parameters(wrapped))
     assert not any(torch.equal(kept[name], start[name]) for name in start), "the trained weights are back"
+
+
+# ---------------------------------------------------------------------------------------------------------------- LwF
+
+
+@pytest.fixture
+def head():
+    """The head of an earlier task: what it says of the last real token."""
+    layer = torch.nn.Linear(16, 3)
+    torch.nn.init.normal_(layer.weight, std=3.0, generator=torch.Generator().manual_seed(0))
+
+    def scores(hidden, mask):
+        return {"old": layer(hidden[torch.arange(len(hidden)), mask.sum(1) - 1])}
+
+    return scores
+
+
+def classes(task: str, count: int, seed: int = 0) -> list[Example]:
+    return [Example(task, row.input_ids, target=0) for row in rows(task, count, seed)]
+
+
+def moved_on(wrapped, strategy, name: str = "new"):
+    """The strategy in the middle of a second task, the adapter away from where it began; and where it began."""
+    strategy.before_task(wrapped, context("old", 1, classes("old", 4)))
+    strategy.after_task(wrapped, context("old", 1, classes("old", 4)))
+    strategy.before_task(wrapped, context(name, 2, classes(name, 4)))
+    start, generator = read(adapter_parameters(wrapped)), torch.Generator().manual_seed(5)
+    away = {n: p + 0.1 * torch.randn(p.shape, generator=generator) for n, p in start.items()}
+    write(adapter_parameters(wrapped), away)
+    return start
+
+
+@pytest.mark.parametrize("kind", ["curlora", "lora"])
+def test_lwf_is_the_divergence_from_what_the_head_said_when_the_task_began(model, head, kind):
+    wrapped, strategy = adapted(model, kind), make_strategy("lwf", weight=3.0, temperature=2.0)
+    start = moved_on(wrapped, strategy)
+    assert strategy.held_heads() == ("old",)
+    batch = strategy.batch(classes("new", 5, 3))
+    mine = batch[1:4]  # of one of two ranks
+
+    def added() -> torch.Tensor:
+        losses, hidden, mask, _ = forward(wrapped, mine)
+        output = StepOutput(losses.mean(), hidden, mask, weight=0.5, ranks=2, held_scores=head)
+        return strategy.loss(wrapped, mine, output) - output.loss
+
+    def said() -> torch.Tensor:
+        _, hidden, mask, _ = forward(wrapped, mine)
+        return (head(hidden, mask)["old"] / 2).softmax(-1)
+
+    away, extra = read(adapter_parameters(wrapped)), added()
+    with torch.no_grad():
+        now = said()
+        with swapped(adapter_parameters(wrapped), start):
+            before = said()
+    divergence = (before * (before / now).log()).sum() / 5
+    assert extra.item() == pytest.approx(float(3.0 * 2**2 * 0.5 * 2 * divergence), rel=1e-4)
+    assert divergence > 1e-3
+    extra.backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in adapter_parameters(wrapped).items() if "q_proj" in n)
+    assert all(torch.equal(p, away[n]) for n, p in adapter_parameters(wrapped).items()), "the trained weights are back"
+    write(adapter_parameters(wrapped), start)
+    assert added().item() == pytest.approx(0, abs=1e-6)
+
+
+def test_lwf_goes_on_after_an_interruption_from_where_the_task_began(model, head):
+    wrapped, strategy = adapted(model, "curlora"), make_strategy("lwf")
+    moved_on(wrapped, strategy)
+    resumed = make_strategy("lwf")
+    resumed.before_task(wrapped, context("new", 2, classes("new", 4)))  # the model holds the checkpoint's weights
+    resumed.load_state(*through_json(strategy.state()))
+    batch = classes("new", 4)
+    losses, hidden, mask, _ = forward(wrapped, batch)
+    output = StepOutput(losses.mean(), hidden, mask, held_scores=head)
+    found = [which.loss(wrapped, which.batch(batch), output) for which in (strategy, resumed)]
+    assert torch.equal(*found)
+    assert found[0] > output.loss
+    strategy.after_task(wrapped, context("new", 2, batch))
+    assert strategy.state() == ({}, {"tasks": ["old", "new"]}), "between tasks it keeps their names"
+
+
+def test_lwf_holds_neither_the_task_that_trains_nor_one_without_a_head(model):
+    wrapped, strategy = adapted(model, "curlora"), make_strategy("lwf")
+    moved_on(wrapped, strategy, "old")
+    assert strategy.held_heads() == ()
+    strategy.after_task(wrapped, context("text", 3, rows("text", 4)))
+    assert strategy.tasks == ("old",)
+
+
+def test_rehearsal_holds_heads_on_new_and_replayed_rows_and_not_on_what_the_base_wrote(model, head):
+    wrapped = adapted(model, "curlora")
+    options = {"share": 0.3, "base_share": 0.3, "base_rows": 8, "base_length": 6, "distill": 0.0}
+    strategy, alone = make_strategy("rehearsal", lwf=2.0, **options), make_strategy("lwf", weight=2.0)
+    moved_on(wrapped, strategy)
+    batch = strategy.batch(classes("new", 6, 3))
+    real = [row for row in batch if row.task != "base"]
+    assert {row.task for row in batch} == {"new", "old", "base"}
+    assert {row.target for row in batch if row.task == "old"} == {-100}, "what the head said stands for the label"
+    assert all(row.target == 0 for row in batch if row.task == "new")
+    alone.tasks, alone.before = ("old",), strategy.lwf.before
+    alone.batch(real)
+    added = []
+    for which, examples in ((strategy, batch), (alone, real)):
+        losses, hidden, mask, logits = forward(wrapped, examples)
+        output = StepOutput(losses.mean(), hidden, mask, logits=logits, held_scores=head)
+        added.append((which.loss(wrapped, examples, output) - output.loss).item())
+    assert added[0] == pytest.approx(added[1], rel=1e-4)
+    assert added[0] > 1e-3
+    state = through_json(strategy.state())
+    again = make_strategy("rehearsal", lwf=2.0, **options)
+    again.load_state(*state)
+    assert again.lwf.tasks == ("old",)
+    assert all(torch.equal(again.lwf.before[n], t) for n, t in strategy.lwf.before.items())
 
 
 # ------------------------------------------------------------------------------------------------------------- I-LoRA
@@ -372,6 +488,18 @@ def test_consistency_is_the_masked_error_against_the_slow_copy(model):
     assert all(p.grad.abs().sum() > 0 for n, p in adapter_parameters(wrapped).items() if "q_proj" in n)
 
 
+def test_a_second_pass_keeps_packed_documents_apart_as_training_does(model):
+    wrapped = adapted(model, "lora")
+    packed = Example("t", (3, 4, 5, 6, 7, 8, 9), (3, 4, 5, 6, 7, 8, 9), breaks=(3,))
+    other = Example("t", (5, 4), (5, 4))
+    mask = torch.tensor([[1] * 7, [1] * 2 + [0] * 5])
+    with torch.no_grad():
+        found = hidden_with(wrapped, read(adapter_parameters(wrapped)), [packed, other], mask)
+        parts = [forward(wrapped, [Example("t", ids)])[1][0] for ids in ((3, 4, 5), (6, 7, 8, 9), (5, 4))]
+    assert torch.allclose(found[0], torch.cat(parts[:2]), atol=1e-5)
+    assert torch.allclose(found[1, :2], parts[2], atol=1e-5)
+
+
 def test_fast_and_slow_go_on_separately_into_the_next_task(model):
     wrapped = adapted(model, "curlora")
     strategy = make_strategy("ilora")
@@ -406,7 +534,7 @@ def test_what_replays_nothing_keeps_no_rows(model, name, options):
         train(wrapped, strategy, context(task, position, rows(task, 12, position)))
     assert len(strategy.memory) == 0
     assert {key for key in strategy.state()[0] if not key.startswith("before.")} == make_state_keys(name, options)
-    assert strategy.replayed_tasks() == ()
+    assert strategy.held_heads() == ()
 
 
 def make_state_keys(name: str, options: dict) -> set[str]:

@@ -110,7 +110,7 @@ def test_a_replayed_example_goes_through_the_head_of_its_own_task_and_leaves_it_
     replay = make_strategy("replay", size=2)
     replay.memory.add_task("old", [Example("old", (3, 4, 5), target=2), Example("old", (6, 7), target=0)], 0)
     heads.train_heads(model, ("reviews",))
-    batch, held = replay.batch(examples(2)), replay.replayed_tasks()
+    batch, held = replay.batch(examples(2)), replay.held_heads()
     losses, _ = example_losses(model, collate(batch, World(0, 1, CPU)), held)
     for row, example in enumerate(batch):
         alone, _ = example_losses(model, collate([example], World(0, 1, CPU)), held)
@@ -121,6 +121,18 @@ def test_a_replayed_example_goes_through_the_head_of_its_own_task_and_leaves_it_
     losses[[example.replayed for example in batch]].sum().backward()
     assert heads.get_head(model, "old").weight.grad is None
     assert model.get_input_embeddings().weight.grad.abs().sum() > 0, "what lies below the head learns from it"
+
+
+def test_held_heads_can_be_asked_what_they_say_and_trained_ones_are_not_among_them(model):
+    heads.attach_heads(model, {"reviews": 2, "old": 3}, seed=0)
+    heads.train_heads(model, ("reviews",))
+    batch = [Example("reviews", (3, 4, 5), target=1), Example("reviews", (6, 7), target=0)]
+    _, output = example_losses(model, collate(batch, World(0, 1, CPU)), held=("old", "text"))
+    said = output.held_scores(output.hidden_states, output.attention_mask)
+    assert said.keys() == {"old"}
+    for row, example in enumerate(batch):
+        hidden = model(input_ids=torch.tensor([example.input_ids]), output_hidden_states=True).hidden_states[-1][0, -1]
+        assert torch.allclose(said["old"][row], heads.get_head(model, "old")(hidden), atol=1e-5)
 
 
 def test_an_example_whose_head_is_not_used_is_an_error(model):
