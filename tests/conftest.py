@@ -138,7 +138,7 @@ def bucket():
 
 @pytest.fixture(scope="session")
 def demo_assets(tmp_path_factory):
-    from pipelines.demo import prepare_demo
+    from pipelines.demo.build import prepare_demo
 
     cache = os.environ.get("CURLORA_TEST_CACHE")
     return prepare_demo(Path(cache) if cache else tmp_path_factory.mktemp("demo"), preset="test")

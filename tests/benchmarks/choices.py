@@ -14,9 +14,11 @@ import time
 import torch
 import transformers
 
-from pipelines.config import parse_config
-from pipelines.data import evaluation_set
-from pipelines.evaluation import World, by_choice, by_likelihood, make_batches, make_question_batches
+from pipelines.config.loading import parse_config
+from pipelines.data.sets import evaluation_set
+from pipelines.distributed.world import World
+from pipelines.evaluation.batching import make_batches, make_question_batches
+from pipelines.evaluation.scorers import by_choice, by_likelihood
 
 ROUNDS = 3
 BATCH_TOKENS = 8192

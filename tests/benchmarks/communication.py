@@ -164,8 +164,8 @@ def work(model: str, cases: list[Case], found: Path) -> None:
 
     messages: list[Message] = []
     count_collectives(messages)
-    from pipelines import engine
-    from pipelines.evaluation import World
+    from pipelines.distributed import engine
+    from pipelines.distributed.world import World
 
     torch.set_num_threads(1)
     engine.prepare_environment()
@@ -189,14 +189,16 @@ def train(model: str, case: Case, world, messages: list[Message]) -> Measured:
     from accelerate.state import AcceleratorState
 
     from curlora.continual import Example, make_strategy
-    from pipelines import engine
-    from pipelines.adapters import attach_adapter
-    from pipelines.trainer import ContinualTrainer, training_arguments
-    from pipelines.worker import Worker, _end
+    from pipelines.distributed import engine, zero_settings
+    from pipelines.models.adapters import attach_adapter
+    from pipelines.training.arguments import training_arguments
+    from pipelines.training.trainer import ContinualTrainer
+    from pipelines.workers.step_training import end_engine
+    from pipelines.workers.worker import Worker
 
     worker = Worker(world)
     worker.config = config = configuration(model, case, world.size)
-    worker.settings = engine.complete_settings(config, world.size)
+    worker.settings = zero_settings.complete_settings(config, world.size)
     base, _ = worker._load_base()
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(3, base.config.vocab_size, (case.batch * STEPS, case.length), generator=generator).tolist()
@@ -212,7 +214,7 @@ def train(model: str, case: Case, world, messages: list[Message]) -> Measured:
         )
         trainer.add_callback(steps.callback())
         trainer.train()
-        _end(trainer)
+        end_engine(trainer)
     sizes = Counter()
     for parameter in adapted.parameters():
         sizes[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
@@ -221,10 +223,10 @@ def train(model: str, case: Case, world, messages: list[Message]) -> Measured:
 
 def configuration(model: str, case: Case, workers: int):
     """The pipeline's configuration of a case, with the shipped DeepSpeed settings."""
-    from pipelines import engine
-    from pipelines.config import PipelineConfig
+    from pipelines.config.pipeline import PipelineConfig
+    from pipelines.distributed import zero_settings
 
-    deepspeed = engine.deepspeed_settings(case.stage.split(",")[0])
+    deepspeed = zero_settings.deepspeed_settings(case.stage.split(",")[0])
     deepspeed["zero_optimization"] |= {f"stage3_{name}": value for name, value in STAGES[case.stage].items()}
     return PipelineConfig.model_validate(
         {

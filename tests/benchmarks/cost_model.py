@@ -23,9 +23,9 @@ import transformers
 from communication import ADAPTERS, STAGES, Case, print_table
 from zero3_loading import save_random
 
-from pipelines import cost
-from pipelines.config import PipelineConfig
-from pipelines.engine import deepspeed_settings
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.distributed.zero_settings import deepspeed_settings
+from pipelines.preflight import cost
 
 LARGE = {
     "Llama-2-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "heads": (32, 32)},

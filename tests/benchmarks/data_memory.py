@@ -34,9 +34,9 @@ def prepare(model: str, folder: str) -> None:
     """In the measured process: everything that a run does with its data before it trains."""
     import transformers
 
-    from pipelines.config import parse_config
-    from pipelines.data import training_examples
-    from pipelines.door import check_data
+    from pipelines.config.loading import parse_config
+    from pipelines.data.sets import training_examples
+    from pipelines.preflight.data import check_data
 
     task = {"name": "rows", "kind": "classification", "data": folder}
     config = parse_config({"name": "memory", "base_model": {"path": model}, "tasks": [task]})

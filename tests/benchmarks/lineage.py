@@ -24,12 +24,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "unit")]
 
 from sample_run import make_run  # noqa: E402
 
-from pipelines.ancestry import as_text, from_mlflow, from_run  # noqa: E402
-from pipelines.figures import write_ancestry  # noqa: E402
-from pipelines.lineage import Projection, project  # noqa: E402
-from pipelines.registry import register  # noqa: E402
-from pipelines.report import write_figures, write_report  # noqa: E402
-from pipelines.store import initialize, ui_command, ui_environment  # noqa: E402
+from pipelines.lineage.ancestry import as_text, from_mlflow, from_run  # noqa: E402
+from pipelines.lineage.projection import Projection, project  # noqa: E402
+from pipelines.lineage.registry import register  # noqa: E402
+from pipelines.lineage.store import initialize, ui_command, ui_environment  # noqa: E402
+from pipelines.reporting.ancestry_figure import write_ancestry  # noqa: E402
+from pipelines.reporting.page import write_figures, write_report  # noqa: E402
 
 SHORT, LONG = 20, 200
 

@@ -31,7 +31,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
-from pipelines.store import initialize  # noqa: E402
+from pipelines.lineage.store import initialize  # noqa: E402
 from tests.conftest import WORDS, make_model, make_tokenizer, write_reviews  # noqa: E402
 
 HIDDEN = 128  # its narrowest layer holds 32 blocks of rank 2

@@ -127,9 +127,11 @@ def here(arguments: argparse.Namespace, adapter: str) -> dict:
     from accelerate.state import AcceleratorState
 
     from curlora.continual import Example, Sequential, TaskContext
-    from pipelines import engine
-    from pipelines.config import TrainingConfig, parse_config
-    from pipelines.trainer import ContinualTrainer, training_arguments
+    from pipelines.config.loading import parse_config
+    from pipelines.config.sections import TrainingConfig
+    from pipelines.distributed import zero_settings
+    from pipelines.training.arguments import training_arguments
+    from pipelines.training.trainer import ContinualTrainer
 
     world = join_world()
     AcceleratorState._reset_state()
@@ -142,7 +144,7 @@ def here(arguments: argparse.Namespace, adapter: str) -> dict:
     model, strategy = adapted(arguments, adapter), Sequential()
     strategy.before_task(model, TaskContext("text", 1, 0, examples))
     with tempfile.TemporaryDirectory() as scratch:
-        settings = engine.complete_settings(config, world.size)
+        settings = zero_settings.complete_settings(config, world.size)
         given = training_arguments(training, arguments.steps, settings, scratch, cpu=True, bf16=False, world_size=1)
         trainer = ContinualTrainer(
             model, given, examples, strategy, training, world, arguments.steps, lambda points: None
@@ -154,8 +156,9 @@ def scoring(arguments: argparse.Namespace, adapter: str) -> dict:
     """`evaluation.score`, a batch at a time."""
     import torch
 
-    from pipelines.encode import Encoded
-    from pipelines.evaluation import World, score_part
+    from pipelines.data.encoding import Encoded
+    from pipelines.distributed.world import World
+    from pipelines.evaluation.evaluate import score_part
 
     world = World(0, 1, torch.device("cpu"))
     model, clock = adapted(arguments, adapter), Clock()
@@ -205,8 +208,8 @@ def join_world():
     """A process group of one, as Ray Train makes it."""
     import torch
 
-    from pipelines import engine
-    from pipelines.evaluation import World
+    from pipelines.distributed import engine
+    from pipelines.distributed.world import World
 
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",

@@ -91,17 +91,17 @@ def load(model: str, stage: str, rank: int, port: str) -> None:
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=WORKERS)
-    from pipelines import engine
-    from pipelines.config import PipelineConfig
-    from pipelines.evaluation import World
-    from pipelines.worker import Worker
+    from pipelines.config.pipeline import PipelineConfig
+    from pipelines.distributed import engine, zero_settings
+    from pipelines.distributed.world import World
+    from pipelines.workers.worker import Worker
 
     engine.prepare_environment()
     task = {"name": "none", "kind": "language-modeling", "data": "."}
     raw = {"name": "loading", "base_model": {"path": model}, "tasks": [task], "deepspeed": stage}
     worker = Worker(World(rank, WORKERS, torch.device("cpu"), lockstep=stage == "zero3"))
     worker.config = PipelineConfig.model_validate(raw)
-    worker.settings = engine.complete_settings(worker.config, WORKERS)
+    worker.settings = zero_settings.complete_settings(worker.config, WORKERS)
     import transformers
 
     transformers.AutoModelForCausalLM  # noqa: B018  imported here: that is no part of the loading

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from pipelines.store import ui_command, ui_environment
+from pipelines.lineage.store import ui_command, ui_environment
 from tests.bench import Bench, all_gone, wait_for
 
 DRIVER_SURVIVES = ("worker", "hang", "mlflow")

@@ -14,8 +14,10 @@ from strategies_zero_worker import TRAINING, adapt, examples, settings, start, t
 
 from curlora.continual import TaskContext, make_strategy
 from curlora.continual.parameters import adapter_parameters, read, swapped
-from pipelines import engine
-from pipelines.trainer import ContinualTrainer, losses_alone, training_arguments
+from pipelines.distributed import engine
+from pipelines.training.arguments import training_arguments
+from pipelines.training.example_losses import losses_alone
+from pipelines.training.trainer import ContinualTrainer
 
 RUNGS = (0.25, 0.75)
 

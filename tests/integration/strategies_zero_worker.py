@@ -16,11 +16,13 @@ import transformers
 from curlora import CurloraConfig
 from curlora.continual import Example, TaskContext, make_strategy
 from curlora.continual.parameters import adapter_parameters, read, write
-from pipelines import engine, heads
-from pipelines.config import TrainingConfig
-from pipelines.evaluation import World
-from pipelines.trainer import ContinualTrainer, training_arguments
-from pipelines.writing import write_text
+from pipelines.config.sections import TrainingConfig
+from pipelines.distributed import engine
+from pipelines.distributed.world import World
+from pipelines.evaluation.sampling import write_text
+from pipelines.models import heads
+from pipelines.training.arguments import training_arguments
+from pipelines.training.trainer import ContinualTrainer
 
 CASES = {
     "ilora": ("curlora", {"share": 0.4, "consistency": 50.0, "decay": 0.8}),

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from pipelines import metrics
+from pipelines.metrics import score_matrix
 
 TEXT_LEARNING = 0.005  # nats a token in 24 steps of a model of 30 thousand parameters
 
@@ -18,7 +18,7 @@ def test_results_follow_from_their_own_matrix(reference):
     assert reference["status"] == "finished"
     assert [len(row) for row in reference["scores"]] == [3, 3, 3, 3]
     names = [reference["metric"][task] for task in reference["tasks"]]
-    again = metrics.aggregates(reference["scores"], names, reference["nll"])
+    again = score_matrix.aggregates(reference["scores"], names, reference["nll"])
     assert {key: reference[key] for key in again} == again
     nulls = [[cell is None for cell in row] for row in reference["scores"]]
     assert nulls == [[True, False, False], [False, False, True], [False] * 3, [False] * 3]
@@ -191,8 +191,8 @@ def test_exported_step_gives_the_workers_logits_without_curlora(bench, reference
 
 
 def test_the_line_between_two_steps_ends_at_their_own_scores(bench, reference):
-    from pipelines.connectivity import write
-    from pipelines.runs import RunDirectory
+    from pipelines.inference.connectivity import write
+    from pipelines.runs.directory import RunDirectory
 
     found = write(RunDirectory(str(bench.directory("reference"))), points=3)
     tasks, scores = reference["tasks"], reference["scores"]

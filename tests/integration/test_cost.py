@@ -3,8 +3,8 @@
 import pytest
 from transformers import LlamaConfig
 
-from pipelines import cost
-from pipelines.engine import deepspeed_settings
+from pipelines.distributed.zero_settings import deepspeed_settings
+from pipelines.preflight import cost
 from tests.benchmarks import communication
 from tests.benchmarks.communication import ADAPTERS, Case
 from tests.benchmarks.zero3_loading import save_random

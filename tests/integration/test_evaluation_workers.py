@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.config import parse_config
-from pipelines.data import evaluation_set
-from pipelines.encode import Encoder
-from pipelines.evaluation import World, evaluate
-from pipelines.sources import load_split, records
+from pipelines.config.loading import parse_config
+from pipelines.data.encoding import Encoder
+from pipelines.data.sets import evaluation_set
+from pipelines.data.sources import load_split, records
+from pipelines.distributed.world import World
+from pipelines.evaluation.evaluate import evaluate
 from tests.conftest import write_jsonl
 
 CPU = torch.device("cpu")

@@ -3,9 +3,9 @@
 import pytest
 import ray
 
-from pipelines.config import parse_config
-from pipelines.group import WorkerGroup
-from pipelines.ray_cluster import connect
+from pipelines.config.loading import parse_config
+from pipelines.workers.group import WorkerGroup
+from pipelines.workers.ray_cluster import connect
 from tests.bench import wait_for
 
 

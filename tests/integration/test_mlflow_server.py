@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipelines import registry
-from pipelines.lineage import project
-from pipelines.store import initialize
+from pipelines.lineage import registry
+from pipelines.lineage.projection import project
+from pipelines.lineage.store import initialize
 from tests.bench import wait_for
 from tests.cluster.chaos import Server
 from tests.holdings import holdings

@@ -6,11 +6,11 @@ import torch
 import transformers
 
 import curlora  # noqa: F401  (registers its adapter type)
-from pipelines.base import load_base
-from pipelines.config import BaseModelConfig
-from pipelines.export import export_step
-from pipelines.predict import load_trained
-from pipelines.runs import RunDirectory
+from pipelines.config.sections import BaseModelConfig
+from pipelines.inference.export import export_step
+from pipelines.inference.predict import load_trained
+from pipelines.models.base import load_base
+from pipelines.runs.directory import RunDirectory
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 CASES = {  # adapter, strategy, workers

@@ -11,8 +11,8 @@ import transformers
 from safetensors.torch import load_file
 
 import curlora  # noqa: F401  (registers its adapter type)
-from pipelines.export import export_step
-from pipelines.runs import RunDirectory
+from pipelines.inference.export import export_step
+from pipelines.runs.directory import RunDirectory
 
 CASES = {  # adapter, strategy, DeepSpeed stage with two workers
     "ilora": ({"type": "curlora", "r": 8}, {"name": "ilora", "size": 4, "decay": 0.5}, "zero3"),

@@ -10,9 +10,11 @@ import json
 import math
 from pathlib import Path
 
-from pipelines.config import PipelineConfig, parse_config
-from pipelines.metrics import aggregates
-from pipelines.runs import RunDirectory, fingerprint
+from pipelines.config.loading import parse_config
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.metrics.score_matrix import aggregates
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.identity import fingerprint
 
 TEXT = ("biomed", "code", "finance")
 START = 1_760_000_000.0

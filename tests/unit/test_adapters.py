@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from curlora.continual.parameters import adapter_parameters
-from pipelines import adapters
-from pipelines.config import AdapterConfig, ConfigError
+from pipelines.config.sections import AdapterConfig
+from pipelines.errors import ConfigError
+from pipelines.models import adapters
 
 INPUT = torch.tensor([[5, 9, 11, 3, 7, 20]])
 LORA = {"type": "lora", "r": 2, "alpha": 4.0}

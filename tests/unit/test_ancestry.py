@@ -9,14 +9,14 @@ import pytest
 from click.testing import CliRunner
 from sample_run import make_grown_run, make_run
 
-from pipelines import store as mlflow_store
-from pipelines.ancestry import as_text, find, from_mlflow, from_run
-from pipelines.cli import main
-from pipelines.config import ConfigError
-from pipelines.figures import draw_ancestry, write_ancestry
-from pipelines.lineage import project
-from pipelines.registry import register
-from pipelines.runs import RunDirectory, RunDirectoryError
+from pipelines.cli.app import main
+from pipelines.errors import ConfigError, RunDirectoryError
+from pipelines.lineage import store as mlflow_store
+from pipelines.lineage.ancestry import as_text, find, from_mlflow, from_run
+from pipelines.lineage.projection import project
+from pipelines.lineage.registry import register
+from pipelines.reporting.ancestry_figure import draw_ancestry, write_ancestry
+from pipelines.runs.directory import RunDirectory
 
 
 @pytest.fixture(scope="module")

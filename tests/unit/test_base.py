@@ -6,9 +6,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipelines.base import check_quantisation, load_base, quantised_numbers
-from pipelines.config import BaseModelConfig, ConfigError, parse_config
-from pipelines.workflow import base_fingerprint
+from pipelines.config.loading import parse_config
+from pipelines.config.sections import BaseModelConfig
+from pipelines.errors import ConfigError
+from pipelines.models.base import load_base, quantised_numbers
+from pipelines.preflight.model import check_quantisation
+from pipelines.runs.identity import base_fingerprint
 from tests.conftest import minimal
 from tests.unit.curlora_cases import tiny_llama
 

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from pipelines import checkpoint
-from pipelines.checkpoint import Checkpoint
-from pipelines.runs import RunDirectory, StepPlan
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.identity import StepPlan
+from pipelines.training import checkpoint
+from pipelines.training.checkpoint import Checkpoint
 
 PLAN = StepPlan(1, ("a",), "f" * 32, "b" * 32)
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from pipelines.choice import assess, choose, figure, markdown, pareto, steps_spent, why
+from pipelines.search.objective import assess, choose, pareto, steps_spent, why
+from pipelines.search.table import figure, markdown
 
 
 def cell(name: str, value: float, metric: str = "accuracy") -> dict:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from pipelines.cli import main
+from pipelines.cli.app import main
 from tests.conftest import minimal
 
 

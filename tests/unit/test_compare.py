@@ -6,22 +6,14 @@ import io
 import numpy as np
 import pytest
 
-from pipelines.compare import (
-    Comparison,
-    as_csv,
-    bootstrap,
-    examples_figure,
-    markdown,
-    mean_and_error,
-    merged,
-    paired,
-    pareto_front,
-    read_methods,
-    tradeoff_figure,
-    tuning_config,
-)
-from pipelines.config import ConfigError
-from pipelines.runs import RunDirectory
+from pipelines.comparison.compare import tuning_config
+from pipelines.comparison.figures import examples_figure, pareto_front, tradeoff_figure
+from pipelines.comparison.intervals import paired
+from pipelines.comparison.methods import Comparison, merged, read_methods
+from pipelines.comparison.tables import as_csv, markdown
+from pipelines.errors import ConfigError
+from pipelines.metrics.paired import bootstrap, mean_and_error
+from pipelines.runs.directory import RunDirectory
 from tests.conftest import minimal
 
 RAW = {
@@ -78,8 +70,8 @@ def test_unknown_methods_are_named_with_the_nearest():
 
 
 def test_shipped_methods_are_valid_configurations(tmp_path):
-    from pipelines.compare import CATALOGUE
-    from pipelines.config import parse_config, read_yaml
+    from pipelines.comparison.methods import CATALOGUE
+    from pipelines.config.loading import parse_config, read_yaml
 
     for name in read_yaml(CATALOGUE)["adapters"]:
         (method,) = read_methods([name])

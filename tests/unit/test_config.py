@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import TASKS, ConfigError, load_config, parse_config
+from pipelines.config.loading import load_config, parse_config
+from pipelines.config.tasks import TASKS
+from pipelines.errors import ConfigError
 from tests.conftest import minimal
 
 
@@ -102,7 +104,7 @@ def test_broken_yaml_is_one_clear_problem(tmp_path, text):
 
 
 def test_shipped_configurations_are_valid(monkeypatch):
-    from pipelines.cli import CONFIGS
+    from pipelines.cli.helpers import CONFIGS
 
     monkeypatch.setenv("CURLORA_DEMO", "/somewhere")
     files = sorted(CONFIGS.glob("*.yaml"))
@@ -122,7 +124,7 @@ def test_shipped_configurations_are_valid(monkeypatch):
 
 
 def test_sequences_are_in_their_published_orders():
-    from pipelines.cli import CONFIGS
+    from pipelines.cli.helpers import CONFIGS
 
     orders = {
         "standard-cl-order1": "dbpedia amazon yahoo agnews",

@@ -7,10 +7,10 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines import cost
-from pipelines.adapters import attach_adapter
-from pipelines.config import parse_config
-from pipelines.engine import deepspeed_settings
+from pipelines.config.loading import parse_config
+from pipelines.distributed.zero_settings import deepspeed_settings
+from pipelines.models.adapters import attach_adapter
+from pipelines.preflight import cost
 from tests.conftest import minimal
 
 QKV = ["q_proj", "k_proj", "v_proj"]

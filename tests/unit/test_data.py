@@ -7,13 +7,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipelines import data
-from pipelines.config import parse_config
-from pipelines.data import IGNORE, evaluation_set, majority_rate, subset_indices, training_examples
-from pipelines.door import check_data
-from pipelines.encode import windows
-from pipelines.kinds.classification import label_set
-from pipelines.sources import digest, load_split
+from pipelines.config.loading import parse_config
+from pipelines.data import token_cache
+from pipelines.data.encoding import IGNORE, windows
+from pipelines.data.kinds.classification import label_set
+from pipelines.data.sets import evaluation_set, subset_indices, training_examples
+from pipelines.data.sources import digest, load_split
+from pipelines.metrics.answers import majority_rate
+from pipelines.preflight.data import check_data
 from tests.conftest import minimal, write_jsonl
 
 
@@ -164,8 +165,8 @@ def test_one_file_gives_disjoint_train_and_test(tmp_path):
 def counted(monkeypatch):
     """How often sequences were really made."""
     made = []
-    write = data._write
-    monkeypatch.setattr(data, "_write", lambda sequences, path: (made.append(path), write(sequences, path))[1])
+    write = token_cache._write
+    monkeypatch.setattr(token_cache, "_write", lambda sequences, path: (made.append(path), write(sequences, path))[1])
     return made
 
 
@@ -195,7 +196,7 @@ def test_a_process_that_dies_while_it_makes_tokens_leaves_nothing_half(tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_write", dies)
+        patch.setattr(token_cache, "_write", dies)
         with pytest.raises(KeyboardInterrupt):
             training_examples(task, tokenizer, 16, None, seed=0)
     assert len(training_examples(task, tokenizer, 16, None, seed=0)) == 24

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import demo
-from pipelines.demo import DemoError, Library, Passage, prepare_demo
+from pipelines.demo import build as demo_build
+from pipelines.demo import cleaning, corpus, presets, pretraining, tasks
+from pipelines.demo.build import prepare_demo
+from pipelines.demo.corpus import Passage
+from pipelines.demo.presets import Library
+from pipelines.errors import DemoError
 
 SOURCE = '''"""The module explains in plain words what all of its functions are good for."""
 
@@ -62,7 +66,7 @@ def _records(path):
 
 
 def test_extraction_reads_docstrings_without_importing(package):
-    passages = demo.extract(package, Library("fake", "fake"))
+    passages = corpus.extract(package, Library("fake", "fake"))
     assert [(p.module, p.part) for p in passages] == [("fake.a", "a")] * 3 + [("fake.b", "b")] * 3
     assert "fake" not in sys.modules
 
@@ -71,11 +75,11 @@ def test_extraction_does_not_depend_on_the_install_path(package, tmp_path):
     copy = tmp_path / "elsewhere" / "fake"
     shutil.copytree(package, copy)
     library = Library("fake", "fake")
-    assert demo.extract(package, library) == demo.extract(copy, library)
+    assert corpus.extract(package, library) == corpus.extract(copy, library)
 
 
 def test_cleaning_keeps_prose_and_drops_tables_code_and_dotted_names(package):
-    _, engine, start = [p.text for p in demo.extract(package, Library("fake", "fake")) if p.part == "a"]
+    _, engine, start = [p.text for p in corpus.extract(package, Library("fake", "fake")) if p.part == "a"]
     assert start == "Start the engine and wait for it to be warm, which can take a minute in the winter."
     assert engine.endswith("using Pump as a source of it.")
 
@@ -83,14 +87,16 @@ def test_cleaning_keeps_prose_and_drops_tables_code_and_dotted_names(package):
 def test_repeated_passages_are_found_when_lightly_changed():
     seen = set()
     text = "Compute the mean of all of the values in this column of the table, ignoring those which are missing."
-    assert not demo.is_repetition(text, seen)
-    assert demo.is_repetition(text.replace("column", "row"), seen)
-    assert not demo.is_repetition("Open a file for reading and return a stream of its decoded lines of text.", seen)
+    assert not cleaning.is_repetition(text, seen)
+    assert cleaning.is_repetition(text.replace("column", "row"), seen)
+    assert not cleaning.is_repetition(
+        "Open a file for reading and return a stream of its decoded lines of text.", seen
+    )
 
 
 def test_classes_are_the_largest_parts_with_ties_by_name():
     passages = [Passage("lib", "lib.x", part, part) for part in ("b", "a", "c", "c", "__init__", "__init__")]
-    assert demo.largest_parts(passages, 2) == ["c", "a"]
+    assert tasks.largest_parts(passages, 2) == ["c", "a"]
 
 
 def test_task_splits_are_disjoint_and_balanced(cache):
@@ -112,13 +118,13 @@ def test_passages_to_classify_end_with_the_question_and_fit_the_context(cache):
     assets = prepare_demo(cache, preset="test")
     tokenizer = AutoTokenizer.from_pretrained(assets.base_model)
     texts = [record["text"] for record in _records(assets.tasks["huggingface_hub"] / "train.jsonl")]
-    assert all(text.endswith(demo.ORIGIN) for text in texts)
+    assert all(text.endswith(tasks.ORIGIN) for text in texts)
     assert max(len(ids) for ids in tokenizer(texts)["input_ids"]) <= assets.manifest["model"]["context"]
 
 
 def test_retention_text_is_in_no_task_and_of_no_library_of_a_task(cache):
     assets = prepare_demo(cache, preset="test")
-    retained = [record["text"].split(demo.ORIGIN) for record in _records(assets.retention / "test.jsonl")]
+    retained = [record["text"].split(tasks.ORIGIN) for record in _records(assets.retention / "test.jsonl")]
     assert not {origin.split(".")[0].strip() for _, origin in retained} & set(assets.tasks)
     for folder in assets.tasks.values():
         assert {text for text, _ in retained}.isdisjoint(r["text"] for r in _records(folder / "train.jsonl"))
@@ -140,9 +146,9 @@ def test_model_and_tokenizer_load_and_tokenizer_round_trips(cache):
 
 def test_manifest_states_everything_that_was_made(cache):
     assets = prepare_demo(cache, preset="test")
-    assert assets.manifest["fingerprint"] == demo.fingerprint(demo.PRESETS["test"])
+    assert assets.manifest["fingerprint"] == demo_build.fingerprint(presets.PRESETS["test"])
     model = assets.manifest["model"]
-    assert model["unigram_nll"] - model["held_out_nll"] >= demo.PRESETS["test"].min_gain
+    assert model["unigram_nll"] - model["held_out_nll"] >= presets.PRESETS["test"].min_gain
     for name, folder in assets.tasks.items():
         for split in ("train", "validation", "test"):
             assert len(_records(folder / f"{split}.jsonl")) == assets.manifest["tasks"][name][split]
@@ -160,34 +166,34 @@ def test_second_preparation_imports_neither_torch_nor_transformers(cache):
 
 def test_folder_without_manifest_is_made_anew(tmp_path, monkeypatch):
     def build(folder, preset, progress):
-        (folder / demo.MANIFEST).write_text('{"tasks": []}')
+        (folder / demo_build.MANIFEST).write_text('{"tasks": []}')
 
-    monkeypatch.setattr(demo, "build_demo", build)
+    monkeypatch.setattr(demo_build, "build_demo", build)
     root = prepare_demo(tmp_path, preset="test").root
-    (root / demo.MANIFEST).unlink()
+    (root / demo_build.MANIFEST).unlink()
     (root / "half-made").touch()
     assert prepare_demo(tmp_path, preset="test").root == root
-    assert [path.name for path in root.iterdir()] == [demo.MANIFEST]
+    assert [path.name for path in root.iterdir()] == [demo_build.MANIFEST]
 
 
 def test_second_of_two_builders_takes_the_folder_of_the_first(tmp_path, monkeypatch):
     def build(folder, preset, progress):
-        (folder / demo.MANIFEST).write_text('{"tasks": [], "by": "second"}')
-        first = tmp_path / f"test-{demo.fingerprint(preset)[:12]}"
+        (folder / demo_build.MANIFEST).write_text('{"tasks": [], "by": "second"}')
+        first = tmp_path / f"test-{demo_build.fingerprint(preset)[:12]}"
         first.mkdir()
-        (first / demo.MANIFEST).write_text('{"tasks": [], "by": "first"}')
+        (first / demo_build.MANIFEST).write_text('{"tasks": [], "by": "first"}')
 
-    monkeypatch.setattr(demo, "build_demo", build)
+    monkeypatch.setattr(demo_build, "build_demo", build)
     assets = prepare_demo(tmp_path, preset="test")
     assert assets.manifest["by"] == "first"
     assert list(tmp_path.iterdir()) == [assets.root]
 
 
 def test_model_that_is_no_better_than_the_unigram_is_refused(tmp_path, package):
-    texts = [p.text for p in demo.extract(package, Library("fake", "fake"))] * 4
-    preset = dataclasses.replace(demo.PRESETS["test"], steps=1, context=16, vocabulary=300, min_gain=1.0)
+    texts = [p.text for p in corpus.extract(package, Library("fake", "fake"))] * 4
+    preset = dataclasses.replace(presets.PRESETS["test"], steps=1, context=16, vocabulary=300, min_gain=1.0)
     with pytest.raises(DemoError, match="held-out NLL"):
-        demo.pretrain(tmp_path / "model", texts, texts, preset, demo._silent)
+        pretraining.pretrain(tmp_path / "model", texts, texts, preset, presets.no_progress)
     assert not (tmp_path / "model" / "model.safetensors").exists()
 
 
@@ -195,17 +201,17 @@ def test_missing_library_of_a_task_is_an_error_and_of_the_pretraining_is_not():
     missing = Library("no-such-distribution", "no_such_package")
     tiny = Library("click", "click")
     preset = dataclasses.replace(
-        demo.PRESETS["test"], pretraining=(missing,), classification=(tiny,), language_modeling=tiny
+        presets.PRESETS["test"], pretraining=(missing,), classification=(tiny,), language_modeling=tiny
     )
-    assert list(demo.read_corpus(preset, demo._silent)) == ["click"]
+    assert list(corpus.read_corpus(preset, presets.no_progress)) == ["click"]
     with pytest.raises(DemoError, match="pip install no-such-distribution"):
-        demo.read_corpus(dataclasses.replace(preset, classification=(missing,)), demo._silent)
+        corpus.read_corpus(dataclasses.replace(preset, classification=(missing,)), presets.no_progress)
 
 
 def test_part_with_hardly_any_text_is_refused(tmp_path):
     passages = [Passage("lib", "lib.x", part, "one two " * 10) for part in ("a", "b")]
     with pytest.raises(DemoError, match="too small"):
-        demo.write_classification(tmp_path / "task", passages, demo.PRESETS["test"])
+        tasks.write_classification(tmp_path / "task", passages, presets.PRESETS["test"])
 
 
 def test_unigram_nll_is_that_of_the_training_frequencies():
@@ -213,7 +219,7 @@ def test_unigram_nll_is_that_of_the_training_frequencies():
 
     train, held_out = torch.tensor([0, 0, 0, 1]), torch.tensor([1, 0, 1])
     expected = -(torch.tensor(4 / 6).log() + torch.tensor(2 / 6).log()) / 2
-    assert demo.unigram_nll(train, held_out, 2) == pytest.approx(float(expected))
+    assert pretraining.unigram_nll(train, held_out, 2) == pytest.approx(float(expected))
 
 
 def test_model_nll_predicts_every_token_once_across_windows():
@@ -225,5 +231,7 @@ def test_model_nll_predicts_every_token_once_across_windows():
             return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 7)})
 
     model = Uniform()
-    assert demo.model_nll(model, torch.zeros(23, dtype=torch.long), 8) == pytest.approx(float(torch.tensor(7.0).log()))
+    assert pretraining.model_nll(model, torch.zeros(23, dtype=torch.long), 8) == pytest.approx(
+        float(torch.tensor(7.0).log())
+    )
     assert model.seen == 22

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from pipelines.config import parse_config
-from pipelines.door import check_data
+from pipelines.config.loading import parse_config
+from pipelines.preflight.data import check_data
 from tests.conftest import minimal, write_jsonl
 
 GOOD = [{"text": f"the film is {word}", "label": i % 2} for i, word in enumerate(("good", "bad", "warm", "dull"))]
@@ -180,7 +180,7 @@ def test_choices_and_their_label(door):
 
 @pytest.mark.parametrize("template", ["{text.__class__}", "{0}", "{text!r}", "{text", "text}", "{}"])
 def test_templates_hold_plain_names_only(door, template):
-    from pipelines.config import ConfigError
+    from pipelines.errors import ConfigError
 
     with pytest.raises(ConfigError) as error:
         door(head="verbalizer", prompt=template)
@@ -215,7 +215,7 @@ PROPERTY = settings(
 
 def passes_or_says_why(door, **task) -> None:
     """No crash; what passes can be encoded for training and for scoring."""
-    from pipelines.data import evaluation_set, training_examples
+    from pipelines.data.sets import evaluation_set, training_examples
 
     problems, _ = door(**task)
     if problems:

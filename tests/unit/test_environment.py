@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import environment
+from pipelines.runs import environment
 
 ROOT = Path(environment.__file__).resolve().parents[1]
 

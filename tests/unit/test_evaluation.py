@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import heads
-from pipelines.encode import Encoded, windows
-from pipelines.evaluation import World, evaluate, last_token_features, make_batches, pad
-from pipelines.kinds import EvaluationSet
+from pipelines.data.encoding import Encoded, windows
+from pipelines.data.kinds.base import EvaluationSet
+from pipelines.distributed.world import World
+from pipelines.evaluation.batching import make_batches
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.models import heads
+from pipelines.models.padding import last_token_features, pad
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -8,8 +8,9 @@ import math
 import numpy as np
 import pytest
 
-from pipelines.config import GateConfig
-from pipelines.gate import Side, judge_against, mcnemar_worse, sign_flip, worse
+from pipelines.config.sections import GateConfig
+from pipelines.metrics.paired import mcnemar_worse, sign_flip, worse
+from pipelines.promotion.gate import Side, judge_against
 
 NOTHING = {"learning_accuracy": None}
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines.inbox import copy_domain, scan
-from pipelines.runs import RunDirectory
+from cluster.inbox import copy_domain, scan
+from pipelines.runs.directory import RunDirectory
 
 MARKER = "_SUCCESS"
 

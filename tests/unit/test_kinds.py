@@ -7,22 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import metrics
-from pipelines.config import parse_config
-from pipelines.data import IGNORE, evaluation_set, training_examples
-from pipelines.encode import Encoded, Encoder, pack
-from pipelines.evaluation import (
-    World,
-    evaluate,
-    greedy,
-    make_question_batches,
-    pad,
-    score,
-    score_part,
-    sequence_nll,
-)
-from pipelines.kinds import EvaluationSet, Scored, kind_of
-from pipelines.kinds.multiple_choice import right_choice
+from pipelines.config.loading import parse_config
+from pipelines.data.encoding import IGNORE, Encoded, Encoder, pack
+from pipelines.data.kinds import kind_of
+from pipelines.data.kinds.base import EvaluationSet, Scored
+from pipelines.data.kinds.multiple_choice import right_choice
+from pipelines.data.sets import evaluation_set, training_examples
+from pipelines.distributed.world import World
+from pipelines.evaluation.batching import make_question_batches
+from pipelines.evaluation.evaluate import evaluate, score, score_part
+from pipelines.evaluation.scorers import greedy, sequence_nll
+from pipelines.metrics import answers as metrics
+from pipelines.models.padding import pad
 from tests.conftest import WORDS, minimal, write_jsonl
 
 CPU = torch.device("cpu")
@@ -202,7 +198,8 @@ def test_the_right_choice_by_index_letter_or_text(value, expected):
 
 def test_packed_documents_do_not_see_each_other(model, tokenizer):
     from curlora.continual import Example
-    from pipelines.trainer import collate, example_losses
+    from pipelines.training.batches import collate
+    from pipelines.training.example_losses import example_losses
 
     rng = np.random.default_rng(0)
     first, second = (tuple(rng.integers(3, len(tokenizer), size=n).tolist()) for n in (6, 5))
@@ -339,7 +336,7 @@ def test_scores_agree_for_any_number_of_workers_and_batch_size(config_of, tokeni
 
 
 def test_encoded_sequences_come_back_from_the_cache_as_they_went_in(tmp_path):
-    from pipelines.data import Sequences, _write
+    from pipelines.data.token_cache import Sequences, _write
 
     items = [Encoded(i, np.arange(i % 7), start=i % 3, choice=i - 1, breaks=(1, 2)[: i % 3]) for i in range(2500)]
     _write(items, tmp_path / "x.arrow")

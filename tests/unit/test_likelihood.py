@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from pipelines import likelihood
-from pipelines.data import IGNORE
-from pipelines.likelihood import frozen_layer_losses, last_hidden, next_token_losses, plain_output_layer
+from pipelines.data.encoding import IGNORE
+from pipelines.models import losses
+from pipelines.models.losses import frozen_layer_losses, last_hidden, next_token_losses, plain_output_layer
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -48,7 +48,7 @@ def test_losses_and_gradients_are_those_of_cross_entropy(tokens, width, vocabula
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
     weights = torch.randn(tokens, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(likelihood.CHUNK_NUMBERS, "cpu", chunk)
+        patch.setitem(losses.CHUNK_NUMBERS, "cpu", chunk)
         found = frozen_layer_losses(hidden, layer, targets)
     (gradient,) = torch.autograd.grad(found @ weights, hidden)
     wanted = cross_entropy(layer(hidden).float(), targets, reduction="none")

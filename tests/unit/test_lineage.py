@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from sample_run import START, make_run
 
-from pipelines import store as mlflow_store
-from pipelines.lineage import Projection, finite, flatten, project
-from pipelines.store import LineageError
+from pipelines.errors import LineageError
+from pipelines.lineage import store as mlflow_store
+from pipelines.lineage.mlflow_records import finite, flatten
+from pipelines.lineage.projection import Projection, project
 
 
 @pytest.fixture(scope="session")

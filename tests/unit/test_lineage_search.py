@@ -3,8 +3,8 @@
 import pytest
 from sample_run import START, make_run
 
-from pipelines.lineage import project
-from pipelines.store import initialize
+from pipelines.lineage.projection import project
+from pipelines.lineage.store import initialize
 
 FOLDER = "search/1-mrpc-0a1b2c3d"
 

@@ -6,8 +6,8 @@ import jsonschema
 import pytest
 import yaml
 
-from cluster.shared import _open_secrets
-from pipelines.config import BaseModelConfig
+from pipelines.config.sections import BaseModelConfig
+from pipelines.preflight.portability import _open_secrets
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
 MANIFESTS = sorted((CLUSTER / "kuberay").glob("*.yaml"))

@@ -6,15 +6,17 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
-from pipelines import adapters, heads
-from pipelines.cli import main
-from pipelines.config import ConfigError, parse_config
-from pipelines.data import evaluation_set
-from pipelines.evaluation import World, evaluate
-from pipelines.kinds import kind_of
-from pipelines.predict import input_columns, load_trained, predict, rows_of_file, rows_of_texts
-from pipelines.runs import RunDirectory
-from pipelines.sources import load_split, records
+from pipelines.cli.app import main
+from pipelines.config.loading import parse_config
+from pipelines.data.kinds import kind_of
+from pipelines.data.sets import evaluation_set
+from pipelines.data.sources import load_split, records
+from pipelines.distributed.world import World
+from pipelines.errors import ConfigError
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.inference.predict import input_columns, load_trained, predict, rows_of_file, rows_of_texts
+from pipelines.models import adapters, heads
+from pipelines.runs.directory import RunDirectory
 from tests.conftest import WORDS, write_jsonl
 
 ROWS = [
@@ -161,9 +163,9 @@ def served(trained, tmp_path):
     """The same step as an MLflow model, loaded."""
     import mlflow.pyfunc
 
-    from pipelines.kinds import kind_of
-    from pipelines.logged_models import Adapter, learned_tasks, write_model
-    from pipelines.workflow import base_fingerprint
+    from pipelines.data.kinds import kind_of
+    from pipelines.lineage.logged_models import Adapter, learned_tasks, write_model
+    from pipelines.runs.identity import base_fingerprint
 
     run, _ = trained
     directory, config = "steps/1-head-abcdef12", run.config()

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines.config import parse_config
-from pipelines.preflight import ModelFacts, host_bytes, memory_by_stage
+from pipelines.config.loading import parse_config
+from pipelines.preflight.memory import ModelFacts, host_bytes, memory_by_stage
 from tests.conftest import minimal
 
 GIB = 2**30

@@ -10,13 +10,13 @@ import pytest
 from click.testing import CliRunner
 from sample_run import make_run
 
-from pipelines import registry
-from pipelines import store as mlflow_store
-from pipelines.cli import main
-from pipelines.promotion import Refused, decide, promote_run, restore
-from pipelines.publish import sync
-from pipelines.runs import RunDirectory
-from pipelines.store import LineageError
+from pipelines.cli.app import main
+from pipelines.errors import LineageError
+from pipelines.lineage import registry
+from pipelines.lineage import store as mlflow_store
+from pipelines.promotion.promotion import Refused, decide, promote_run, restore
+from pipelines.promotion.publish import sync
+from pipelines.runs.directory import RunDirectory
 
 TASKS = ("mrpc", "sst2")
 

@@ -5,8 +5,8 @@ import subprocess
 import sys
 import time
 
-from pipelines.pulse import EXIT_CODE, Pulse
-from pipelines.runs import RunDirectory
+from pipelines.runs.directory import RunDirectory
+from pipelines.workers.heartbeat import EXIT_CODE, Pulse
 
 
 def read_until(run: RunDirectory, kind: str) -> dict:

@@ -12,17 +12,10 @@ import pytest
 from rich.console import Console
 from sample_run import make_run
 
-from pipelines.figures import colors
-from pipelines.report import ReportError, story, write_figures, write_report
-from pipelines.summary import (
-    duration,
-    goodness,
-    headlines,
-    histories,
-    print_summary,
-    signed,
-    size,
-)
+from pipelines.reporting.drawing import colors
+from pipelines.reporting.formatting import duration, signed, size
+from pipelines.reporting.page import ReportError, story, write_figures, write_report
+from pipelines.reporting.summary import goodness, headlines, histories, print_summary
 
 SHAPES = {
     "mixed": {"tasks": ("mrpc", "sst2", "biomed")},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sample_run import make_run
 
-from pipelines.report import write_report
+from pipelines.reporting.page import write_report
 from tests.browser import CHROMIUM, Browser
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")

@@ -9,8 +9,10 @@ import time
 import fsspec
 import pytest
 
-from pipelines.config import parse_config
-from pipelines.runs import LeaseHeld, RunDirectory, RunDirectoryError, fingerprint
+from pipelines.config.loading import parse_config
+from pipelines.errors import LeaseHeld, RunDirectoryError
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.identity import fingerprint
 from tests.conftest import minimal
 
 
@@ -99,7 +101,7 @@ FOREIGN = {"token": "t", "host": "elsewhere", "pid": 1, "started": 0.0, "beats":
 
 
 def test_lease_of_another_host_is_taken_after_silence_whatever_the_clocks_say(run, monkeypatch):
-    monkeypatch.setattr("pipelines.runs.LEASE_SECONDS", 0.6)
+    monkeypatch.setattr("pipelines.runs.lease.LEASE_SECONDS", 0.6)
     for moment in (0.0, time.time(), time.time() + 1e6):
         run.write_json("lease.json", FOREIGN | {"time": moment})
         lease = run.acquire_lease()
@@ -116,7 +118,7 @@ def test_lease_of_another_host_that_beats_is_respected(run):
 
 
 def test_a_driver_whose_lease_was_taken_notices(run, monkeypatch):
-    monkeypatch.setattr("pipelines.runs.BEAT_SECONDS", 0.05)
+    monkeypatch.setattr("pipelines.runs.lease.BEAT_SECONDS", 0.05)
     lease = run.acquire_lease()
     run.write_json("lease.json", FOREIGN)
     lease._thread.join(timeout=5)

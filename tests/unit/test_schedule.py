@@ -11,13 +11,15 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from cluster.submit import Job
-from pipelines import schedule
-from pipelines.cli import main
-from pipelines.config import ConfigError, parse_config
-from pipelines.loop import Loop, next_times
-from pipelines.runs import RunDirectory, Unavailable
-from pipelines.sources import digest_of
+from cluster import decisions as schedule_decisions
+from cluster import tick
+from cluster.jobs import Job
+from cluster.loop import Loop, next_times
+from pipelines.cli.app import main
+from pipelines.config.loading import parse_config
+from pipelines.data.sources import digest_of
+from pipelines.errors import ConfigError, Unavailable
+from pipelines.runs.directory import RunDirectory
 from tests.conftest import minimal, write_jsonl
 from tests.unit.test_start import finish
 
@@ -53,7 +55,7 @@ def jobs():
 def registry(monkeypatch):
     """Who is champion, as the model registry would say."""
     found = SimpleNamespace(champion=None)
-    monkeypatch.setattr("pipelines.registry.champion", lambda uri, name: found.champion)
+    monkeypatch.setattr("pipelines.lineage.registry.champion", lambda uri, name: found.champion)
     return found
 
 
@@ -90,7 +92,7 @@ def config(raw):
 @pytest.fixture
 def look(config, jobs, registry):
     """One tick; its sentences."""
-    return lambda **options: schedule.tick(config, lambda: jobs, **options).did
+    return lambda **options: tick.tick(config, lambda: jobs, **options).did
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ def add(tmp_path):
 
 
 def decisions(config) -> list[tuple[str, str]]:
-    return [(entry["domain"], entry["kind"]) for entry in schedule.history(config)]
+    return [(entry["domain"], entry["kind"]) for entry in schedule_decisions.history(config)]
 
 
 def finish_job(jobs: Jobs, registry, promoted: bool = True) -> RunDirectory:
@@ -204,7 +206,7 @@ def test_a_crash_after_the_decision_submits_what_was_decided(look, config, jobs,
     jobs.away = False
     look()
     assert decisions(config) == [("news", "accepted"), ("news", "submitted")]
-    accepted = schedule.history(config)[0]["config"]
+    accepted = schedule_decisions.history(config)[0]["config"]
     assert jobs.sent[0].model_dump(mode="json") == accepted
 
 
@@ -217,7 +219,7 @@ def test_a_job_that_breaks_off_is_sent_again_and_then_given_up_until_somebody_sa
     jobs.status[list(jobs.status)[-1]] = "FAILED"
     assert "failed: 2 jobs broke off (OutOfMemoryError: too large)" in look()[0]
     assert look() == ["nothing new among 1 domains"]
-    schedule.again(config, "news")
+    schedule_decisions.again(config, "news")
     assert any("accepted" in line for line in look())
     assert len(jobs.sent) == 3
 
@@ -262,7 +264,7 @@ def test_a_fault_of_the_configuration_is_no_domains_fault(raw, jobs, registry, a
     registry.champion = SimpleNamespace(version=3, run_uri=str(tmp_path / "gone"), step_directory="x", digests={})
     config = parse_config(raw)
     with pytest.raises(ConfigError, match=r"version 3 is the champion, but its run .* is gone"):
-        schedule.tick(config, lambda: jobs)
+        tick.tick(config, lambda: jobs)
     assert decisions(config) == []
 
 
@@ -297,10 +299,10 @@ def test_impossible_schedules_name_field_and_remedy(raw, tmp_path, changes, expe
 def test_pause_dry_run_and_two_ticks_at_once(look, config, jobs, add):
     add("news")
     assert look(dry_run=True) == ["news: is complete; it would be checked, and trained when its turn comes"]
-    schedule.pause(config, True)
+    schedule_decisions.pause(config, True)
     assert look() == ["paused; go on with --resume"]
-    schedule.pause(config, False)
-    with schedule.schedule_folder(config).acquire_lease():
+    schedule_decisions.pause(config, False)
+    with schedule_decisions.schedule_folder(config).acquire_lease():
         assert look() == ["another tick is at work"]
     assert not jobs.sent
     assert decisions(config) == []
@@ -332,7 +334,7 @@ print(result.output.strip(), slow, read)
 
 
 def test_a_look_at_a_thousand_known_domains_imports_nothing_slow_and_reads_no_content(raw, config, tmp_path):
-    from pipelines.inbox import scan
+    from cluster.inbox import scan
 
     for number in range(1000):
         folder = tmp_path / "inbox" / f"domain-{number}"
@@ -355,7 +357,7 @@ def test_cron_in_its_time_zone_and_what_a_restart_catches_up(raw, tmp_path):
         )
 
     assert {(moment.hour, moment.utcoffset().total_seconds()) for moment in next_times(config())} == {(3, 9 * 3600)}
-    folder = schedule.schedule_folder(config())
+    folder = schedule_decisions.schedule_folder(config())
     for last, catch_up, due in (
         (None, "once", True),
         (None, "skip", False),

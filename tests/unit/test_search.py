@@ -4,13 +4,15 @@ import json
 
 import pytest
 
-from pipelines.config import ConfigError, parse_config
-from pipelines.judging import judging_view, training_view
-from pipelines.runs import RunDirectory
-from pipelines.search import adopt, concurrent, place, settings_found
-from pipelines.sources import load_split
-from pipelines.trial import Spec
-from pipelines.workflow import make_plan
+from pipelines.chain.plan import make_plan
+from pipelines.config.loading import parse_config
+from pipelines.data.held_out import judging_view, training_view
+from pipelines.data.sources import load_split
+from pipelines.errors import ConfigError
+from pipelines.runs.directory import RunDirectory
+from pipelines.search.run_search import concurrent
+from pipelines.search.step_search import adopt, place, settings_found
+from pipelines.search.trial_spec import Spec
 from tests.conftest import WORDS, minimal, write_jsonl
 
 SPACE = {"training.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}

@@ -6,10 +6,11 @@ import threading
 import pytest
 import yaml
 
-from cluster import shared as places
-from cluster.submit import job_id, load_for_cluster, runtime_env
-from pipelines.config import ConfigError, parse_config
-from pipelines.doctor import _jobs_api, examine
+from cluster.jobs import job_id, load_for_cluster, runtime_env
+from pipelines.config.loading import parse_config
+from pipelines.errors import ConfigError
+from pipelines.preflight import portability as places
+from pipelines.preflight.machine import _jobs_api, examine
 from tests.conftest import minimal
 
 

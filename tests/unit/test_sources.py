@@ -9,9 +9,13 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from pipelines import sources
-from pipelines.config import parse_config
-from pipelines.sources import DataError, batches, digest_of, load_split, local_copy, place, records, validation_view
+from pipelines.config.loading import parse_config
+from pipelines.data import sources
+from pipelines.data.files import local_copy
+from pipelines.data.held_out import validation_view
+from pipelines.data.row_places import place
+from pipelines.data.sources import batches, digest_of, load_split, records
+from pipelines.errors import DataError
 from tests.conftest import minimal, write_jsonl
 
 ROWS = [{"sentence": f"row {i}, with „quotes“", "label": i % 2} for i in range(40)]
@@ -128,7 +132,7 @@ def test_a_bucket_is_a_folder_like_any_other(tmp_path, bucket, form):
     bucket.pipe_file(f"tasks/{form}/labels.json", b'["no", "yes"]')
     here, there = source(tmp_path / form), source(f"s3://tasks/{form}")
     assert digest_of(there, "train") == digest_of(here, "train")
-    from pipelines.kinds.classification import label_set
+    from pipelines.data.kinds.classification import label_set
 
     assert label_set(there).names == ("no", "yes")
     if form != "parquet":

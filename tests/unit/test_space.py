@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import ConfigError, parse_config, read_yaml
-from pipelines.space import settings, size, trials, with_values
+from pipelines.config.loading import parse_config, read_yaml
+from pipelines.config.search_space import settings, size, trials, with_values
+from pipelines.errors import ConfigError
 from tests.conftest import minimal
 
 RATE = {"training.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}

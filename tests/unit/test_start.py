@@ -4,11 +4,15 @@ import shutil
 
 import pytest
 
-from pipelines.config import ConfigError, parse_config
-from pipelines.runs import RunDirectory
-from pipelines.sources import digest_of
-from pipelines.start import find_start, lineage, record_start
-from pipelines.workflow import build_results, make_plan
+from pipelines.chain.plan import make_plan
+from pipelines.chain.results import build_results
+from pipelines.chain.start import find_start
+from pipelines.config.loading import parse_config
+from pipelines.data.sources import digest_of
+from pipelines.errors import ConfigError
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.records import lineage
+from pipelines.runs.start import record_start
 from tests.conftest import minimal, write_jsonl
 
 TASKS = ("first", "second", "third")
@@ -119,13 +123,13 @@ def test_lineage_leads_through_several_runs(raw, earlier, tmp_path):
 def test_a_run_that_goes_on_keeps_the_parent_it_began_with(raw, earlier, monkeypatch):
     """An alias moves, for example to what this very run has made."""
     steps = earlier.results()["steps"]
-    monkeypatch.setattr("pipelines.start._registered", lambda config: (earlier.uri, steps[0]["fingerprint"]))
+    monkeypatch.setattr("pipelines.chain.start._registered", lambda config: (earlier.uri, steps[0]["fingerprint"]))
     changes = {"name": "next", "start_from": "models:/m@champion", "tasks": raw["tasks"][2:]}
     config = parse_config(raw | changes | {"tracking": {"uri": "sqlite:///x.db"}})
     run = RunDirectory(config.run_uri)
     plan = make_plan(config, run)
     record_start(run, plan.start)
-    monkeypatch.setattr("pipelines.start._registered", lambda config: (earlier.uri, steps[1]["fingerprint"]))
+    monkeypatch.setattr("pipelines.chain.start._registered", lambda config: (earlier.uri, steps[1]["fingerprint"]))
     assert make_plan(config, run) == plan
     assert make_plan(config).start.fingerprint == steps[1]["fingerprint"]
 
@@ -163,7 +167,7 @@ def test_unknown_steps_and_nothing_to_train_are_bad_input(raw, earlier):
 
 
 def test_what_was_trained_before_is_judged_by_what_is_left_of_it(raw, earlier):
-    from pipelines.metrics import aggregates
+    from pipelines.metrics.score_matrix import aggregates
 
     found = aggregates([[0.9, 0.3], [0.7, 0.8]], ["accuracy"] * 2, {}, rows=[0, 1])
     assert found["learning_accuracy"] == 0.8

@@ -7,10 +7,10 @@ import time
 import pytest
 from rich.console import Console
 
-from pipelines.doctor import examine
-from pipelines.progress import ChainProgress
-from pipelines.runs import RunDirectory
-from pipelines.status import SILENT_SECONDS, cancel_run, run_status
+from pipelines.preflight.machine import examine
+from pipelines.reporting.progress import ChainProgress
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.status import SILENT_SECONDS, cancel_run, run_status
 
 
 @pytest.fixture

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from curlora.continual import STRATEGIES, Example, Sequential, make_strategy
-from pipelines import heads
-from pipelines.config import STRATEGIES as NAMES
-from pipelines.config import TrainingConfig
-from pipelines.data import IGNORE
-from pipelines.evaluation import World
-from pipelines.trainer import GlobalBatches, collate, example_losses, micro_batch, optimizer_steps
+from pipelines.config.sections import STRATEGIES as NAMES
+from pipelines.config.sections import TrainingConfig, micro_batch
+from pipelines.data.encoding import IGNORE
+from pipelines.distributed.world import World
+from pipelines.models import heads
+from pipelines.training.arguments import optimizer_steps
+from pipelines.training.batches import GlobalBatches, collate
+from pipelines.training.example_losses import example_losses
 
 CPU = torch.device("cpu")
 

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines import trial as trials
-from pipelines.config import parse_config
-from pipelines.group import GroupLost
-from pipelines.runs import rung_file, verdict_file
-from pipelines.trial import Spec, Trial, prune
+from pipelines.config.loading import parse_config
+from pipelines.search import trial as trials
+from pipelines.search.trial import Trial, prune
+from pipelines.search.trial_spec import Spec
+from pipelines.workers.assignment import rung_file, verdict_file
+from pipelines.workers.failures import GroupLost
 from tests.conftest import minimal
 
 VALUES = {"training.learning_rate": 1e-2}

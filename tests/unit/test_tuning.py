@@ -5,9 +5,9 @@ import json
 import pytest
 from ray.tune.search import Searcher
 
-from pipelines import tuning
-from pipelines.config import parse_config
-from pipelines.tuning import Halving, Proposals, Watch
+from pipelines.config.loading import parse_config
+from pipelines.search import ray_tune
+from pipelines.search.ray_tune import Halving, Proposals, Watch
 from tests.conftest import minimal
 
 KNOWN = [{"adapter.r": rank} for rank in (2, 4, 8)]
@@ -52,7 +52,7 @@ def test_trials_that_break_off_one_after_another_end_the_search_and_a_success_be
 
 
 def test_a_request_to_stop_ends_the_search_with_its_reason(monkeypatch):
-    monkeypatch.setattr(tuning, "ASK_SECONDS", -1)
+    monkeypatch.setattr(ray_tune, "ASK_SECONDS", -1)
     watch = Watch(lambda: "curlora cancel", proposals())
     assert watch.stop_all()
     assert watch.reason == "curlora cancel"
@@ -101,7 +101,7 @@ def search(tmp_path):
 
 def test_optuna_proposes_values_of_the_space_and_learns_from_what_they_gave(search):
     pytest.importorskip("optuna")
-    searcher = proposals(1, [], 20, tuning.optuna_sampler(search, []))
+    searcher = proposals(1, [], 20, ray_tune.optuna_sampler(search, []))
     drawn = []
     for number in range(20):
         values = json.loads(searcher.suggest(str(number))["values"])
@@ -118,12 +118,12 @@ def test_optuna_proposes_values_of_the_space_and_learns_from_what_they_gave(sear
 
 def test_optuna_goes_on_with_the_settings_of_an_earlier_start(search):
     pytest.importorskip("optuna")
-    first = proposals(1, [], 2, tuning.optuna_sampler(search, []))
+    first = proposals(1, [], 2, ray_tune.optuna_sampler(search, []))
     tried = []
     for name in "ab":
         tried.append(json.loads(first.suggest(name)["values"]))
         first.on_trial_complete(name, {"objective": 0.5})
-    again = proposals(1, [], 3, tuning.optuna_sampler(search, [*tried, {"adapter.r": 4}]))
+    again = proposals(1, [], 3, ray_tune.optuna_sampler(search, [*tried, {"adapter.r": 4}]))
     for values in tried:
         assert json.loads(again.suggest(str(values))["values"]) == values
         again.on_trial_complete(str(values), {"objective": 0.5})

@@ -4,11 +4,13 @@ import json
 
 import pytest
 
-from pipelines.config import ConfigError, parse_config
-from pipelines.gate import judge
-from pipelines.ray_cluster import check_cluster, gpus_per_worker
-from pipelines.runs import RunDirectory
-from pipelines.workflow import build_results, make_plan
+from pipelines.chain.plan import make_plan
+from pipelines.chain.results import build_results
+from pipelines.config.loading import parse_config
+from pipelines.errors import ConfigError
+from pipelines.promotion.gate import judge
+from pipelines.runs.directory import RunDirectory
+from pipelines.workers.ray_cluster import check_cluster, gpus_per_worker
 from tests.conftest import minimal, write_jsonl
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from pipelines.evaluation import World
-from pipelines.writing import BATCH, write_text
+from pipelines.distributed.world import World
+from pipelines.evaluation.sampling import BATCH, write_text
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -1,0 +1,135 @@
+"""cluster.cli."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import click
+
+from pipelines.cli.app import main
+from pipelines.cli.helpers import jobs_cluster
+
+
+@main.command()
+@click.argument("config", type=click.Path())
+@click.option("--address", help="The cluster's dashboard; default: RAY_API_SERVER_ADDRESS.")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
+@click.option("--wait/--detach", default=True, show_default=True, help="Follow the job and end as it ends.")
+@click.option("--shared-paths", is_flag=True, help="Every node mounts the paths of CONFIG as this machine does.")
+@click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
+def submit(config, address, overrides, wait, shared_paths, verbose) -> None:
+    """Train the chain of CONFIG as a job on a Ray cluster; a job that is at work on it already is followed instead.
+
+    Submitting again after a failure goes on from there. Ctrl-C ends the following, not the job.
+
+    \b
+    Example:  curlora submit my.yaml --address http://127.0.0.1:8265 --detach
+    """
+    from cluster.jobs import load_for_cluster
+
+    jobs = jobs_cluster(address)
+    chain = load_for_cluster(config, overrides, shared_paths or jobs.is_this_machine())
+    job, is_new = jobs.submit(chain, verbose)
+    click.echo(f"{job.id}: {'submitted' if is_new else 'is at work already'}", err=True)
+    stop = f"curlora cancel {job.run} --address {jobs.address}"
+    if not wait:
+        click.echo(f"follow it: the same command with --wait; stop it: {stop}", err=True)
+        return
+    try:
+        job = jobs.follow(job.id, lambda lines: click.echo(lines, nl=False))
+    except KeyboardInterrupt:
+        click.echo(f"{job.id} goes on; stop it: {stop}", err=True)
+        sys.exit(1)
+    click.echo(f"{job.id}: {job.status.lower()}", err=True)
+    sys.exit(job.exit_code if job.exit_code is not None else int(job.status != "SUCCEEDED"))
+
+
+@main.command()
+@click.argument("config", type=click.Path())
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done.")
+@click.option("--again", metavar="DOMAIN", help="Take back what was decided on this domain, then look.")
+@click.option("--json", "as_json", is_flag=True)
+def tick(config, overrides, dry_run, again, as_json) -> None:
+    """Look at the inbox of CONFIG once: train what is new, complete and sound from the champion on. For any scheduler.
+
+    Safe to call at any rate; nothing is trained twice. A domain that is refused is looked at again when it changes.
+
+    \b
+    Example:  curlora tick my.yaml --dry-run
+    """
+    from cluster import decisions
+    from cluster import tick as schedule_tick
+    from cluster.jobs import load_for_tick
+
+    pipeline = load_for_tick(config, overrides)
+    schedule_tick.check_schedule(pipeline)
+    if again:
+        decisions.again(pipeline, again)
+    outcome = schedule_tick.tick(pipeline, lambda: jobs_cluster(pipeline.domains.address), dry_run)
+    if as_json:
+        click.echo(json.dumps(outcome.to_json()))
+        return
+    for line in outcome.did:
+        click.echo(line)
+
+
+@main.command()
+@click.argument("config", type=click.Path())
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
+@click.option("--dry-run", is_flag=True, help="Say when it would look and what it would do now.")
+@click.option("--history", is_flag=True, help="Every decision so far.")
+@click.option("--pause/--resume", "paused", default=None, help="No tick does anything until --resume.")
+@click.option("--json", "as_json", is_flag=True, help="For --history.")
+def schedule(config, overrides, dry_run, history, paused, as_json) -> None:
+    """Look at the inbox of CONFIG by its cron expression until Ctrl-C, which ends the loop and no job.
+
+    \b
+    Example:  curlora schedule my.yaml
+              curlora schedule my.yaml --history
+    """
+    from cluster import decisions
+    from cluster import tick as scheduling_tick
+    from cluster.jobs import load_for_tick
+    from cluster.loop import Loop, next_times
+
+    pipeline = load_for_tick(config, overrides)
+    scheduling_tick.check_schedule(pipeline)
+    if paused is not None:
+        decisions.pause(pipeline, paused)
+        click.echo("paused" if paused else "goes on")
+    elif history:
+        _print_history(decisions.history(pipeline), as_json)
+    elif dry_run:
+        for moment in next_times(pipeline):
+            click.echo(f"would look at {moment:%Y-%m-%d %H:%M:%S %Z}")
+        for line in scheduling_tick.tick(pipeline, lambda: jobs_cluster(pipeline.domains.address), dry_run=True).did:
+            click.echo(f"now: {line}")
+    else:
+        settings = [part for override in overrides for part in ("--set", override)]
+        Loop(pipeline, [config, *settings], click.echo).run()
+
+
+def _print_history(decisions: list[dict], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(decisions, indent=1))
+        return
+    for entry in decisions:
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["time"]))
+        facts = [entry.get(key) for key in ("verdict", "version", "job", "start_from") if entry.get(key)]
+        details = "; ".join([*facts, *entry.get("reasons", [])])
+        click.echo(f"{moment}  {entry['domain']}  {entry['kind']}" + (f": {details}" if details else ""))
+
+
+def print_jobs(jobs: list, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([job.__dict__ for job in jobs], indent=1))
+        return
+    for job in jobs:
+        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started)) if job.started else "not yet"
+        message = (job.message.strip().splitlines() or [""])[-1]
+        click.echo(f"{job.id}: {job.status.lower()}, started {started}" + (f"; {message}" if message else ""))
+    if not jobs:
+        click.echo("no jobs")

@@ -1,0 +1,274 @@
+"""New domains train by themselves: one look at the inbox (`tick`), and a loop over it (`Loop`).
+
+A tick follows the job that is at work, then looks for a domain that the champion has not learned: complete, sound,
+and not decided on before. It copies the domain's data into the storage, continues the chain from the champion's
+adapter as a job on the cluster, writes down what it decided and why, and ends. Decisions are files that are never
+changed, below `<storage>/<name>.domains/`:
+
+    decisions/<time>.<domain>.<stamp>.<kind>.json   kind: accepted | submitted | finished, or refused | unchanged |
+                                                    failed; `again` takes the earlier ones of a domain back
+    data/<domain>-<stamp>/                          what was checked, and is trained
+    pause.json, last_tick.json, lease.json
+
+A listing of names says what is known, so a tick with nothing new reads no decision, no data and imports nothing slow.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from cluster.decisions import NAME_LENGTH, Decision, Ledger, schedule_folder
+from cluster.inbox import Domain, copy_domain, scan
+from pipelines.config.domains import DomainsConfig
+from pipelines.config.loading import parse_config
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.errors import ConfigError, LeaseHeld, Problem, Unavailable
+from pipelines.runs.directory import RunDirectory
+
+
+@dataclass
+class Outcome:
+    """What a tick did, in sentences for people; `at_work`: a job runs, another tick should look at it soon."""
+
+    did: list[str] = field(default_factory=list)
+    at_work: bool = False
+
+    def to_json(self) -> dict:
+        return {"did": self.did, "at_work": self.at_work}
+
+
+def check_schedule(config: PipelineConfig) -> None:
+    """Raises ConfigError if domains cannot be scheduled with this configuration."""
+    problems = []
+    if config.domains is None:
+        problems.append(Problem("domains", "is null; name an inbox, e.g. domains: {inbox: s3://…, template: {…}}"))
+    if config.tracking is None or config.tracking.register_as is None:
+        why = "the champion that a new domain continues from is a version of it"
+        problems.append(Problem("tracking.register_as", f"is null; name a model: {why}"))
+    if config.gate is None:
+        problems.append(Problem("gate", "is null, so that no candidate would ever become champion; set its limits"))
+    if problems:
+        raise ConfigError(problems)
+
+
+# -- one look
+def tick(config: PipelineConfig, cluster: Callable, dry_run: bool = False) -> Outcome:
+    """Look once. Safe to call at any rate, from anywhere, also twice at the same time.
+
+    Args:
+        cluster: called without arguments where jobs are to be looked at or sent; a `cluster.submit.Cluster`.
+        dry_run: only say what would be done.
+
+    Raises:
+        ConfigError: the configuration itself is at fault; no domain is blamed for it.
+        Unavailable: cluster or registry are away; call again later.
+    """
+    folder = schedule_folder(config)
+    if folder.exists("pause.json"):
+        return Outcome(["paused; go on with --resume"])
+    try:
+        found = scan(config.domains.inbox, config.domains.marker)
+    except OSError as error:
+        raise ConfigError(
+            [Problem("domains.inbox", f"'{config.domains.inbox}' cannot be listed ({error})")]
+        ) from error
+    ledger = Ledger(folder)
+    fresh = [domain for domain in found if not ledger.of(domain.key, domain.stamp)]
+    if not fresh and not ledger.open():
+        return _told(folder, Outcome([f"nothing new among {len(found)} domains"]), dry_run)
+    if dry_run:
+        return _forecast(config.domains, ledger, fresh)
+    try:
+        with folder.acquire_lease():
+            ledger.read()  # somebody may have decided just before
+            fresh = [domain for domain in found if not ledger.of(domain.key, domain.stamp)]
+            return _told(folder, _Look(config, ledger, cluster).at(fresh), dry_run)
+    except LeaseHeld:
+        return Outcome(["another tick is at work"], at_work=True)
+
+
+def _told(folder: RunDirectory, outcome: Outcome, dry_run: bool) -> Outcome:
+    if not dry_run:
+        folder.write_json("last_tick.json", outcome.to_json() | {"time": time.time()})
+    return outcome
+
+
+def _forecast(domains: DomainsConfig, ledger: Ledger, fresh: Sequence[Domain]) -> Outcome:
+    outcome = Outcome([f"{decision.domain}: its job would be looked at" for decision in ledger.open()])
+    for domain in fresh:
+        if domain.problems:
+            what = f"would be refused: {domain.problems[0]}"
+        elif not domain.is_complete(domains.quiet_period, time.time()):
+            what = "is not complete yet"
+        else:
+            what = "is complete; it would be checked, and trained when its turn comes"
+        outcome.did.append(f"{domain.key}: {what}")
+    return outcome
+
+
+class _Look:
+    """The part of a tick that changes something; one at a time."""
+
+    def __init__(self, config: PipelineConfig, ledger: Ledger, cluster: Callable):
+        self.config, self.domains, self.ledger = config, config.domains, ledger
+        self._connect, self._cluster = cluster, None
+        self.outcome = Outcome()
+
+    @property
+    def cluster(self):
+        if self._cluster is None:
+            self._cluster = self._connect()
+        return self._cluster
+
+    def at(self, fresh: Sequence[Domain]) -> Outcome:
+        for decision in self.ledger.open():
+            self._follow(decision)
+        for domain in fresh:
+            if domain.problems:
+                self._settle(domain, "refused", reasons=domain.problems)
+            elif not domain.is_complete(self.domains.quiet_period, time.time()):
+                self._say(domain.key, "is not complete yet")
+            elif self.outcome.at_work:
+                self._say(domain.key, "waits for the job that is at work")
+            else:
+                self._take(domain)
+        return self.outcome
+
+    def _say(self, domain: str, text: str) -> None:
+        self.outcome.did.append(f"{domain}: {text}")
+
+    def _settle(self, domain: Domain, kind: str, **fields) -> None:
+        self.ledger.record(domain.key, domain.stamp, kind, **fields)
+        self._say(domain.key, f"{kind}: {'; '.join(fields['reasons'])}")
+
+    # -- a new domain
+
+    def _take(self, domain: Domain) -> None:
+        """Copy, check and submit a complete domain, or say why not."""
+        label = f"{domain.key}-{domain.stamp[:8]}"
+        data = copy_domain(self.domains.inbox, domain, self.domains.marker, self.ledger.folder, f"data/{label}")
+        if data is None:
+            self._say(domain.key, "is still being written")
+            return
+        champion = self._champion()
+        chain = self._chain(domain, data, champion)
+        kind, reasons = self._judge(domain, chain, champion)
+        if reasons:
+            self.ledger.folder.remove(f"data/{label}")
+            inbox = f"{self.domains.inbox.rstrip('/')}/{domain.name}"  # where a person can mend it
+            self._settle(domain, kind, reasons=[reason.replace(data, inbox) for reason in reasons])
+            return
+        self._check_chain(chain)
+        parent = chain.start_from or "the base"
+        run = {"run": chain.name, "run_uri": chain.run_uri, "start_from": chain.start_from}
+        self.ledger.record(domain.key, domain.stamp, "accepted", **run, config=chain.model_dump())
+        self._say(domain.key, f"accepted; the chain continues from {parent}")
+        self._submit(domain.key, domain.stamp, chain)
+
+    def _champion(self):
+        from pipelines.errors import LineageError
+        from pipelines.lineage.registry import champion  # imports mlflow
+
+        try:
+            return champion(self.config.tracking.uri, self.config.tracking.register_as)
+        except LineageError as error:
+            raise Unavailable(str(error)) from error
+
+    def _chain(self, domain: Domain, data: str, champion) -> PipelineConfig:
+        """What is to be trained: the champion's tasks, as they were trained, and the new one.
+
+        Raises:
+            ConfigError: the champion's run is gone, or its tasks and this configuration do not go together.
+        """
+        raw = self.config.model_dump() | {"domains": None, "name": self._run_name(domain)}
+        tasks = list(raw["tasks"])
+        if champion is not None:
+            run = RunDirectory(champion.run_uri)
+            if not run.exists("config.yaml"):
+                message = f"version {champion.version} is the champion, but its run {champion.run_uri} is gone"
+                raise ConfigError([Problem("tracking.register_as", f"{message}; promote another version")])
+            learned = [task.model_dump() for task in run.config().tasks]
+            names = {task["name"] for task in learned}
+            tasks = [*learned, *(task for task in tasks if task["name"] not in names)]
+            raw["start_from"] = f"{champion.run_uri}/{champion.step_directory}"
+        tasks = [task for task in tasks if task["name"] != domain.name]
+        own = {**self.domains.template, "name": domain.name, "data": data}
+        return parse_config(raw | {"tasks": [*tasks, own]})
+
+    def _run_name(self, domain: Domain) -> str:
+        ending = f"-{domain.name[:40]}-{domain.stamp[:8]}"
+        return self.config.name[: NAME_LENGTH - len(ending)] + ending
+
+    def _judge(self, domain: Domain, chain: PipelineConfig, champion) -> tuple[str, list[str]]:
+        """Why this domain is not trained: (kind of decision, reasons); no reasons: it is."""
+        from pipelines.preflight.hub import hub_available
+
+        hub_available(chain)
+        from pipelines.data.sources import digest_of
+        from pipelines.errors import DataError
+        from pipelines.preflight.data import check_data  # imports datasets, after the hub was asked for
+
+        taken = {"base", *(source.name for source in [*self.config.tasks, *self.config.retention])}
+        if domain.name in taken:
+            return "refused", [f"the name '{domain.name}' is taken in the configuration; rename the folder"]
+        alone = chain.model_copy(update={"tasks": [chain.tasks[-1]], "retention": []})
+        problems = check_data(alone)
+        if problems:
+            return "refused", [problem.message for problem in problems]
+        try:
+            known = champion is not None and champion.digests.get(domain.name) == digest_of(chain.tasks[-1], "train")
+        except DataError as error:
+            return "refused", [str(problem) for problem in error.problems]
+        return "unchanged", [f"version {champion.version} has learned these very rows"] if known else []
+
+    def _check_chain(self, chain: PipelineConfig) -> None:
+        """Raises ConfigError where not the domain but the schedule's own configuration is at fault."""
+        from pipelines.chain.start import find_start
+        from pipelines.preflight.portability import open_secrets, unshared
+
+        one_machine = self.domains.shared_paths or self.cluster.is_this_machine()
+        problems = [*unshared(chain, one_machine), *open_secrets(chain)]
+        if problems:
+            raise ConfigError(problems)
+        find_start(chain)
+
+    # -- a job
+
+    def _submit(self, domain: str, stamp: str, chain: PipelineConfig) -> None:
+        job, _ = self.cluster.submit(chain)
+        self.ledger.record(domain, stamp, "submitted", job=job.id, run=chain.name)
+        self._say(domain, f"is trained by job {job.id}")
+        self.outcome.at_work = True
+
+    def _follow(self, accepted: Decision) -> None:
+        """What became of an accepted domain; a job that broke off goes on a few times."""
+        chain = PipelineConfig.model_validate(self.ledger.body(accepted)["config"])
+        submitted = [d for d in self.ledger.of(accepted.domain, accepted.stamp) if d.kind == "submitted"]
+        job = self.cluster.job(self.ledger.body(submitted[-1])["job"]) if submitted else None
+        results = RunDirectory(chain.run_uri).results() or {}
+        if job is not None and not job.over:
+            self._say(accepted.domain, f"job {job.id} is at work")
+            self.outcome.at_work = True
+        elif results.get("status") == "finished" and (job is None or job.status == "SUCCEEDED"):
+            self._finish(accepted, chain, results)
+        elif len(submitted) < self.domains.max_attempts:
+            self._submit(accepted.domain, accepted.stamp, chain)
+        else:
+            last = (job.message.strip().splitlines() or ["no message"])[-1] if job else "the cluster forgot the job"
+            reason = (
+                f"{len(submitted)} jobs broke off ({last}); mend it, then: curlora tick … --again {accepted.domain}"
+            )
+            self.ledger.record(accepted.domain, accepted.stamp, "failed", run=chain.name, reasons=[reason])
+            self._say(accepted.domain, f"failed: {reason}")
+
+    def _finish(self, accepted: Decision, chain: PipelineConfig, results: dict) -> None:
+        gate, registry = results.get("gate") or {}, results.get("registry") or {}
+        verdict = {True: "passed", False: "refused", None: "undecided"}[gate.get("passed")]
+        fields = {"verdict": verdict, "reasons": gate.get("reasons", []), "version": registry.get("uri")}
+        fields |= {"run": chain.name, "run_uri": chain.run_uri, "promoted": registry.get("promoted", False)}
+        self.ledger.record(accepted.domain, accepted.stamp, "finished", **fields)
+        state = "is champion now" if fields["promoted"] else "stays a candidate"
+        why = f" ({'; '.join(fields['reasons'])})" if fields["reasons"] else ""
+        self._say(accepted.domain, f"finished; the gate: {verdict}{why}; {fields['version'] or chain.name} {state}")

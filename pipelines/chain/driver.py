@@ -1,0 +1,367 @@
+"""The chain: which steps and cells are missing, in which segments they run, and watching them.
+
+The driver decides and watches; it never trains. What is done stands in the run directory, so a second call of `run`
+does only what is missing, after a crash as after a change of the configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipelines.chain.plan import Plan, make_plan, planned
+from pipelines.chain.results import build_results
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.errors import ConfigError, Problem, RunDirectoryError, RunFailed, RunStopped, and_then
+from pipelines.lineage.background import Projector
+from pipelines.preflight.model import check_fits
+from pipelines.promotion.publish import already_published, publish
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.identity import StepPlan
+from pipelines.runs.lease import Lease
+from pipelines.runs.start import record_start
+from pipelines.workers.failures import GroupLost
+from pipelines.workers.group import WorkerGroup
+from pipelines.workers.ray_cluster import cluster, early_cluster, gpus_per_worker
+
+STOP_SECONDS = 4.0  # for workers to write a checkpoint after a request to stop, before they are ended
+
+
+@dataclass
+class Drive:
+    """One call of `run_chain`: what its parts share.
+
+    Attributes:
+        known: names of the events that were reported already.
+        groups: all worker groups; a search uses them side by side, the chain the first one.
+    """
+
+    config: PipelineConfig
+    plan: Plan
+    run: RunDirectory
+    lease: Lease
+    projector: Projector
+    on_event: Callable[[dict], None]
+    known: set[str]
+    groups: list = field(init=False)
+
+    @property
+    def group(self) -> WorkerGroup:
+        return self.groups[0]
+
+
+def run_chain(
+    config: PipelineConfig,
+    on_event: Callable[[dict], None] = lambda event: None,
+    verbose: bool = False,
+    segment_length: int | None = None,
+    address: str | None = None,
+    redo: Sequence[str] = (),
+    group: WorkerGroup | None = None,
+) -> dict:
+    """Do what is missing of a run and return its results.
+
+    Args:
+        on_event: called with every event of the run as it happens (progress bars).
+        segment_length: steps a worker group does before the driver looks again; None: as many as possible.
+        address: Ray cluster; None: RAY_ADDRESS, else a local one.
+        redo: tasks or positions whose finished steps are to be trained again.
+        group: workers to use and to leave as they are; None: a cluster and workers for this run alone.
+
+    Raises:
+        ConfigError: bad input, before any training.
+        LeaseHeld: another driver works on this run.
+        RunDirectoryError: a finished step lacks files.
+        RunFailed: training stopped.
+        RunStopped: somebody asked for it.
+    """
+    from pipelines.preflight.data import check_data
+
+    run = RunDirectory(config.run_uri)
+    with contextlib.ExitStack() as stack:
+        if not group and (run.results() or {}).get("status") != "finished":
+            stack.enter_context(early_cluster(verbose, address))
+        problems = check_data(config, warn=lambda text: on_event({"kind": "warning", "text": text}))
+        if problems:
+            raise ConfigError(problems)
+        config, plan = planned(config, run)
+        lease = stack.enter_context(run.acquire_lease())
+        run.open_for_writing(config)
+        record_start(run, plan.start)
+        run.remove("stop.json")  # it was meant for an earlier driver
+        _forget(run, plan, redo)
+        _check_files(run, plan)
+        projector = Projector(run, config, [step.fingerprint for step in plan.steps])
+        ran = bool(plan.missing_steps(run) or any(plan.missing_cells(run).values()) or plan.undecided)
+        if ran:
+            known = {name for name, _ in run.events()}
+            drive = Drive(config, plan, run, lease, projector, on_event, known)
+            with _stops_cleanly(drive), _workers(drive, group, verbose, address) as drive.groups:
+                run.event("started", steps=len(plan.steps), done=len(plan.steps) - len(plan.missing_steps(run)))
+                _save_results(run, config, plan, "running")
+                _run_segments(drive, segment_length)
+            plan = drive.plan
+            run.remove("train")
+            run.event("finished")
+        results = _save_results(run, config, plan, "finished")
+        return _publish(run, config, results, projector, on_event) | {"ran": ran}
+
+
+@contextlib.contextmanager
+def _workers(drive: Drive, group: WorkerGroup | None, verbose: bool, address: str | None):
+    """The given group; or those of this run alone, on a cluster that is left or ended with them.
+
+    Raises:
+        ConfigError: the adapter does not fit the model, or the workers the cluster.
+    """
+    config = drive.config
+    if group:
+        check_fits(config)
+        yield [group]
+        return
+    with cluster(config, verbose, address):
+        if drive.plan.undecided:
+            check_fits(config)
+            from pipelines.search.run_search import warm_groups
+
+            with warm_groups(config, drive.run, gpus_per_worker(config), verbose) as groups:
+                yield groups
+            return
+        group = WorkerGroup(config, config.run_uri, gpus_per_worker(config), verbose)
+        group.start()
+        try:
+            check_fits(config)  # meanwhile the workers import what they need
+        except ConfigError:
+            group.kill()
+            raise
+        yield [group]
+        group.close()
+
+
+@contextlib.contextmanager
+def _stops_cleanly(drive: Drive) -> Iterator[None]:
+    """However the run ends early, results.json says so; a request to stop is taken back."""
+    try:
+        yield
+    except (KeyboardInterrupt, RunStopped) as stop:
+        _record_end(drive, "stopped", reason=str(stop) or "interrupted")
+        raise
+    except RunFailed as error:
+        _record_end(drive, "failed", error=str(error))
+        raise
+    except OSError as error:  # the driver's own writes
+        _record_end(drive, "failed", error=str(error))
+        raise RunFailed(f"{error}; free or mend the storage, then run the same command again") from error
+
+
+def _record_end(drive: Drive, status: str, **fields: Any) -> None:
+    with contextlib.suppress(OSError):  # a full disk: what is there stays as it is
+        drive.run.event(status, **fields)
+        _save_results(drive.run, drive.config, drive.plan, status)
+        drive.run.remove("stop.json")
+
+
+def _forget(run: RunDirectory, plan: Plan, redo: Sequence[str]) -> None:
+    """Delete finished steps that are to be trained again; their successors stay, as the same training gives the same.
+
+    Raises:
+        ConfigError: there is no such step.
+    """
+    for name in redo:
+        step = next((s for s in plan.steps if name in (*s.tasks, str(s.position))), None)
+        if step is None:
+            known = ", ".join(f"{s.position} ({s.label})" for s in plan.steps)
+            raise ConfigError([Problem("--redo", f"no step '{name}'; the steps are {known}")])
+        run.event("redo", fingerprint=step.fingerprint, task=step.label, position=step.position)
+        run.remove(f"{step.directory}/metrics.json")  # first: from here on the step is not done
+        run.remove(step.directory)
+
+
+def _check_files(run: RunDirectory, plan: Plan) -> None:
+    """Raises RunDirectoryError if a finished step lacks what it published (adapter, heads, strategy state)."""
+    problems = []
+    if plan.start and plan.missing_steps(run):
+        files = (plan.start.run.metrics(plan.start.directory) or {"files": {"metrics.json": {"bytes": None}}})["files"]
+        for name in plan.start.run.damaged_files(plan.start.directory, files):
+            problems.append(f"start_from: {plan.start.run_uri}/{plan.start.directory}/{name} is missing or damaged")
+    for step in plan.steps:
+        metrics = run.metrics(step.directory)
+        for name in run.damaged_files(step.directory, (metrics or {}).get("files", {})):
+            problems.append(
+                f"{step.directory}/{name} is missing or has another size, though the step is finished; restore it, "
+                f"or train the step again: --redo {step.label}"
+            )
+    if problems:
+        raise RunDirectoryError("\n".join(problems))
+
+
+def _publish(run: RunDirectory, config: PipelineConfig, results: dict, projector: Projector, on_event) -> dict:
+    """Verdict, report, lineage and registry; they follow the run directory and are made anew only where it changed."""
+    if done := already_published(run, config, results):
+        run.write_json("results.json", done)
+        return done
+    on_event({"kind": "reporting"})
+    results, warnings = publish(run, config, results, projector.finish)
+    for text in warnings:
+        on_event({"kind": "warning", "text": text})
+    return results
+
+
+def _save_results(run: RunDirectory, config: PipelineConfig, plan: Plan, status: str) -> dict:
+    results = build_results(config, plan, run, status)
+    run.write_json("results.json", results)
+    return results
+
+
+def _run_segments(drive: Drive, segment_length: int | None) -> None:
+    """Segment after segment; one that breaks off is started again as long as it gets on."""
+    length = segment_length or len(drive.plan.steps)
+    failures = 0
+    while True:
+        missing = drive.plan.missing_steps(drive.run)
+        if not missing and not any(drive.plan.missing_cells(drive.run).values()):
+            if drive.plan.undecided is None:
+                return
+            _search(drive)
+            continue
+        setting = drive.plan.setting(missing[0]) if missing else None
+        alike = itertools.takewhile(lambda step, setting=setting: drive.plan.setting(step) == setting, missing)
+        steps = tuple(itertools.islice(alike, length))
+        begun, before = time.time(), _progress_made(drive)
+        try:
+            _run_segment(drive, steps)
+            failures = 0
+        except GroupLost as error:
+            failures = failures + 1 if _progress_made(drive) == before else 0
+            if failures > drive.config.durability.max_failures:
+                reason = f"{error} (gave up after {failures} starts without progress: durability.max_failures)"
+                raise RunFailed(and_then(reason)) from error
+            drive.run.event("segment_lost", error=str(error))
+        finally:
+            drive.run.event(
+                "segment_finished", seconds=time.time() - begun, steps=[step.fingerprint for step in steps]
+            )
+
+
+def _search(drive: Drive) -> None:
+    """Find the setting of the first step that has none, and take over what its best trial has trained."""
+    from pipelines.search import run_search, step_search
+
+    plan, run = drive.plan, drive.run
+    step = plan.steps[plan.undecided - 1]
+    where = step_search.place(drive.config, step.position, step.parent, plan.base_fingerprint)
+    parent = plan.steps[step.position - 2].directory if step.position > 1 else None
+
+    def on_event(event: dict) -> None:
+        drive.on_event(event)
+        drive.projector.poke()
+
+    run_search.search(where, run, parent, plan.base_directory, drive.lease, drive.groups, on_event)
+    drive.plan = make_plan(drive.config, run, step_search.settings_found(run))
+    drive.projector.chain = [step.fingerprint for step in drive.plan.steps]
+    step_search.adopt(run, where, drive.plan.steps[step.position - 1])
+    drive.known |= {name for name, _ in run.events()}
+
+
+def _progress_made(drive: Drive) -> list:
+    """What of the missing steps is done, in a form to compare."""
+    steps = drive.plan.steps
+    return [(drive.run.list(step.directory), drive.run.list(step.checkpoints)) for step in steps]
+
+
+def _run_segment(drive: Drive, steps: tuple[StepPlan, ...]) -> None:
+    """Hand a segment to the workers and follow it through the run directory until it is done.
+
+    Raises:
+        RunFailed: trying again cannot help, or the workers gave no sign of life for too long.
+        RunStopped: somebody asked for it.
+        GroupLost: the workers broke off for another reason.
+    """
+    plan, run = drive.plan, drive.run
+    setting = plan.setting(steps[0]) if steps else plan.settings[max(len(plan.decided) - 1, 0)]
+    number = drive.group.submit(
+        {
+            "run_uri": run.uri,
+            "config": setting.model_dump(),
+            "steps": [step.to_json() for step in steps],
+            "base_directory": plan.base_directory,
+            "base_fingerprint": plan.base_fingerprint,
+            "start": plan.start.to_json() if plan.start else None,
+            "missing": plan.missing_cells(run),
+            "cell_keys": plan.cell_keys,
+            "lease": drive.lease.token,
+        }
+    )
+    try:
+        result = _watch(drive, number)
+    except GroupLost:
+        raise
+    except RunFailed:
+        drive.group.kill()  # its workers have raised, or are silent
+        raise
+    except BaseException:
+        _end_workers(drive, number)
+        raise
+    if result["stopped"]:
+        raise RunStopped(run.stop_requested() or "another driver has taken over this run")
+    run.remove("progress.json")
+
+
+def _watch(drive: Drive, number: int) -> dict:
+    """The result of an assignment; reports what happens meanwhile."""
+    alive, told = time.monotonic(), None
+    result = None
+    while result is None:
+        result = drive.group.wait(number)
+        for name, event in drive.run.events(drive.known):
+            drive.known.add(name)
+            alive = time.monotonic()
+            _handle(drive, event)
+        progress = drive.run.read_json("progress.json")
+        if progress and (mark := (progress["worker"], progress["serial"])) != told:
+            alive, told = time.monotonic(), mark
+            drive.on_event(progress)
+        _check_alive(drive, alive)
+        if result is None and (reason := drive.run.stop_requested()):
+            raise RunStopped(reason)
+    return result
+
+
+def _handle(drive: Drive, event: dict) -> None:
+    drive.on_event(event)
+    if event["kind"] == "worker_error":
+        raise RunFailed(and_then(event["error"]))
+    if event["kind"] == "published":
+        _save_results(drive.run, drive.config, drive.plan, "running")
+        drive.projector.poke()
+
+
+def _check_alive(drive: Drive, alive: float) -> None:
+    """Raises if this driver is not in charge any more, or the workers have been silent for too long."""
+    import ray
+
+    if drive.lease.lost:
+        raise RunStopped("another driver has taken over this run")
+    limit = drive.config.durability.start_timeout
+    if time.monotonic() - alive > limit:
+        there = ", ".join(f"{v:g} {k}" for k, v in ray.available_resources().items() if k in ("CPU", "GPU"))
+        raise RunFailed(
+            and_then(
+                f"no sign of life from the workers for {limit:g} s (durability.start_timeout); "
+                f"{drive.config.resources.workers} workers may not fit the cluster (free: {there or 'nothing'}), "
+                "or it is still starting nodes"
+            )
+        )
+
+
+def _end_workers(drive: Drive, number: int) -> None:
+    """Give the workers a moment to write a checkpoint, then end them."""
+    with contextlib.suppress(OSError, GroupLost):
+        if drive.run.stop_requested() is None:
+            drive.run.request_stop("the driver ends")
+        drive.group.wait(number, STOP_SECONDS)
+    drive.group.kill()

@@ -1,0 +1,156 @@
+"""Turns a configuration into steps and score cells, and tells which of them are missing from a run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pipelines.chain.start import find_start
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.config.tasks import ClassificationTask
+from pipelines.errors import ConfigError, Problem
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.identity import StepPlan, base_fingerprint, fingerprint, step_fingerprint
+from pipelines.runs.start import Start
+
+SettingOf = Callable[[PipelineConfig, int, str, str], PipelineConfig | None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration turned into steps and score cells.
+
+    Attributes:
+        base_directory: the step directory of row 0: the base, or what the chain starts from.
+        cell_keys: name of a task or corpus → identity of its score (test digest, metric, how it is scored).
+        needed: step directory → names of all cells of that row.
+        settings: the configuration that each step is trained under, in their order.
+        undecided: position of the first step whose setting is still to be searched; it and what follows is here as
+            the configuration stands.
+        earlier: tasks that the step it starts from has learned; scored, not trained.
+    """
+
+    base_fingerprint: str
+    base_directory: str
+    steps: tuple[StepPlan, ...]
+    cell_keys: dict[str, str]
+    needed: dict[str, tuple[str, ...]]
+    settings: tuple[PipelineConfig, ...]
+    undecided: int | None = None
+    start: Start | None = None
+    earlier: tuple[str, ...] = ()
+
+    @property
+    def decided(self) -> tuple[StepPlan, ...]:
+        return self.steps if self.undecided is None else self.steps[: self.undecided - 1]
+
+    def setting(self, step: StepPlan) -> PipelineConfig:
+        return self.settings[step.position - 1]
+
+    def learned_at(self) -> dict[str, int]:
+        """Task → row of the score matrix that is the first after its training."""
+        return dict.fromkeys(self.earlier, 0) | {name: step.position for step in self.steps for name in step.tasks}
+
+    def missing_cells(self, run: RunDirectory) -> dict[str, list[str]]:
+        """step directory → cells that are not there yet."""
+        missing = {}
+        known = {self.base_directory, *(step.directory for step in self.decided)}
+        for directory, names in self.needed.items():
+            if directory not in known:
+                continue
+            row = run.metrics(directory)
+            keys = {cell["key"] for cell in row["cells"]} if row else set()
+            missing[directory] = [name for name in names if self.cell_keys[name] not in keys]
+        return missing
+
+    def missing_steps(self, run: RunDirectory) -> list[StepPlan]:
+        return [step for step in self.decided if run.metrics(step.directory) is None]
+
+
+def make_plan(
+    config: PipelineConfig, run: RunDirectory | None = None, setting_of: SettingOf = lambda config, *_: config
+) -> Plan:
+    """Steps with their fingerprints, and the cells that the metrics need.
+
+    Args:
+        run: where the plan is to be carried out: what an alias in `start_from` meant stands there.
+        setting_of: (configuration, position, parent's fingerprint, base's) → what the step is trained under; None: a
+            search has to find it first.
+
+    Raises:
+        ConfigError: `start_from` names nothing that this configuration can grow from.
+    """
+    from pipelines.data.identity import data_identity  # imports `datasets`
+
+    base = base_fingerprint(config.base_model)
+    start = find_start(config, run)
+    identities = {task.name: data_identity(task) for task in config.tasks}
+    earlier = tuple(name for name in identities if start and start.knows(name, identities[name]["digest"]))
+    new = [name for name in identities if name not in earlier]
+    if not new:
+        why = f"{start.named} has learned all of them already" if start else "there are none"
+        raise ConfigError([Problem("tasks", f"{why}; add one")])
+    parent = start.fingerprint if start else base
+    steps: list[StepPlan] = []
+    settings: list[PipelineConfig] = []
+    undecided = None
+    for position, names in enumerate([tuple(new)] if config.is_joint else [(name,) for name in new], 1):
+        setting = None if undecided else setting_of(config, position, parent, base)
+        if setting is None:
+            undecided, setting = undecided or position, config
+        identity = step_fingerprint(base, parent, setting, [identities[name] for name in names])
+        steps.append(StepPlan(position, names, identity, parent, start.depth if start else 0))
+        settings.append(setting)
+        parent = steps[-1].fingerprint
+    first = f"steps/0-start-{start.fingerprint[:8]}" if start else f"steps/0-base-{base[:8]}"
+    needed = _needed(config, first, steps, earlier)
+    keys = _cell_keys(settings[0])
+    return Plan(base, first, tuple(steps), keys, needed, tuple(settings), undecided, start, earlier)
+
+
+def _cell_keys(config: PipelineConfig) -> dict[str, str]:
+    from pipelines.data.identity import score_identity
+
+    return {source.name: fingerprint(score_identity(source, config)) for source in [*config.tasks, *config.retention]}
+
+
+def _needed(
+    config: PipelineConfig, first: str, steps: Sequence[StepPlan], earlier: tuple[str, ...]
+) -> dict[str, tuple[str, ...]]:
+    """Row 0, then each step's own task, the one that comes next, and retention; all that was learned before as often
+    as `evaluation.earlier_every` says, and after the last step.
+
+    A head that is untrained has no score.
+    """
+    names = [task.name for task in config.tasks]
+    corpora = tuple(corpus.name for corpus in config.retention)
+    scored = tuple(n for n in names if n in earlier or not has_untrained_head(config, n))
+    needed, seen = {first: scored + corpora}, set(earlier)
+    for step, after in zip(steps, [*steps[1:], None], strict=True):
+        seen |= set(step.tasks)
+        ahead = [n for n in (after.tasks if after else ()) if not has_untrained_head(config, n)]
+        whole = after is None or step.position % config.evaluation.earlier_every == 0
+        behind = [n for n in names if n in (seen if whole else step.tasks)]
+        needed[step.directory] = (*behind, *ahead, *corpora)
+    return needed
+
+
+def has_untrained_head(config: PipelineConfig, name: str) -> bool:
+    """Whether a task cannot be scored before its own training."""
+    task = config.task(name)
+    return isinstance(task, ClassificationTask) and task.head == "classifier"
+
+
+def planned(config: PipelineConfig, run: RunDirectory) -> tuple[PipelineConfig, Plan]:
+    """The configuration as its chain is trained, and the plan with every setting that a search has found so far."""
+    if not config.search:
+        return config, make_plan(config, run)
+    from pipelines.data.held_out import training_view
+    from pipelines.preflight.data import check_judging_data
+    from pipelines.search.step_search import settings_found
+
+    config = training_view(config) if config.search.when else config
+    plan = make_plan(config, run, settings_found(run))
+    if plan.undecided:
+        check_judging_data(config)
+    return config, plan

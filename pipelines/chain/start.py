@@ -1,0 +1,143 @@
+"""What a chain grows from when it does not begin at the base: a finished step of an earlier run (`start_from`).
+
+`<run URI or path>/<step>` names a step by task, position, fingerprint or directory; `models:/name@alias` is asked of
+the model registry *once* for a run: an alias moves, and a run that goes on must not change its parent.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator
+
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.errors import ConfigError, Problem
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.records import lineage, trained_on
+from pipelines.runs.start import RECORD, Start
+
+
+def find_start(config: PipelineConfig, run: RunDirectory | None = None) -> Start | None:
+    """The step that `start_from` means; None where the chain begins at the base.
+
+    Args:
+        run: the run that is to go on: what an alias meant when it began stands there.
+
+    Raises:
+        ConfigError: no such run, step, model or alias, or it does not fit this configuration.
+    """
+    if config.start_from is None:
+        return None
+    record = run.read_json(RECORD) if run else None
+    if record and record["named"] == config.start_from:
+        start = Start(**record)
+    else:
+        start = _read(config, *_place(config))
+    problems = list(_misfits(config, start))
+    if problems:
+        raise ConfigError(problems)
+    return start
+
+
+# -- finding it
+def _fault(message: str) -> ConfigError:
+    return ConfigError([Problem("start_from", message)])
+
+
+def _place(config: PipelineConfig) -> tuple[str, str]:
+    """(run URI, step) of `start_from`."""
+    named = config.start_from
+    if named.startswith("models:/"):
+        return _registered(config)
+    run, _, step = named.rstrip("/").rpartition("/")
+    if posixpath.basename(run) == "steps":
+        run = posixpath.dirname(run)
+    return run, step
+
+
+def _registered(config: PipelineConfig) -> tuple[str, str]:
+    name, _, alias = config.start_from.removeprefix("models:/").partition("@")
+    if not name or not alias:
+        raise _fault(f"'{config.start_from}' has no alias; write models:/<name>@champion")
+    if config.tracking is None:
+        raise _fault(f"'{config.start_from}' needs a model registry; set tracking.uri, or name <run>/<step>")
+    from pipelines.errors import LineageError
+    from pipelines.lineage.registry import by_alias  # imports mlflow
+
+    try:
+        version = by_alias(config.tracking.uri, name, alias)
+    except LineageError as error:
+        raise _fault(str(error)) from error
+    if version is None:
+        raise _fault(
+            f"no version of '{name}' has the alias '{alias}' in {config.tracking.uri}; "
+            "register a run first (tracking.register_as), or name <run>/<step>"
+        )
+    return version.run_uri, posixpath.basename(version.step_directory)
+
+
+def _read(config: PipelineConfig, run_uri: str, step: str) -> Start:
+    from pipelines.runs.records import choose_step
+
+    run = RunDirectory(run_uri)
+    results = run.results()
+    if results is None:
+        raise _fault(f"'{config.start_from}': {run_uri} is not a run with results; write <run URI or path>/<step>")
+    named = [f"steps/{step}"] if run.metrics(f"steps/{step}") else []
+    try:
+        directory = named[0] if named else choose_step(run, step)
+    except ConfigError as error:
+        raise _fault(error.problems[0].message) from error
+    metrics, base = run.metrics(directory), run.config().base_model
+    if metrics["position"] == 0:
+        raise _fault(f"'{config.start_from}' is what that run began with; name a step that was trained")
+    return Start(
+        named=config.start_from,
+        run_uri=run_uri,
+        directory=directory,
+        fingerprint=metrics["fingerprint"],
+        base_fingerprint=results["base_fingerprint"],
+        depth=metrics.get("depth", metrics["position"]),
+        digests=_learned(run, directory),
+        base={"path": base.path, "dtype": base.dtype, "quantization": base.quantization},
+        adapter=metrics["setting"]["adapter"],
+        strategy=metrics["setting"]["strategy"]["name"] if run.exists(f"{directory}/strategy") else None,
+    )
+
+
+def _learned(run: RunDirectory, directory: str) -> dict[str, str]:
+    """`Start.digests` of a step: its own run's steps after what that run itself started from, which is on record."""
+    record, newest_first = run.read_json(RECORD), []
+    for metrics in lineage(run, directory):
+        newest_first += reversed(trained_on(metrics).items())
+        if metrics.get("parent_run") and record and record["fingerprint"] == metrics["parent"]:
+            newest_first += reversed(record["digests"].items())
+            break  # a chain of a thousand runs is read in one
+    return dict(reversed(newest_first))
+
+
+# -- whether it fits
+def _misfits(config: PipelineConfig, start: Start) -> Iterator[Problem]:
+    """What of the configuration keeps it from growing from there; each with the value that would."""
+    from pipelines.runs.identity import base_fingerprint
+
+    ours = config.base_model
+    if base_fingerprint(ours) != start.base_fingerprint:
+        theirs = ", ".join(f"{field}: {'null' if value is None else value}" for field, value in start.base.items())
+        yield Problem(
+            "base_model",
+            f"'{ours.path}' ({ours.dtype}, quantization: {ours.quantization or 'null'}) is not the base that "
+            f"{start.named} was trained on; set base_model.{theirs}, or start from another run",
+        )
+    for field, value in config.adapter.model_dump().items():
+        theirs = start.adapter.get(field, value)
+        if theirs != value:
+            yield Problem(
+                f"adapter.{field}",
+                f"is {value}, but the adapter of {start.named} has {theirs}; set adapter.{field}: {theirs}",
+            )
+    if start.strategy not in (None, config.strategy.name):
+        yield Problem(
+            "strategy.name",
+            f"is {config.strategy.name}, but {start.named} carries the state of '{start.strategy}'; "
+            f"set strategy.name: {start.strategy}",
+        )

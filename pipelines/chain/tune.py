@@ -1,0 +1,82 @@
+"""`curlora tune`: the search before one step, by itself. A later run of the chain finds its results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipelines.chain.plan import Plan, planned
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.data import held_out
+from pipelines.errors import ConfigError, Problem, did_you_mean
+from pipelines.lineage.background import Projector
+from pipelines.preflight import data
+from pipelines.preflight.model import check_fits
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.identity import StepPlan
+from pipelines.search import run_search, step_search
+from pipelines.workers.ray_cluster import cluster, gpus_per_worker
+
+EXAMPLE = "search: {space: {training.learning_rate: {low: 1.0e-4, high: 1.0e-1, log: true}}, trials: 16}"
+
+
+def tune(
+    config: PipelineConfig,
+    task: str | None = None,
+    on_event: Callable[[dict], None] = lambda event: None,
+    verbose: bool = False,
+    address: str | None = None,
+) -> dict:
+    """Search before the step of `task` (default: the first) and return the search's results; train nothing else.
+
+    Raises:
+        ConfigError: nothing to search, bad data, or what the step grows from is not trained yet.
+        LeaseHeld: another driver works on this run.
+        RunFailed: no trial trained to its end.
+        RunStopped: somebody asked for it.
+    """
+    from pipelines.preflight.data import check_data  # imports `datasets`
+
+    if config.search is None:
+        raise ConfigError([Problem("search", f"is null; say what to search, e.g. {EXAMPLE}")])
+    problems = check_data(config, warn=lambda text: on_event({"kind": "warning", "text": text}))
+    if problems:
+        raise ConfigError(problems)
+    run = RunDirectory(config.run_uri)
+    config, plan = planned(held_out.training_view(config), run)
+    if not plan.undecided:  # else `planned` has looked
+        data.check_judging_data(config)
+    step = _step_of(plan, run, task)
+    where = step_search.place(config, step.position, step.parent, plan.base_fingerprint)
+    with run.acquire_lease() as lease:
+        run.open_for_writing(config)
+        run.remove("stop.json")  # it was meant for an earlier driver
+        found = where.found(run)
+        if found is None:
+            check_fits(config)
+            parent = plan.steps[step.position - 2].directory if step.position > 1 else None
+            with (
+                cluster(config, verbose, address),
+                run_search.warm_groups(config, run, gpus_per_worker(config), verbose) as groups,
+            ):
+                found = run_search.search(where, run, parent, plan.base_directory, lease, groups, on_event)
+        _, warning = Projector(run, config, [step.fingerprint for step in plan.decided]).finish()
+        if warning:
+            on_event({"kind": "warning", "text": warning})
+        return found
+
+
+def _step_of(plan: Plan, run: RunDirectory, task: str | None) -> StepPlan:
+    """The step to search for.
+
+    Raises:
+        ConfigError: there is none of that task, or the steps before it are not trained yet.
+    """
+    names = [name for step in plan.steps for name in step.tasks]
+    if task is not None and task not in names:
+        raise ConfigError([Problem("--task", f"no task '{task}', {did_you_mean(task, names)}")])
+    step = plan.steps[0] if task is None else next(step for step in plan.steps if task in step.tasks)
+    untrained = [s.label for s in plan.steps[: step.position - 1] if run.metrics(s.directory) is None]
+    if untrained:
+        reason = f"'{task}' grows from {', '.join(untrained)}, which is not trained yet; train it first: curlora run"
+        raise ConfigError([Problem("--task", reason)])
+    return step

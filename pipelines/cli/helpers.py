@@ -1,0 +1,97 @@
+"""What several commands share: consoles, progress bars, opening a run by name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+LINE_SECONDS = 10.0
+
+
+def with_bar(title: str, work):
+    """Run `work(progress=…)` under a progress bar (lines where there is no terminal); silent if nothing is to do."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = new_console(err=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+    last = 0.0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task(title, text="", visible=False)
+
+        def progress(done: int, total: int, text: str) -> None:
+            nonlocal last
+            bars.update(bar, completed=done, total=total, text=text, visible=True)
+            if not console.is_terminal and time.time() - last > LINE_SECONDS:
+                last = time.time()
+                console.print(f"{title}: {text} {done}/{total}", highlight=False)
+
+        return work(progress=progress)
+
+
+def number_list(text: str, kind: type, option: str) -> list:
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise click.BadParameter(f"'{text}' is not a list of numbers such as 1,2,3", param_hint=option) from None
+
+
+def jobs_cluster(address: str | None):
+    """The cluster at an address, as one that jobs can be sent to."""
+    from cluster.jobs import Cluster, default_address
+
+    address = address or default_address()
+    if address is None:
+        raise click.UsageError("no cluster: give --address (e.g. http://127.0.0.1:8265) or RAY_API_SERVER_ADDRESS")
+    return Cluster(address)
+
+
+@contextlib.contextmanager
+def at_work(as_json: bool):
+    """Around a training command: its failures in words, with exit code 1.
+
+    Args:
+        as_json: whatever libraries print (Ray tells of lost nodes) goes to stderr: a script reads stdout.
+    """
+    from pipelines.errors import RunFailed, RunStopped
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            yield
+    except RunFailed as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except RunStopped as stop:
+        click.echo(f"stopped ({stop}); run the same command to go on from there", err=True)
+        sys.exit(1)
+
+
+def new_console(err: bool = False):
+    from rich.console import Console
+
+    return Console(stderr=err)
+
+
+def open_run(run: str, storage: str):
+    """The run called `run`: a path or URI, or a name below `storage`."""
+    from pipelines.runs.directory import RunDirectory
+
+    for uri in (run, f"{storage}/{run}"):
+        directory = RunDirectory(os.path.abspath(uri) if "://" not in uri else uri)
+        if directory.exists("config.yaml"):
+            return directory
+    raise click.UsageError(f"no run '{run}', neither as a path nor below {storage}; see curlora status")
+
+
+def all_runs(storage: str) -> list:
+    from pipelines.runs.directory import RunDirectory
+
+    parent = RunDirectory(os.path.abspath(storage) if "://" not in storage else storage)
+    runs = [RunDirectory(f"{parent.uri}/{name}") for name in parent.list("")]
+    return [directory for directory in runs if directory.exists("config.yaml")]

@@ -1,0 +1,104 @@
+"""The commands `promote`, `ui` and `doctor`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import click
+
+from pipelines.cli.app import main
+from pipelines.cli.helpers import open_run
+
+
+@main.command()
+@click.argument("run")
+@click.option("--to", "version", type=click.IntRange(1), help="Go (back) to this version of the run's model.")
+@click.option("--force", is_flag=True, help="Whatever the gate says; needs --reason.")
+@click.option("--reason", default="", help="Recorded in MLflow with the promotion.")
+@click.option("--no-hook", is_flag=True, help="Do not run gate.on_promotion.")
+@click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
+@click.option("--json", "as_json", is_flag=True)
+def promote(run: str, version: int | None, force: bool, reason: str, no_hook: bool, storage: str, as_json: bool):
+    """Make the adapter of RUN the champion of its registered model, if the gate lets it; or go back to a version.
+
+    The command of `gate.on_promotion` that RUN's configuration names is run: promote only runs that you trust.
+
+    \b
+    Example:  curlora promote support-bot
+              curlora promote support-bot --to 3 --reason "the new one misreads invoices"
+    """
+    from pipelines.errors import LineageError
+    from pipelines.promotion import promotion
+
+    if force and not reason.strip():
+        raise click.UsageError("--force needs --reason TEXT: whoever asks in six months should find it")
+    directory = open_run(run, storage)
+    try:
+        if version is not None:
+            done = promotion.restore(directory, version, force, reason, not no_hook)
+        else:
+            done = promotion.promote_run(directory, force, reason, not no_hook)
+    except promotion.Refused as refused:
+        click.echo(f"refused: {refused}", err=True)
+        sys.exit(1)
+    except LineageError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    before = f", before it version {done.before.version}" if done.before else ""
+    words = f"{done.version.name}: version {done.version.version} is the champion ({done.why}){before}"
+    click.echo(json.dumps(done.to_json(), indent=1) if as_json else words)
+    if done.hook_failure:
+        click.echo(f"error: promoted, but {done.hook_failure}", err=True)
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("run", required=False)
+@click.option("--storage", default="./runs", show_default=True)
+@click.option("--port", default=5000, show_default=True)
+def ui(run: str | None, storage: str, port: int) -> None:
+    """MLflow's pages on http://127.0.0.1:PORT over the store of RUN (default: sqlite:///mlflow.db here).
+
+    \b
+    Example:  curlora ui demo
+    """
+    from pipelines.errors import LineageError
+    from pipelines.lineage.store import page_url, ui_command, ui_environment
+
+    uri, page = "sqlite:///mlflow.db", f"http://127.0.0.1:{port}"
+    if run:
+        tracking = open_run(run, storage).config().tracking
+        if tracking is None:
+            raise click.UsageError(f"run '{run}' was not tracked (tracking: null); use curlora sync {run} first")
+        uri = tracking.uri
+    try:
+        command = ui_command(uri, port)
+        page = page_url(uri, tracking.experiment, page) if run else page
+    except LineageError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    click.echo(f"{page}  (MLflow over {uri}; Ctrl-C ends it)")
+    sys.exit(subprocess.run(command, env=ui_environment(), check=False).returncode)
+
+
+@main.command()
+@click.argument("config", required=False, type=click.Path())
+@click.option("--json", "as_json", is_flag=True)
+def doctor(config: str | None, as_json: bool) -> None:
+    """Whether this machine and this environment can run a chain (that of CONFIG), and what to mend.
+
+    \b
+    Example:  curlora doctor
+    """
+    from pipelines.preflight.machine import examine
+
+    findings = examine(config)
+    if as_json:
+        click.echo(json.dumps([finding.__dict__ for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            mark = {"ok": "ok  ", "warning": "WARN", "error": "FAIL"}[finding.level]
+            click.echo(f"{mark}  {finding.subject}: {finding.text}")
+    sys.exit(1 if any(finding.level == "error" for finding in findings) else 0)

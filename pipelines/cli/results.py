@@ -1,0 +1,187 @@
+"""Commands on a run's results: `report`, `sync`, `lineage`, `connectivity`, `export`, `predict`, `delete`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from pipelines.cli.app import main
+from pipelines.cli.helpers import open_run
+
+
+@main.command()
+@click.argument("run")
+@click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def delete(run: str, storage: str, yes: bool) -> None:
+    """Delete RUN with its adapters and results. What it sent to MLflow stays there.
+
+    \b
+    Example:  curlora delete demo
+    """
+    directory = open_run(run, storage)
+    if not yes:
+        click.confirm(f"Delete {directory.uri} with all its adapters?", abort=True)
+    with directory.acquire_lease():
+        directory.remove("config.yaml")  # first: from here on it is no run
+    directory.remove("")
+    click.echo(f"deleted {directory.uri}")
+
+
+@main.command()
+@click.argument("run")
+@click.option("--storage", default="./runs", show_default=True)
+def report(run: str, storage: str) -> None:
+    """Write the page and the figures of RUN anew.
+
+    \b
+    Example:  curlora report demo
+    """
+    from pipelines.reporting.page import ReportError, write_figures, write_report
+
+    directory = open_run(run, storage)
+    try:
+        write_figures(directory)
+        write_report(directory)
+        click.echo(f"{directory.uri}/report.html")
+    except ReportError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--storage", default="./runs", show_default=True)
+@click.option("--uri", help="MLflow store; default: the run's own.")
+def sync(run: str, storage: str, uri: str | None) -> None:
+    """Send RUN to MLflow (again): whatever is missing there, nothing twice.
+
+    \b
+    Example:  curlora sync demo --uri http://127.0.0.1:5000
+    """
+    from pipelines.errors import LineageError
+    from pipelines.promotion.publish import sync as send
+
+    try:
+        runs, target, warned = send(open_run(run, storage), uri)
+    except LineageError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    click.echo(f"{len(runs)} MLflow runs are up to date in {target}")
+    for line in warned:
+        click.echo(f"warning: {line}", err=True)
+
+
+@main.command()
+@click.argument("adapter")
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--figure", type=click.Path(path_type=Path), help="Draw it too: a .png, .svg or .pdf file.")
+@click.option("--uri", help="MLflow store of a models:/ name; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db.")
+@click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
+def lineage(adapter: str, as_json: bool, figure: Path | None, uri: str | None, storage: str) -> None:
+    """Which adapter ADAPTER grew from, on which data, with which settings and scores, down to the base.
+
+    ADAPTER is a run (its last step), run/step, a step's folder, models:/NAME@champion or models:/NAME/3.
+
+    \b
+    Example:  curlora lineage models:/support-bot@champion --figure lineage.png
+    """
+    from pipelines.errors import LineageError
+    from pipelines.lineage.ancestry import as_text, find
+
+    try:
+        found = find(adapter, storage, uri or os.environ.get("MLFLOW_TRACKING_URI"))
+    except LineageError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    if figure:
+        from pipelines.reporting.ancestry_figure import write_ancestry
+
+        write_ancestry(found, figure)
+    click.echo(json.dumps(found.to_json(), indent=1) if as_json else as_text(found))
+
+
+@main.command()
+@click.argument("run")
+@click.option("--points", type=click.IntRange(2), default=5, show_default=True, help="On each line, ends included.")
+@click.option("--max-examples", type=click.IntRange(1), help="Test rows a task; default: as many as RUN scored.")
+@click.option("--storage", default="./runs", show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def connectivity(run: str, points: int, max_examples: int | None, storage: str, as_json: bool) -> None:
+    """Loss of every task on the straight line from each adapter of RUN to the next: is there a path that forgets less?
+
+    \b
+    Example:  curlora connectivity domains-tiny
+    """
+    from pipelines.inference.connectivity import write
+
+    directory = open_run(run, storage)
+    found = write(directory, points, max_examples)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    for line in found:
+        click.echo(f"{line['from']} → {line['to']}")
+        for name, values in line["loss"].items():
+            click.echo(f"  {name:<20}" + "".join(f"{value:9.4f}" for value in values))
+    click.echo(f"{directory.uri}/figures/connectivity.png")
+
+
+@main.command()
+@click.argument("run")
+@click.option("--as", "form", type=click.Choice(["lora", "merged"]), required=True, help="LoRA adapter or full model.")
+@click.option("--to", "target", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--step", help="Task name, position or fingerprint; default: the last finished step.")
+@click.option("--storage", default="./runs", show_default=True)
+def export(run: str, form: str, target: Path, step: str | None, storage: str) -> None:
+    """Write an adapter of RUN as a plain PEFT LoRA adapter (exact; any LoRA server loads it) or as a merged model.
+
+    \b
+    Example:  curlora export demo --as lora --to ./demo-lora --step scipy
+    """
+    from pipelines.inference.export import export_step
+
+    click.echo(export_step(open_run(run, storage), step, form, target))
+
+
+@main.command()
+@click.argument("run")
+@click.option("--task", required=True, help="Name of the run's task that says how to ask.")
+@click.option("--text", "texts", multiple=True, help="A text; for a task with several fields one for each, in order.")
+@click.option("--file", "file", type=click.Path(path_type=Path), help="JSONL with the task's fields.")
+@click.option("--step", help="Task name, position or fingerprint, or base; default: the last finished step.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a row.")
+@click.option("--storage", default="./runs", show_default=True)
+def predict(run: str, task: str, texts, file: Path | None, step: str | None, as_json: bool, storage: str) -> None:
+    """What the trained model of RUN says of new text: a class, a choice, an answer, or the text's perplexity.
+
+    \b
+    Example:  curlora predict demo --task scipy --text "Compute the inverse of a matrix."
+    """
+    from pipelines.errors import ConfigError, Problem
+
+    if bool(texts) == bool(file):
+        raise ConfigError([Problem("", "give either --text or --file")])
+    directory = open_run(run, storage)
+    import transformers
+
+    from pipelines.inference import predict as using
+
+    transformers.utils.logging.disable_progress_bar()
+    rows = using.rows_of_file(file) if file else using.rows_of_texts(directory, task, texts)
+    for found in using.predict(directory, task, rows, step):
+        click.echo(json.dumps(found, ensure_ascii=False) if as_json else _in_words(found))
+
+
+def _in_words(prediction: dict) -> str:
+    """A prediction as one line for people."""
+    if "nll" in prediction:
+        if prediction["nll"] is None:
+            return "too short to be scored"
+        numbers = f"perplexity {prediction['perplexity']:.2f}, NLL {prediction['nll']:.4f} nats a token"
+        return f"{numbers}, {prediction['tokens']} tokens"
+    return str(prediction.get("label", prediction["prediction"]))

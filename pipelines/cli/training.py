@@ -1,0 +1,263 @@
+"""Commands that train: `demo`, `run`, `tune`, `compare`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from pipelines.cli.app import main
+from pipelines.cli.helpers import CONFIGS, at_work, new_console, number_list, with_bar
+from pipelines.preflight.hub import split_unreachable
+
+
+@main.command()
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of demo.yaml.")
+@click.option("--json", "as_json", is_flag=True, help="Print results.json instead of tables.")
+@click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
+def demo(overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
+    """A whole chain from nothing but this environment: no data, no model, no network.
+
+    A small model is pretrained once on the documentation of the installed packages, then learns the documentation of
+    four libraries, one after another.
+
+    \b
+    Example:  curlora demo
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve each other on a busy machine
+    from pipelines.demo.build import prepare_demo
+    from pipelines.errors import DemoError
+
+    try:
+        assets = with_bar("Preparing the demo's model (once)", prepare_demo)
+    except DemoError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    os.environ["CURLORA_DEMO"] = str(assets.root)
+    _run(str(CONFIGS / "demo.yaml"), overrides, as_json, verbose)
+
+
+@main.command()
+@click.argument("config", type=click.Path())
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print sizes and memory, train nothing.")
+@click.option("--address", help="Ray cluster; default: RAY_ADDRESS, else a local one.")
+@click.option("--segment-length", type=click.IntRange(1), help="Tasks a worker group trains before it is renewed.")
+@click.option("--redo", multiple=True, metavar="TASK", help="Train this finished step again (name or position).")
+@click.option("--json", "as_json", is_flag=True, help="Print results.json instead of tables.")
+@click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
+def run(config, overrides, dry_run, address, segment_length, redo, as_json, verbose) -> None:
+    """Train the chain of CONFIG, or what is missing of it. Ctrl-C and SIGTERM leave a run that goes on.
+
+    \b
+    Example:  curlora run pipelines/configs/paper-tiny.yaml --set deepspeed=zero3 --dry-run
+    """
+    if dry_run:
+        _dry_run(config, overrides, as_json)
+    else:
+        _run(config, overrides, as_json, verbose, address, segment_length, redo)
+
+
+def _run(path, overrides, as_json, verbose, address=None, segment_length=None, redo=()) -> None:
+    from pipelines.config.loading import load_config
+    from pipelines.reporting.progress import ChainProgress
+
+    config = load_config(path, overrides)
+    from pipelines.preflight.hub import hub_available
+
+    hub_available(config)
+    from pipelines.chain.driver import run_chain
+
+    console = new_console(err=as_json)
+    steps = 1 if config.is_joint else len(config.tasks)
+    with at_work(as_json), ChainProgress(console, steps, config.name) as progress:
+        results = run_chain(config, progress, verbose, segment_length, address, redo)
+    if as_json:
+        click.echo(json.dumps(results, indent=1))
+        return
+    from pipelines.reporting.summary import print_summary, print_verdict
+
+    if not results.pop("ran"):
+        console.print("Everything is done already; nothing was trained.")
+    print_summary(results, console)
+    print_verdict(results, console)
+    console.print(f"report: {config.run_uri}/report.html", soft_wrap=True, highlight=False)
+    if config.tracking:
+        console.print(f"MLflow: curlora ui {config.run_uri}", soft_wrap=True, highlight=False)
+
+
+def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    from pipelines.config.loading import load_config
+    from pipelines.errors import ConfigError
+
+    config = load_config(path, overrides)
+    from pipelines.preflight.hub import hub_available
+
+    online = hub_available(config)
+    from pipelines.preflight.data import check_data
+    from pipelines.preflight.memory import memory_by_stage
+    from pipelines.preflight.model import check_model, model_facts
+
+    warned: list[str] = []
+    problems = check_data(config, warn=warned.append)
+    problems, unreachable = (problems, []) if online else split_unreachable(config, problems)
+    problems += check_model(config)
+    if problems:
+        raise ConfigError(problems)
+    facts = model_facts(config)
+    table = memory_by_stage(facts, config)
+    if as_json:
+        found = {"model": facts.__dict__, "memory_gib": table, "unchecked": unreachable, "warnings": warned}
+        click.echo(json.dumps(found, indent=1))
+        return
+    for line in warned:
+        click.echo(f"warning: {line}", err=True)
+    for line in unreachable:
+        click.echo(f"not checked: {line}", err=True)
+    _print_facts(config, facts, table)
+
+
+def _print_facts(config, facts, table: dict) -> None:
+    from rich.table import Table
+
+    from pipelines.preflight.memory import ARITHMETIC, host_bytes
+
+    console = new_console()
+    console.print(
+        f"{config.name}: {len(config.tasks)} tasks, strategy {config.strategy.name}; the configuration is good."
+    )
+    share = facts.trainable_parameters / facts.base_parameters
+    console.print(f"base parameters       {facts.base_parameters:,}")
+    console.print(f"trainable parameters  {facts.trainable_parameters:,} ({share:.4%}), heads not counted")
+    console.print(f"adapter file          {facts.adapter_bytes:,} bytes")
+    view = Table(title=f"memory a worker (GPU), GiB, {config.resources.workers} workers (estimate)")
+    for column in ("stage", "weights", "optimizer", "passes", "total"):
+        view.add_column(column, justify="left" if column == "stage" else "right")
+    for stage, parts in table.items():
+        cells = (f"{parts[name]:.4g}" for name in ("weights", "optimizer", "passes", "total"))
+        view.add_row(stage, *cells)
+    console.print(view)
+    if "zero3-offload" in table:
+        console.print(f"host memory under zero3-offload: {host_bytes(facts, config) / 2**30:.4g} GiB a worker")
+    _print_step_cost(config, console)
+    console.print(ARITHMETIC, style="dim", highlight=False, soft_wrap=True)
+
+
+def _print_step_cost(config, console) -> None:
+    """What an optimizer step computes and sends, where there is a model of that."""
+    from pipelines.preflight.cost import cost, shape_of
+
+    try:
+        found = cost(config, shape_of(config))
+    except ValueError:
+        return
+    sent = found.traffic
+    console.print(
+        f"a step of a worker: {(found.forward + found.backward) / 1e12:.3g} TFLOP, {sent.total / 1e6:.4g} MB sent in "
+        f"{sent.messages} messages (gradients alone need {sent.needed / 1e6:.4g} MB)",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+@main.command()
+@click.argument("config", type=click.Path())
+@click.option("--methods", required=True, help="adapter or adapter+strategy, with commas; a/b+c/d: all pairs.")
+@click.option("--seeds", default="0", show_default=True, help="Training seeds, separated by commas.")
+@click.option("--learning-rates", default="", help="Grid for each method, judged on the first task's validation part.")
+@click.option(
+    "--train-examples", default="", help="Each method on so many training examples a task, e.g. 100,500,1000."
+)
+@click.option("--reference", help="Method that the paired intervals are against; default: the first.")
+@click.option(
+    "--parallel", type=click.IntRange(1), help="Runs at the same time; default: as many as the cluster holds."
+)
+@click.option("--catalogue", type=click.Path(path_type=Path), help="YAML of methods; default: pipelines/methods.yaml.")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field of CONFIG.")
+@click.option("--address", help="Ray cluster; default: RAY_ADDRESS, else a local one.")
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
+def compare(
+    config,
+    methods,
+    seeds,
+    learning_rates,
+    train_examples,
+    reference,
+    parallel,
+    catalogue,
+    overrides,
+    address,
+    as_json,
+    verbose,
+) -> None:
+    """Methods side by side on the sequence of CONFIG: a table with errors over seeds, paired intervals, a figure.
+
+    Goes on where it was interrupted; a method or seed named later costs only its own runs.
+
+    \b
+    Example:  curlora compare domains.yaml --methods curlora,lora,lora+ewc --seeds 0,1,2 --learning-rates 1e-3,3e-3
+    """
+    from pipelines.comparison.compare import compare as run_comparison
+    from pipelines.comparison.methods import CATALOGUE, Comparison, read_methods
+    from pipelines.comparison.tables import markdown
+    from pipelines.config.loading import read_config
+
+    chosen = read_methods([name.strip() for name in methods.split(",")], catalogue or CATALOGUE)
+    sizes = number_list(train_examples, int, "--train-examples")
+    comparison = Comparison(
+        read_config(config, overrides),
+        [method.on(size) for method in chosen for size in sizes] or chosen,
+        number_list(seeds, int, "--seeds"),
+        number_list(learning_rates, float, "--learning-rates"),
+        reference or chosen[0].name,
+    )
+    console = new_console(err=as_json)
+
+    def report(event: dict) -> None:
+        if event["kind"] in ("run", "warning"):
+            console.print(event.get("text") or event["name"], highlight=False)
+
+    with at_work(as_json):
+        result = run_comparison(comparison, verbose, address, report, parallel)
+    click.echo(json.dumps(result, indent=1) if as_json else markdown(result))
+
+
+@main.command()
+@click.argument("config", type=click.Path())
+@click.option("--task", help="Search before this task, from what is trained before it; default: the first.")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field of CONFIG.")
+@click.option("--address", help="Ray cluster; default: RAY_ADDRESS, else a local one.")
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
+def tune(config, task, overrides, address, as_json, verbose) -> None:
+    """Search for the setting of a step as the section `search:` of CONFIG says, on validation data.
+
+    Goes on where it was interrupted; more trials cost only those. A later `curlora run` uses what was found.
+
+    \b
+    Example:  curlora tune my.yaml --set search.trials=24
+    """
+    from pipelines.config.loading import load_config
+    from pipelines.config.search_space import describe
+    from pipelines.reporting.progress import ChainProgress
+    from pipelines.search.table import markdown
+
+    loaded = load_config(config, overrides)
+    from pipelines.preflight.hub import hub_available
+
+    hub_available(loaded)
+    from pipelines.chain.tune import tune as search_step
+
+    console = new_console(err=as_json)
+    with at_work(as_json), ChainProgress(console, 1, loaded.name) as progress:
+        result = search_step(loaded, task, progress, verbose, address)
+    if as_json:
+        click.echo(json.dumps(result, indent=1))
+        return
+    click.echo(markdown(result))
+    click.echo(f"figure: {loaded.run_uri}/figures/search-{result['position']}-{result['task']}.png")
+    click.echo(f"setting: {describe(result['chosen']['values'])}")

@@ -1,0 +1,247 @@
+"""Methods on one sequence, side by side: runs over seeds, one table, paired intervals, a picture of the trade-off.
+
+A method is an adapter of a catalogue, or `adapter+strategy`. Its learning rate comes from a small grid, judged on the
+first task's validation part. Every run is an ordinary run directory below `<storage>/<name>/`, so a comparison that
+was interrupted, or gets another method later, trains only what is missing. The runs share the base's scores and as
+many warm worker groups as the cluster holds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from pipelines.comparison.figures import examples_figure, tradeoff_figure
+from pipelines.comparison.intervals import paired
+from pipelines.comparison.methods import AT, Comparison, Method
+from pipelines.comparison.tables import FIGURES, as_csv, markdown
+from pipelines.config.loading import parse_config
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.errors import ConfigError, Problem
+from pipelines.metrics.paired import mean_and_error
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.identity import fingerprint
+from pipelines.search.objective import loss_of
+from pipelines.workers.group import WorkerGroup, groups_that_fit
+
+if TYPE_CHECKING:
+    from pipelines.chain.plan import Plan
+
+
+def compare(
+    comparison: Comparison,
+    verbose: bool = False,
+    address: str | None = None,
+    on_event: Callable = lambda event: None,
+    parallel: int | None = None,
+) -> dict:
+    """Run what is missing, in order of seed, and return `{"methods": …, "table": …}`.
+
+    A method that fails is reported as such and does not end the comparison.
+
+    Args:
+        parallel: runs at the same time, each with `resources.workers` workers; None: as many as the cluster holds.
+
+    Raises:
+        ConfigError: a method's configuration is impossible, before anything is trained.
+    """
+    import ray
+
+    from pipelines.workers.ray_cluster import cluster, gpus_per_worker
+
+    configs = {m.name: _parsed(m, comparison.configuration(m)) for m in comparison.methods}
+    first = next(iter(configs.values()))
+    folder = RunDirectory(f"{first.storage}")
+    with cluster(first, verbose, address):
+        gpus = gpus_per_worker(first)
+        count = parallel or groups_that_fit(first, ray.cluster_resources(), gpus)
+        crew = Crew([WorkerGroup(first, folder.uri, gpus, verbose) for _ in range(count)], on_event)
+        try:
+            rates = _learning_rates(comparison, crew)
+            seeds_and_methods = itertools.product(comparison.seeds, comparison.methods)
+            crew.run([_config_of_run(comparison, m, seed, rates[m.name]) for seed, m in seeds_and_methods])
+        finally:
+            crew.close()
+    return summarise(comparison, folder, rates)
+
+
+class Crew:
+    """Worker groups that take runs from one list, each a run at a time."""
+
+    def __init__(self, groups: Sequence[WorkerGroup], on_event: Callable):
+        self.groups, self.on_event = list(groups), on_event
+        self._idle: queue.SimpleQueue[WorkerGroup] = queue.SimpleQueue()
+        for group in self.groups:
+            self._idle.put(group)
+        self._active: set[str] = set()  # URIs of the runs at work
+
+    def run(self, configs: Sequence[PipelineConfig]) -> list[dict | None]:
+        """results.json of each run, all finished now; None where training failed. Ctrl-C stops them all."""
+        with ThreadPoolExecutor(len(self.groups), thread_name_prefix="run") as pool:
+            futures = [pool.submit(self._one, config) for config in configs]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                for uri in list(self._active):
+                    RunDirectory(uri).request_stop("the comparison ends")
+                raise
+
+    def _one(self, config: PipelineConfig) -> dict | None:
+        group = self._idle.get()
+        self._active.add(config.run_uri)
+        try:
+            return _run(config, group, self.on_event)
+        finally:
+            self._active.discard(config.run_uri)
+            self._idle.put(group)
+
+    def close(self) -> None:
+        for group in self.groups:
+            group.close()
+
+
+def _parsed(method: Method, raw: dict) -> PipelineConfig:
+    try:
+        config = parse_config(raw)
+    except ConfigError as error:
+        raise ConfigError(Problem(f"{method.name}: {p.field}", p.message) for p in error.problems) from error
+    from pipelines.preflight.model import check_model
+
+    if problems := check_model(config):
+        raise ConfigError(Problem(f"{method.name}: {p.field}", p.message) for p in problems)
+    return config
+
+
+def _config_of_run(comparison: Comparison, method: Method, seed: int, rate: float | None) -> PipelineConfig:
+    training = {"seed": seed} | ({"learning_rate": rate} if rate else {})
+    return parse_config(comparison.configuration(method, **training) | {"name": f"{method.safe_name}-s{seed}"})
+
+
+def _learning_rates(comparison: Comparison, crew: Crew) -> dict[str, float | None]:
+    """Each method's best of the grid on the first task's validation part; None where there is nothing to choose."""
+    tuned = [method for method in comparison.methods if method.tuned and comparison.learning_rates]
+    trials = list(itertools.product(tuned, comparison.learning_rates))
+    configs: dict[str, PipelineConfig] = {}  # methods that train the first task alike share their trials
+    keys = []
+    for method, rate in trials:
+        config = tuning_config(comparison, method, rate)
+        keys.append(fingerprint(config.model_dump(exclude={"name"})))
+        configs.setdefault(keys[-1], config)
+    found = dict(zip(configs, crew.run(list(configs.values())), strict=True))
+    losses: dict[str, dict[float, float]] = {method.name: {} for method in tuned}
+    for (method, rate), key in zip(trials, keys, strict=True):
+        if found[key] is not None:
+            losses[method.name][rate] = validation_loss(found[key])
+    chosen = {
+        name: min(found, key=found.get) if found else comparison.learning_rates[0] for name, found in losses.items()
+    }
+    return {method.name: chosen.get(method.name) for method in comparison.methods}
+
+
+def tuning_config(comparison: Comparison, method: Method, rate: float) -> PipelineConfig:
+    """The first task alone, scored on what is not its test split."""
+    from curlora.continual import STRATEGIES
+    from pipelines.data.held_out import validation_view
+
+    raw = comparison.configuration(method, seed=comparison.seeds[0], learning_rate=rate)
+    raw |= {"name": f"tune-{method.safe_name}-{rate:g}".replace(".", "_"), "retention": []}
+    if raw.get("strategy", {}).get("name") != "joint":
+        raw["tasks"] = raw["tasks"][:1]
+    if STRATEGIES[raw.get("strategy", {}).get("name", "sequential")].plain_at_first:
+        raw |= {"strategy": {"name": "sequential"}, "adapter": raw.get("adapter", {}) | {"carry": "continue"}}
+    config = parse_config(raw)
+    tasks = [validation_view(task) for task in config.tasks]
+    return config.model_copy(update={"tasks": tasks})
+
+
+def validation_loss(results: dict) -> float:
+    """Lower is better: NLL of text, 1 − score of the rest; mean over the tasks."""
+    last = [value for value in results["scores"][-1] if value is not None]
+    kinds = [results["metric"][task] for task in results["tasks"]]
+    return math.fsum(loss_of({"value": v, "metric": kind}) for v, kind in zip(last, kinds, strict=True)) / len(last)
+
+
+def _run(config: PipelineConfig, group: WorkerGroup, on_event) -> dict | None:
+    """results.json of a run that is now finished; None if its training failed."""
+    from pipelines.chain.driver import run_chain
+    from pipelines.chain.plan import make_plan
+    from pipelines.errors import RunFailed
+
+    _share_base(config, make_plan(config))
+    on_event({"kind": "run", "name": config.name})
+    try:
+        return run_chain(config, on_event, group=group)
+    except RunFailed as error:
+        on_event({"kind": "warning", "text": f"{config.name} failed: {error}"})
+        return None
+
+
+def _share_base(config: PipelineConfig, plan: Plan) -> None:
+    """Copy the base's scores of another run here; cells that this one needs besides are evaluated as usual."""
+    run, base_directory = RunDirectory(config.run_uri), plan.base_directory
+    if run.metrics(base_directory) or not plan.missing_cells(run)[base_directory]:
+        return
+    siblings = RunDirectory(config.storage)
+    for name in siblings.list(""):
+        other = RunDirectory(f"{config.storage}/{name}")
+        if name != config.name and (metrics := other.metrics(base_directory)):
+            for prediction in other.list(f"{base_directory}/predictions"):
+                path = f"{base_directory}/predictions/{prediction}"
+                run.write_bytes(path, other.read_bytes(path))
+            run.write_json("format.json", other.read_json("format.json"))
+            run.write_json(f"{base_directory}/metrics.json", metrics)
+            return
+
+
+# -- summary
+def summarise(comparison: Comparison, folder: RunDirectory, rates: dict[str, float | None]) -> dict:
+    """`{"name", "seeds", "reference", "methods": {name: {"learning_rate", "runs", figures …}}}`, written as JSON, CSV,
+    Markdown and a figure into the comparison's folder."""
+    outcomes = {m.name: _finished(comparison, m, rates) for m in comparison.methods}
+    methods = {name: _summary(list(runs.values()), rates[name]) for name, runs in outcomes.items() if runs}
+    found = False
+    for name, summary in methods.items():
+        reference = f"{comparison.reference}{''.join(name.partition(AT)[1:])}"
+        found = found or reference in methods
+        if name != reference and reference in methods:
+            summary["against_reference"] = paired(outcomes[name], outcomes[reference])
+    reference = comparison.reference if found else None
+    result = {"name": comparison.name, "seeds": comparison.seeds, "reference": reference, "methods": methods}
+    folder.write_json("comparison.json", result)
+    folder.write_bytes("comparison.md", markdown(result).encode())
+    folder.write_bytes("comparison.csv", as_csv(result).encode())
+    folder.write_bytes("tradeoff.png", tradeoff_figure(result))
+    if any(AT in name for name in methods):
+        folder.write_bytes("examples.png", examples_figure(result))
+    return result
+
+
+def _finished(comparison: Comparison, method: Method, rates: dict) -> dict[int, RunDirectory]:
+    """The method's finished runs, by seed."""
+    uris = {s: _config_of_run(comparison, method, s, rates[method.name]).run_uri for s in comparison.seeds}
+    runs = {seed: RunDirectory(uri) for seed, uri in uris.items()}
+    return {seed: run for seed, run in runs.items() if (run.results() or {}).get("status") == "finished"}
+
+
+def _summary(runs: list[RunDirectory], rate: float | None) -> dict:
+    results = [run.results() for run in runs]
+    summary: dict = {"runs": len(runs), "learning_rate": rate}
+    for key, _, _ in FIGURES:
+        values = [v for v in (_figure(r, key) for r in results) if v is not None]
+        summary[key] = mean_and_error(values)
+    return summary
+
+
+def _figure(results: dict, key: str) -> float | None:
+    if key not in ("tokens_per_second", "peak_memory_bytes"):
+        return results[key]
+    values = [step[key] for step in results["steps"] if step[key]]
+    if not values:
+        return None
+    return max(values) if key == "peak_memory_bytes" else math.fsum(values) / len(values)

@@ -1,0 +1,69 @@
+"""A comparison as a Markdown table and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+FIGURES = (  # key in results.json, heading, digits
+    ("learning_accuracy", "learning acc.", 3),
+    ("average_accuracy", "average acc.", 3),
+    ("backward_transfer", "backward tr.", 3),
+    ("forgetting", "forgetting", 3),
+    ("forward_transfer", "forward tr.", 3),
+    ("nll_learning", "NLL learning", 3),
+    ("nll_backward_transfer", "NLL backward tr.", 3),
+    ("nll_average", "NLL average", 3),
+    ("perplexity_ratio", "ppl ratio", 3),
+    ("trainable_parameters", "parameters", 0),
+    ("adapter_bytes", "adapter bytes", 0),
+    ("tokens_per_second", "tokens/s", 0),
+    ("peak_memory_bytes", "peak memory", 0),
+)
+
+
+def columns_of(result: dict) -> list[tuple[str, str, int]]:
+    """The figures that some method has."""
+    return [f for f in FIGURES if any(m[f[0]][0] is not None for m in result["methods"].values())]
+
+
+def _cell(value: Sequence[float | None], digits: int) -> str:
+    mean, error = value
+    if mean is None:
+        return "–"
+    text = f"{mean:,.{digits}f}"
+    return text if error is None or not digits else f"{text} ± {error:.{digits}f}"
+
+
+def markdown(result: dict) -> str:
+    """The table, and the paired intervals where there is a reference."""
+    columns = columns_of(result)
+    lines = ["| method | lr | runs | " + " | ".join(title for _, title, _ in columns) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(columns))
+    for name, summary in result["methods"].items():
+        rate = f"{summary['learning_rate']:g}" if summary["learning_rate"] else "config"
+        cells = [_cell(summary[key], digits) for key, _, digits in columns]
+        lines.append(f"| {name} | {rate} | {summary['runs']} | " + " | ".join(cells) + " |")
+    if result["reference"]:
+        lines += ["", f"Difference to {result['reference']}, 95 % interval over test examples:", ""]
+        lines += ["| method | learning | forgetting |", "|---|---|---|"]
+        for name, summary in result["methods"].items():
+            if against := summary.get("against_reference"):
+                lines.append(f"| {name} | {_interval(against['learning'])} | {_interval(against['forgetting'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval(value: dict | None) -> str:
+    return "–" if value is None else f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
+
+
+def as_csv(result: dict) -> str:
+    columns = columns_of(result)
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(["method", "learning_rate", "runs", *(f"{k}{s}" for k, _, _ in columns for s in ("", "_se"))])
+    for name, summary in result["methods"].items():
+        cells = [v for key, _, _ in columns for v in summary[key]]
+        writer.writerow([name, summary["learning_rate"], summary["runs"], *cells])
+    return out.getvalue()

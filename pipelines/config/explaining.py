@@ -1,0 +1,74 @@
+"""Pydantic's validation errors as problems that name the field, the value and the remedy."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.config.sections import Section
+from pipelines.config.tasks import TASKS
+from pipelines.errors import Problem, did_you_mean
+
+
+def problem_of(error: dict) -> Problem:
+    """A pydantic error as one line: field, value found, remedy."""
+    loc = [part for part in error["loc"] if not _is_union_tag(part)]
+    field = ".".join(map(str, loc))
+    kind, value = error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        section = _section_at(error["loc"][:-1])
+        parent = ".".join(map(str, loc[:-1]))
+        return Problem(parent, f"unknown key '{loc[-1]}', {did_you_mean(str(loc[-1]), section.model_fields)}")
+    if kind == "missing":
+        return Problem(field, "is missing; it has no default")
+    if kind == "value_error":
+        return Problem(field, str(error["ctx"]["error"]))
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        found = value.get("kind") if isinstance(value, dict) else value
+        return Problem(f"{field}.kind", f"unknown kind {found!r}, {did_you_mean(str(found), TASKS)}")
+    if kind == "none_required":
+        reason = _section_at(error["loc"][:-1]).model_fields[error["loc"][-1]].description
+        return Problem(field, f"found {_short(value)}, but only null is possible ({reason})")
+    if kind == "literal_error":
+        valid = re.findall(r"'([^']+)'", error["ctx"]["expected"])
+        return Problem(field, f"found {_short(value)}, {did_you_mean(str(value), valid)}")
+    return Problem(field, f"found {_short(value)}: {error['msg'][0].lower() + error['msg'][1:]}")
+
+
+def describe_error(error: dict) -> str:
+    """A pydantic error in a few words, for those who validate parts themselves."""
+    return str(problem_of(error))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_union_tag(part: Any) -> bool:
+    return isinstance(part, str) and (
+        part in (*TASKS, "list[str]", "str", "float", "TrackingConfig", "GateConfig", "DomainsConfig", "range")
+        or part.startswith(("dict[", "literal[", "list["))
+    )
+
+
+def _section_at(loc: tuple) -> type[Section]:
+    """The model class that a pydantic error location points into."""
+    section: type[Section] = PipelineConfig
+    for part in loc:
+        if isinstance(part, str) and part in section.model_fields:
+            nested = list(_sections(section.model_fields[part].annotation))
+            section = nested[0] if nested else section
+        elif part in TASKS:
+            section = TASKS[part]
+    return section
+
+
+def _sections(annotation: Any) -> Iterable[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _sections(argument)

@@ -1,0 +1,147 @@
+"""From a YAML file and `--set` overrides to a `PipelineConfig`, with all problems reported at once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipelines.config.explaining import problem_of
+from pipelines.config.paths import absolute_path, absolute_sqlite, is_uri
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.errors import ConfigError, Problem
+
+VARIABLE = re.compile(r"\$\{?(\w+)\}?")
+
+
+def resolve(config: PipelineConfig) -> PipelineConfig:
+    """Relative paths made absolute against the current directory, once, so that workers agree on them."""
+    raw = config.model_dump()
+    raw["base_model"]["path"] = absolute_path(raw["base_model"]["path"])
+    if not is_uri(raw["storage"]):
+        raw["storage"] = os.path.abspath(os.path.expanduser(os.path.expandvars(raw["storage"])))
+    if raw["start_from"] and not is_uri(raw["start_from"]) and not raw["start_from"].startswith("models:/"):
+        raw["start_from"] = os.path.abspath(os.path.expanduser(os.path.expandvars(raw["start_from"])))
+    for source in [*raw["tasks"], *raw["retention"]]:
+        source["data"] = absolute_path(source["data"])
+    if raw["domains"] and not is_uri(raw["domains"]["inbox"]):
+        raw["domains"]["inbox"] = os.path.abspath(os.path.expanduser(os.path.expandvars(raw["domains"]["inbox"])))
+    if isinstance(raw["deepspeed"], str) and raw["deepspeed"].endswith(".json"):
+        raw["deepspeed"] = os.path.abspath(os.path.expanduser(raw["deepspeed"]))
+    if raw["tracking"]:
+        raw["tracking"]["uri"] = absolute_sqlite(raw["tracking"]["uri"])
+        raw["tracking"]["experiment"] = raw["tracking"]["experiment"] or raw["name"]
+    return PipelineConfig.model_validate(raw)
+
+
+def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> PipelineConfig:
+    """Read, override, validate and resolve a configuration file.
+
+    Args:
+        path: YAML file.
+        overrides: `section.field=value` strings, values in YAML syntax; `tasks.0.data=…` reaches into lists.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    return parse_config(read_config(path, overrides))
+
+
+def read_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> dict:
+    """A configuration file with overrides as a plain mapping, not yet validated."""
+    raw = read_yaml(path)
+    problems = [problem for item in overrides if (problem := _override(raw, item))]
+    if problems:
+        raise ConfigError(problems)
+    return raw
+
+
+def parse_config(raw: dict) -> PipelineConfig:
+    """Validate a plain mapping; raise `ConfigError` with every problem."""
+    unset = {name for text in _strings(raw) for name in VARIABLE.findall(text) if name not in os.environ}
+    if unset:
+        raise ConfigError(Problem(f"${{{name}}}", "this environment variable is not set") for name in sorted(unset))
+    try:
+        return resolve(PipelineConfig.model_validate(raw))
+    except ValidationError as error:
+        raise ConfigError([problem_of(item) for item in error.errors()]) from error
+
+
+def _strings(value: Any) -> Iterable[str]:
+    """The paths of a configuration, where environment variables may stand."""
+    if isinstance(value, dict):
+        for key, nested in value.items():
+            if key in ("path", "data", "storage", "inbox") and isinstance(nested, str):
+                yield nested
+            yield from _strings(nested)
+    elif isinstance(value, list):
+        for nested in value:
+            yield from _strings(nested)
+
+
+def _read_text(path: str) -> str:
+    if not is_uri(path):
+        return Path(path).read_text(encoding="utf-8")
+    import fsspec  # for jobs, whose configuration lies in the run's storage
+
+    return fsspec.open(path, "rb").open().read().decode("utf-8")
+
+
+def read_yaml(path: str | os.PathLike) -> dict:
+    try:
+        text = _read_text(str(path))
+    except (OSError, ValueError) as error:
+        remedy = "check the path; shipped configurations lie in pipelines/configs"
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError([Problem(str(path), f"cannot be read ({reason}); {remedy}")]) from error
+    try:
+        raw = yaml.load(text, _YamlLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError([Problem(str(path), f"not valid YAML: {' '.join(str(error).split())}")]) from error
+    if not isinstance(raw, dict):
+        raise ConfigError([Problem(str(path), f"expected a mapping at the top level, found {type(raw).__name__}")])
+    return raw
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.1 reads 3e-3 as a string; everybody who writes it means a number."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _override(raw: dict, item: str) -> Problem | None:
+    key, separator, text = item.partition("=")
+    if not separator or not key:
+        return Problem("--set", f"'{item}' is not of the form field=value, e.g. training.learning_rate=5e-3")
+    *parents, last = key.split(".")
+    node: Any = raw
+    for part in parents:
+        node = _descend(node, part)
+        if node is None:
+            return Problem("--set", f"'{key}': '{part}' is not a section")
+    value = yaml.load(text, _YamlLoader)
+    if isinstance(node, list):
+        if not last.isdigit() or int(last) >= len(node):
+            return Problem("--set", f"'{key}': the list has {len(node)} entries, counted from 0")
+        node[int(last)] = value
+    else:
+        node[last] = value
+    return None
+
+
+def _descend(node: Any, part: str) -> Any:
+    if isinstance(node, list):
+        return node[int(part)] if part.isdigit() and int(part) < len(node) else None
+    if not isinstance(node, dict):
+        return None
+    if not isinstance(node.get(part), dict | list):
+        node[part] = {}
+    return node[part]

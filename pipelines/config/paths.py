@@ -1,0 +1,27 @@
+"""What a path in a configuration is: a URI, a local path or a hub id; and its absolute form."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def is_uri(value: str) -> bool:
+    return "://" in value
+
+
+def looks_local(value: str) -> bool:
+    """Whether `value` means a path on this machine rather than a hub id: it has a path's form, or exists."""
+    return not is_uri(value) and (value.startswith((".", "/", "~", "$")) or Path(value).exists())
+
+
+def absolute_path(value: str) -> str:
+    value = os.path.expandvars(value)
+    return os.path.abspath(os.path.expanduser(value)) if looks_local(value) else value
+
+
+def absolute_sqlite(uri: str) -> str:
+    prefix = "sqlite:///"
+    if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
+        return prefix + os.path.abspath(uri[len(prefix) :])
+    return uri

@@ -1,0 +1,111 @@
+"""Finds where a data file is broken, by line or row, for error messages."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+from pipelines.data.files import format_of, reason_of
+from pipelines.errors import Problem
+
+AT_MOST = 5  # broken lines named for each file
+
+
+def silent_damage(path: str) -> list[Problem]:
+    """Damage that reading does not notice: other encodings than UTF-8, lines of a table that are too short."""
+    if format_of(path) == ".parquet":
+        return []
+    return broken_places(path) if format_of(path) in (".csv", ".tsv") else _broken_encoding(path, AT_MOST)
+
+
+def broken_places(path: str, at_most: int = AT_MOST) -> list[Problem]:
+    """Where a file is broken, by line: `datasets` only says that it is."""
+    suffix = format_of(path)
+    if suffix == ".parquet":
+        return _broken_parquet(path)
+    problems = _broken_encoding(path, at_most)
+    if suffix == ".jsonl" or (suffix == ".json" and not _is_array(path)):
+        problems = _broken_json(path, at_most)
+    elif suffix in (".csv", ".tsv") and not problems:
+        problems = _broken_table(path, "\t" if suffix == ".tsv" else ",", at_most)
+    return problems
+
+
+def _is_array(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(1024).lstrip().startswith(b"[")
+
+
+def _broken_encoding(path: str, at_most: int) -> list[Problem]:
+    problems = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                what = f"byte {error.object[error.start]:#04x} at column {error.start + 1} is not UTF-8"
+                problems.append(Problem(f"{path}:{number}", f"{what}; save the file as UTF-8"))
+                if len(problems) == at_most:
+                    break
+    return problems
+
+
+def _broken_json(path: str, at_most: int) -> list[Problem]:
+    problems = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            reason = _broken_json_line(line, first=number == 1)
+            if reason:
+                problems.append(Problem(f"{path}:{number}", f"{reason}; mend or delete the line"))
+                if len(problems) == at_most:
+                    break
+    return problems
+
+
+def _broken_json_line(line: bytes, first: bool) -> str | None:
+    try:
+        text = line.decode("utf-8-sig" if first else "utf-8")
+        row = json.loads(text) if text.strip() else {}
+    except ValueError as error:
+        end = "" if line.endswith(b"\n") else "; the file ends here, it may have been cut off"
+        return f"not valid JSON in UTF-8 ({error}{end})"
+    except RecursionError:
+        return "nested too deeply"
+    if not isinstance(row, dict):
+        return f"expected an object, found {type(row).__name__}"
+    try:
+        text.encode("utf-8")
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return "holds half of a surrogate pair (\\ud800 … \\udfff), which is no character"
+    return None
+
+
+def _broken_table(path: str, separator: str, at_most: int) -> list[Problem]:
+    problems: list[Problem] = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        width, begin = None, 1
+        try:
+            for fields in reader:
+                width = width or len(fields)
+                if fields and len(fields) != width:
+                    what = f"has {len(fields)} fields, the header {width}; quote the text or complete the line"
+                    problems.append(Problem(f"{path}:{begin}", what))
+                begin = reader.line_num + 1
+                if len(problems) == at_most:
+                    break
+        except csv.Error as error:
+            problems.append(Problem(f"{path}:{begin}", f"{error}; a quote is not closed or the file was cut off"))
+    return problems
+
+
+def _broken_parquet(path: str) -> list[Problem]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        parquet.ParquetFile(path).metadata  # noqa: B018  reading it is the test
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        return [Problem(path, f"not a whole Parquet file ({reason_of(error)}); copy it again")]
+    return []

@@ -1,0 +1,82 @@
+"""A configuration as a search sees it: who chooses must not see the test split, nor train on what judges."""
+
+from __future__ import annotations
+
+import contextlib
+
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.config.tasks import RetentionCorpus, TaskSource
+from pipelines.data.sources import load_split
+from pipelines.errors import ConfigError, DataError, Problem
+
+
+def validation_view(task: TaskSource) -> TaskSource:
+    """The task as those see it who choose: scored on `validation`, or on a part of `train` that it then lacks."""
+    if "validation" not in task.splits:
+        try:
+            load_split(task, "validation")
+        except DataError:
+            train = task.splits.get("train", "train")
+            return task.model_copy(update={"splits": {"train": f"{train}@kept", "test": f"{train}@held-out"}})
+    return task.model_copy(update={"splits": {**task.splits, "test": task.splits.get("validation", "validation")}})
+
+
+HELD, KEPT = "@held-out", "@kept"  # parts of a training split, see sources.load_split
+
+
+def training_view(config: PipelineConfig) -> PipelineConfig:
+    """The configuration as its chain is trained: a task without validation data gives a tenth of `train` to it."""
+    tasks = []
+    for task in config.tasks:
+        train = validation_view(task).splits.get("train", "train")
+        tasks.append(task.model_copy(update={"splits": {**task.splits, "train": train}}) if KEPT in train else task)
+    return config.model_copy(update={"tasks": tasks})
+
+
+def judging_view(config: PipelineConfig, position: int) -> PipelineConfig:
+    """A training view as trials see it: tasks up to `position` and retained text scored on validation data.
+
+    Raises:
+        ConfigError: a retained text has nothing but its test split.
+    """
+    seen = len(config.tasks) if config.is_joint else position
+    tasks = [_judged(task) if KEPT in task.splits.get("train", "") else validation_view(task) for task in config.tasks]
+    limits = config.search.objective
+    evaluation = {"max_examples": limits.max_examples, "max_retention_tokens": limits.max_retention_tokens}
+    return config.model_copy(
+        update={
+            "tasks": [*tasks[:seen], *config.tasks[seen:]],
+            "retention": _judged_texts(config) if limits.retention_weight else [],
+            "evaluation": config.evaluation.model_copy(update=evaluation),
+            "search": None,
+            "tracking": None,
+            "gate": None,
+        }
+    )
+
+
+def _judged(task: TaskSource) -> TaskSource:
+    """A task of a training view that is judged by its tenth of train."""
+    held = task.splits["train"].replace(KEPT, HELD)
+    return task.model_copy(update={"splits": {**task.splits, "test": held}})
+
+
+def _judged_texts(config: PipelineConfig) -> list[RetentionCorpus]:
+    texts, problems = [], []
+    for index, corpus in enumerate(config.retention):
+        for split in ("validation", "train"):
+            if split == corpus.split:
+                continue
+            with contextlib.suppress(DataError):
+                load_split(corpus, split)
+                texts.append(corpus.model_copy(update={"split": split}))
+                break
+        else:
+            reason = (
+                f"'{corpus.name}' has only its split '{corpus.split}', on which no search may look; give it a "
+                "validation or train split, or set search.objective.retention_weight: 0"
+            )
+            problems.append(Problem(f"retention.{index}", reason))
+    if problems:
+        raise ConfigError(problems)
+    return texts

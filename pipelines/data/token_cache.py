@@ -1,0 +1,72 @@
+"""Encoded sequences in Arrow files, memory-mapped, made once per node."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.data.encoding import Encoded, Encoder, tokenizer_fingerprint
+from pipelines.data.node_cache import cache_folder, node_lock, published
+
+FORMAT = 1  # of cached sequences: another number makes them anew
+
+WRITE_ROWS = 1000  # sequences a record batch
+
+
+class Sequences(Sequence):
+    """Encoded sequences in a memory-mapped Arrow file, one a row."""
+
+    def __init__(self, path: Path):
+        import pyarrow
+
+        self.file = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+        counts = [self.file.get_batch(i).num_rows for i in range(self.file.num_record_batches)]
+        self.ends = np.cumsum(counts)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        batch, row = self.file.get_batch(part), index - (int(self.ends[part - 1]) if part else 0)
+        example, start, choice = (int(batch.column(name)[row].as_py()) for name in ("example", "start", "choice"))
+        ids, breaks = (batch.column(name)[row].values for name in ("input_ids", "breaks"))
+        return Encoded(example, ids.to_numpy(), start, choice, tuple(breaks.to_pylist()))
+
+    @property
+    def last_example(self) -> int:
+        """The largest number of an example; -1 if there is none."""
+        return self[len(self) - 1].example if len(self) else -1
+
+
+def cached_sequences(identity: dict, encoder: Encoder, make: Callable[[], Iterable[Encoded]]) -> Sequences:
+    """The sequences of `make`, from the node's cache if any process has made them before."""
+    tokens = [FORMAT, encoder.max_length, tokenizer_fingerprint(encoder.tokenizer)]
+    key = hashlib.sha256(json.dumps([tokens, identity], sort_keys=True, default=str).encode()).hexdigest()[:32]
+    path = cache_folder("tokens") / f"{key}.arrow"
+    with node_lock(f"tokens-{key}"):
+        if not path.exists():
+            with published(path) as temporary:
+                _write(make(), temporary)
+    return Sequences(path)
+
+
+def _write(sequences: Iterable[Encoded], path: Path) -> None:
+    import pyarrow
+
+    whole, tokens = pyarrow.int64(), pyarrow.list_(pyarrow.int32())
+    kinds = {"example": whole, "input_ids": tokens, "start": whole, "choice": whole, "breaks": tokens}
+    schema, source = pyarrow.schema(list(kinds.items())), iter(sequences)
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, schema) as writer:
+        while part := list(itertools.islice(source, WRITE_ROWS)):
+            columns = [pyarrow.array([getattr(item, name) for item in part], kinds[name]) for name in kinds]
+            writer.write_batch(pyarrow.record_batch(columns, schema=schema))

@@ -1,0 +1,1 @@
+"""The demo's model, text and tasks, from what the environment itself contains."""

@@ -1,0 +1,49 @@
+"""The process group as the workers see it: rank, size, device, and collective helpers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among the workers.
+
+    Attributes:
+        rank, size: as in torch.distributed.
+        device: where the model runs.
+        lockstep: every rank must run equally many forward passes (ZeRO-3).
+        group: a gloo group for gathering Python objects; None for one process.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    lockstep: bool = False
+    group: Any = None
+
+
+def gather(local: list, world: World) -> list | None:
+    """All ranks' lists joined, on rank 0; None elsewhere."""
+    if world.size == 1:
+        return local
+    parts: list | None = [None] * world.size if world.rank == 0 else None
+    torch.distributed.gather_object(local, parts, dst=0, group=world.group)
+    return [entry for part in parts for entry in part] if parts is not None else None
+
+
+def current_world() -> World:
+    """This process's place among the workers of a Ray Train run (or alone)."""
+    if not torch.distributed.is_initialized():
+        return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    import ray.train.torch
+
+    return World(
+        rank=torch.distributed.get_rank(),
+        size=torch.distributed.get_world_size(),
+        device=ray.train.torch.get_device(),
+        group=torch.distributed.new_group(backend="gloo"),  # objects travel over gloo also where tensors use NCCL
+    )

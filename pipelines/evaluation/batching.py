@@ -1,0 +1,41 @@
+"""Groups sequences into batches of about equal work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipelines.data.encoding import Encoded
+
+
+def make_batches(items: Sequence[Encoded], batch_tokens: int, new_tokens: int = 0) -> list[list[Encoded]]:
+    """Longest first, as many sequences a batch as `batch_tokens` padded tokens hold (at least one).
+
+    Args:
+        new_tokens: how many more each sequence will grow by.
+    """
+    ordered = sorted(items, key=lambda item: (-len(item.input_ids), item.example, item.choice))
+    batches: list[list[Encoded]] = []
+    for item in ordered:
+        if batches and (len(batches[-1][0].input_ids) + new_tokens) * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+    return batches
+
+
+def make_question_batches(items: Sequence[Encoded], batch_tokens: int) -> list[list[Encoded]]:
+    """As `make_batches`, but all alternatives of an example stay together, in their order."""
+    questions: dict[int, list[Encoded]] = {}
+    for item in sorted(items, key=lambda item: (item.example, item.choice)):
+        questions.setdefault(item.example, []).append(item)
+    length = {example: max(len(item.input_ids) for item in group) for example, group in questions.items()}
+    batches: list[list[Encoded]] = []
+    longest = 0  # of the last batch
+    for example in sorted(questions, key=lambda example: (-length[example], example)):
+        group = questions[example]
+        if batches and longest * (len(batches[-1]) + len(group)) <= batch_tokens:
+            batches[-1].extend(group)
+        else:
+            batches.append(list(group))
+            longest = length[example]
+    return batches

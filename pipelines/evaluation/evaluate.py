@@ -1,0 +1,113 @@
+"""Score a model on encoded sets, whatever their kind: by a head, by likelihood, or by what it writes.
+
+Sharded so that each example counts exactly once whatever the number of workers: batches are cut from the globally
+sorted sequences (their content does not depend on the world size), dealt out in turn, and the per-example outcomes
+are gathered on rank 0. Under ZeRO-3 every rank runs the same number of forward passes, because each one is a
+collective operation. What the scores of sequences mean is the kind's business (pipelines/kinds).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+
+from pipelines.data.kinds import KINDS
+from pipelines.data.kinds.base import EvaluationSet, Scored
+from pipelines.distributed.world import World, gather
+from pipelines.evaluation.batching import make_batches, make_question_batches
+from pipelines.evaluation.scorers import SCORERS
+from pipelines.metrics import score_matrix
+from pipelines.metrics.answers import majority_rate
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the score matrix, or one retention figure. `nll` is nats a token; `value` is what `metric` says;
+    `extras` are other metrics of the same outcomes; `loss` is the cross-entropy of the right class, where there are
+    classes."""
+
+    name: str
+    role: str
+    metric: str
+    value: float
+    nll: float | None
+    perplexity: float | None
+    count: int
+    tokens: int | None
+    majority: float | None
+    digest: str
+    key: str
+    seconds: float
+    time: float
+    higher_is_better: bool = True
+    extras: dict[str, float] = field(default_factory=dict)
+    loss: float | None = None
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def evaluate(
+    model: nn.Module, evaluation: EvaluationSet, world: World, batch_tokens: int, role: str, key: str
+) -> tuple[Cell, list[dict]] | None:
+    """Score `evaluation`; (cell, outcomes in order of example) on rank 0, None on the others.
+
+    An outcome is `{"id", "label", "prediction", "correct"}`; of generation `{"id", "reference", "prediction",
+    "correct", "score", …}`; of text `{"id", "nll", "tokens"}`, summed over the tokens.
+    """
+    begin = time.perf_counter()
+    scored = score(model, evaluation, world, batch_tokens)
+    if scored is None:
+        return None
+    kind = KINDS[evaluation.kind]
+    outcomes = kind.outcomes(evaluation, scored)
+    summary = kind.summary(evaluation, outcomes)
+    cell = Cell(
+        name=evaluation.name,
+        role=role,
+        metric=evaluation.metric,
+        value=summary.value,
+        nll=summary.nll,
+        perplexity=score_matrix.perplexity(summary.nll),
+        count=len(outcomes),
+        tokens=summary.tokens,
+        majority=majority_rate(evaluation.labels),
+        digest=evaluation.digest,
+        key=key,
+        seconds=time.perf_counter() - begin,
+        time=time.time(),
+        higher_is_better=score_matrix.higher_is_better(evaluation.metric),
+        extras=summary.extras,
+        loss=kind.loss(evaluation, scored),
+    )
+    return cell, outcomes
+
+
+def score(model: nn.Module, evaluation: EvaluationSet, world: World, batch_tokens: int) -> list[Scored] | None:
+    """What the model says of every sequence, in no order, on rank 0; None on the others."""
+    return gather(score_part(model, evaluation, world, batch_tokens), world)
+
+
+def score_part(model: nn.Module, evaluation: EvaluationSet, world: World, batch_tokens: int) -> list[Scored]:
+    """What the model says of this rank's share of the sequences."""
+    scorer = KINDS[evaluation.kind].scorer
+    if scorer == "choices":
+        batches = make_question_batches(evaluation.items, batch_tokens)
+    else:
+        batches = make_batches(evaluation.items, batch_tokens, evaluation.max_new_tokens)
+    run = SCORERS[scorer]
+    was_training = model.training
+    model.eval()
+    local: list[Scored] = []
+    with torch.no_grad():
+        for number in range(0, len(batches), world.size):
+            mine = number + world.rank
+            if mine < len(batches):
+                local += run(model, evaluation, batches[mine], world)
+            elif world.lockstep:
+                run(model, evaluation, batches[-1], world)
+    model.train(was_training)
+    return local

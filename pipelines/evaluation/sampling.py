@@ -1,0 +1,63 @@
+"""Text that a model writes by itself: sequences sampled from it, dealt out to the workers.
+
+What is written depends on the seed and the number of the batch only, so it is the same on any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from pipelines.distributed.world import World
+from pipelines.models.losses import accepts, keep_logits
+
+BATCH = 32  # sequences a forward pass
+
+
+def write_text(
+    model: nn.Module, rows: int, length: int, start: int, seed: int, world: World, forbidden: Sequence[int] = ()
+) -> list[tuple[int, ...]]:
+    """`rows` sequences of `length` tokens, `start` included, sampled at temperature 1; the same on every rank.
+
+    Every rank must call it, with a model that can run as it is (under ZeRO-3 inside `engine.ready_for_inference`).
+
+    Args:
+        start: the first token of each.
+        forbidden: tokens that are never written.
+    """
+    sizes = [min(BATCH, rows - first) for first in range(0, rows, BATCH)]
+    mine: dict[int, list[tuple[int, ...]]] = {}
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for number in range(0, len(sizes), world.size):
+            batch = number + world.rank
+            if batch < len(sizes):
+                mine[batch] = _sample(model, sizes[batch], length, start, [seed, batch], world.device, forbidden)
+            elif world.lockstep:  # all ranks run equally many passes
+                _sample(model, 1, length, start, [seed, 0], world.device, forbidden)
+    model.train(was_training)
+    parts: list = [mine]
+    if world.size > 1:
+        parts = [None] * world.size
+        torch.distributed.all_gather_object(parts, mine, group=world.group)
+    written = {batch: sequences for part in parts for batch, sequences in part.items()}
+    return [sequence for batch in sorted(written) for sequence in written[batch]]
+
+
+def _sample(model, rows: int, length: int, start: int, seed, device, forbidden) -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1])
+    tokens = torch.full((rows, 1), start, dtype=torch.long, device=device)
+    columns, cache = [tokens], None
+    cached = accepts(model, "past_key_values")
+    for _ in range(length - 1):
+        seen = tokens if cached else torch.cat(columns, 1)
+        output = model(input_ids=seen, past_key_values=cache, use_cache=cached, **keep_logits(model, 1))
+        cache = output.past_key_values if cached else None
+        logits = output.logits[:, -1].float().cpu()
+        logits[:, list(forbidden)] = -torch.inf
+        tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator).to(device)
+        columns.append(tokens)
+    return [tuple(row) for row in torch.cat(columns, 1).tolist()]

@@ -1,0 +1,142 @@
+"""Scorers: how a model is run on a batch, by head, likelihood, choices or greedy decoding."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicLayer
+
+from pipelines.data.encoding import IGNORE, Encoded
+from pipelines.data.kinds.base import EvaluationSet, Scored
+from pipelines.distributed.world import World
+from pipelines.models.heads import get_head
+from pipelines.models.losses import accepts, keep_logits, last_hidden, next_token_losses, place, token_nll
+from pipelines.models.padding import Padded, last_token_features, pad
+
+
+def by_head(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:
+    """The class that the task's head chooses for each sequence."""
+    padded = pad([item.input_ids for item in batch], world.device)
+    hidden, _ = last_hidden(model, input_ids=padded.ids, attention_mask=padded.mask, **keep_logits(model, 1))
+    features = last_token_features(hidden, padded.mask)
+    head = get_head(model, evaluation.name)
+    scores = head(features.to(head.weight.dtype)).float()
+    found = zip(batch, scores.argmax(-1).tolist(), (-scores.log_softmax(-1)).tolist(), strict=True)
+    return [Scored(item.example, chosen, losses=tuple(losses)) for item, chosen, losses in found]
+
+
+def by_likelihood(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:
+    """Summed NLL of each sequence's tokens from `start` on."""
+    padded = pad([item.input_ids for item in batch], world.device)
+    sums = sequence_nll(model, padded, [item.start for item in batch])
+    return [
+        Scored(item.example, item.choice, value, len(item.input_ids) - item.start)
+        for item, value in zip(batch, sums, strict=True)
+    ]
+
+
+def by_choice(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:
+    """Summed NLL of each alternative after its prompt, which all alternatives of an example share and which runs once.
+
+    Under ZeRO-3 every batch takes the same two passes, whatever the lengths.
+    """
+    if not accepts(model, "past_key_values") or any(item.start < 1 for item in evaluation.items):
+        return by_likelihood(model, evaluation, batch, world)
+    questions = [list(group) for _, group in itertools.groupby(batch, key=lambda item: item.example)]
+    prompts = pad([group[0].input_ids[: group[0].start] for group in questions], world.device, side="left")
+    seen = model(
+        input_ids=prompts.ids,
+        attention_mask=prompts.mask,
+        use_cache=True,
+        **place(model, prompts.positions),
+        **keep_logits(model, 1),
+    )
+    cache = seen.past_key_values
+    if not all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None])):
+        return by_likelihood(model, evaluation, batch, world)  # a state that is no list of keys and values
+    owners = [number for number, group in enumerate(questions) for _ in group]
+    owner = torch.tensor(owners, device=world.device)
+    answers = pad([item.input_ids[item.start :] for item in batch], world.device)
+    sums = token_nll(seen.logits[owner, -1:], answers.ids[:, :1]).double().sum(1)
+    later = answers.ids.shape[1] - 1
+    if later or world.lockstep:
+        cache.batch_select_indices(owner)
+        given = answers.ids[:, : max(later, 1)]
+        positions = prompts.positions[owner, -1:] + 1 + torch.arange(given.shape[1], device=world.device)
+        logits = model(
+            input_ids=given,
+            attention_mask=torch.cat([prompts.mask[owner], answers.mask[:, : given.shape[1]]], 1),
+            past_key_values=cache,
+            use_cache=True,
+            **place(model, positions),
+        ).logits
+        if later:
+            sums += (token_nll(logits, answers.ids[:, 1:]).double() * answers.mask[:, 1:]).sum(1)
+    return [
+        Scored(item.example, item.choice, value, len(item.input_ids) - item.start)
+        for item, value in zip(batch, sums.tolist(), strict=True)
+    ]
+
+
+def sequence_nll(model: nn.Module, padded: Padded, starts: Sequence[int]) -> list[float]:
+    """Summed NLL of each row's tokens from `starts` on (≥ 1, counted without padding, on whichever side that is)."""
+    counted = padded.mask.bool() & (padded.positions >= torch.tensor(starts, device=padded.ids.device)[:, None])
+    targets = torch.where(counted, padded.ids, IGNORE)
+    places = place(model, padded.positions)
+    found = next_token_losses(model, targets, input_ids=padded.ids, attention_mask=padded.mask, **places)
+    return found.losses.double().sum(1).tolist()
+
+
+def by_writing(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:
+    """The tokens that the model writes after each prompt, the likeliest one at a time."""
+    padded = pad([item.input_ids for item in batch], world.device, side="left")
+    written = greedy(model, padded, evaluation.max_new_tokens, evaluation.stops, world)
+    return [
+        Scored(item.example, item.choice, tokens=len(tokens), output=tuple(tokens))
+        for item, tokens in zip(batch, written, strict=True)
+    ]
+
+
+def greedy(model: nn.Module, padded: Padded, limit: int, stops: Sequence[int], world: World) -> list[list[int]]:
+    """Greedy decoding of left-padded prompts: at most `limit` tokens a row, up to a stop token (left out).
+
+    In lockstep all ranks go on until every rank is done: each pass is a collective operation under ZeRO-3.
+    """
+    stop = torch.tensor(sorted(stops), device=padded.ids.device)
+    tokens, mask, positions, cache = padded.ids, padded.mask, padded.positions, None
+    done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    columns: list[torch.Tensor] = []
+    for _ in range(limit):
+        output = model(
+            input_ids=tokens,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **place(model, positions),
+            **keep_logits(model, 1),
+        )
+        cache = output.past_key_values
+        tokens = output.logits[:, -1:].argmax(-1)
+        done = done | torch.isin(tokens[:, 0], stop)
+        columns.append(torch.where(done, -1, tokens[:, 0]))
+        mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+        positions = positions[:, -1:] + 1
+        if _all_done(bool(done.all()), world):
+            break
+    rows = torch.stack(columns, 1).tolist()
+    return [[token for token in row if token >= 0] for row in rows]
+
+
+def _all_done(here: bool, world: World) -> bool:
+    """Whether this rank may stop writing: in lockstep, only when all may."""
+    if not world.lockstep or world.size == 1:
+        return here
+    waiting = torch.tensor(int(not here))
+    torch.distributed.all_reduce(waiting, group=world.group)
+    return waiting.item() == 0
+
+
+SCORERS = {"head": by_head, "likelihood": by_likelihood, "choices": by_choice, "greedy": by_writing}

@@ -1,0 +1,1 @@
+"""Using trained adapters: predict, export, the MLflow model."""

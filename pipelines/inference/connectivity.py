@@ -1,0 +1,103 @@
+"""Loss along the straight line from one step's weights to the next one's (mode connectivity).
+
+I-LoRA (arXiv 2402.18865) argues from such lines: if the loss of earlier tasks stays low on the way from θ_t to
+θ_{t+1}, then a point in between, such as a moving average, keeps the old and has the new. One process, no Ray.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.data.sets import evaluation_set
+from pipelines.distributed.world import World
+from pipelines.errors import ConfigError, Problem
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.inference.predict import load_trained
+from pipelines.models.adapters import adapter_prefix
+from pipelines.runs.directory import RunDirectory
+
+
+def lines(run: RunDirectory, points: int = 5, max_examples: int | None = None) -> list[dict]:
+    """For each pair of neighbouring steps `{"from", "to", "at": [0 … 1], "loss": {name: [one a point]}}`.
+
+    The loss is nats a token for text, 1 − score for the rest; of the tasks trained up to `to`, and of retained text.
+
+    Args:
+        points: on each line, both ends included.
+        max_examples: test rows a task; None: as many as the run scored.
+
+    Raises:
+        ConfigError: fewer than two finished steps, or adapters that no line joins (`carry: stack`, no adapter).
+    """
+    config = run.config()
+    if max_examples:
+        evaluation = config.evaluation.model_copy(update={"max_examples": max_examples})
+        config = config.model_copy(update={"evaluation": evaluation})
+    steps = [step for step in (run.results() or {}).get("steps", []) if run.metrics(step["directory"])]
+    if len(steps) < 2:
+        raise ConfigError([Problem(run.name, "has fewer than two finished steps; a line needs two")])
+    if config.adapter.carry == "stack" or config.adapter.type == "none":
+        reason = f"adapter {config.adapter.type} with carry: {config.adapter.carry} has other weights in every step"
+        raise ConfigError([Problem("adapter", f"{reason}; lines need carry: continue or fresh")])
+    at = [i / (points - 1) for i in range(points)]
+    return [_line(run, config, first, second, at) for first, second in itertools.pairwise(steps)]
+
+
+def _line(run: RunDirectory, config: PipelineConfig, first: dict, second: dict, at: Sequence[float]) -> dict:
+    begin = _weights(load_trained(run, first["fingerprint"]).model)
+    trained = load_trained(run, second["fingerprint"])
+    end = _weights(trained.model)
+    sources = [task for task in config.tasks if task.name in trained.tasks] + list(config.retention)
+    sets = [evaluation_set(s, trained.tokenizer, config, trained.context) for s in sources]
+    world = World(0, 1, next(trained.model.parameters()).device)
+    parameters = dict(trained.model.named_parameters())
+    loss: dict[str, list[float]] = {source.name: [] for source in sources}
+    for share in at:
+        for name in end:
+            parameters[name].data.copy_(torch.lerp(begin[name], end[name], share))
+        for encoded in sets:
+            cell, _ = evaluate(trained.model, encoded, world, config.evaluation.batch_tokens, role="line", key="")
+            loss[encoded.name].append(cell.value if cell.metric == "nll" else 1 - cell.value)
+    return {"from": first["task"], "to": second["task"], "at": list(at), "loss": loss}
+
+
+def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the adapter's parameters, in fp32. Heads stay those of the line's end."""
+    prefix = adapter_prefix(model)
+    return {name: p.detach().float().clone() for name, p in model.named_parameters() if prefix in name}
+
+
+def figure(found: Sequence[dict]) -> bytes:
+    """PNG: a panel a line, the loss of every task relative to where the line begins."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    drawing, axes = plt.subplots(
+        1, len(found), figsize=(4.5 * len(found), 4), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, line in zip(axes[0], found, strict=True):
+        for name, values in line["loss"].items():
+            axis.plot(line["at"], [value - values[0] for value in values], marker="o", markersize=3, label=name)
+        axis.set_xlabel(f"{line['from']} → {line['to']}")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    axes[0][0].set_ylabel("change of loss (nats a token; error rate)")
+    out = io.BytesIO()
+    drawing.savefig(out, format="png", dpi=120)
+    plt.close(drawing)
+    return out.getvalue()
+
+
+def write(run: RunDirectory, points: int = 5, max_examples: int | None = None) -> list[dict]:
+    """`lines`, kept as `connectivity.json` and `figures/connectivity.png` of the run."""
+    found = lines(run, points, max_examples)
+    run.write_json("connectivity.json", found)
+    run.write_bytes("figures/connectivity.png", figure(found))
+    return found

@@ -1,0 +1,64 @@
+"""A finished step leaves this system: as a PEFT LoRA adapter that any server loads, or merged into a full model."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from pipelines.errors import ConfigError, Problem
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.records import choose_step
+
+
+def export_step(run: RunDirectory, step: str | None, form: str, target: Path) -> Path:
+    """Write a step's adapter to `target` and return it. Classifier heads go along as `heads.safetensors`.
+
+    Args:
+        form: `lora` (a PEFT LoRA directory, exact) or `merged` (the full model with its tokenizer).
+
+    Raises:
+        ConfigError: no such step, nothing to export, or `target` holds files already.
+    """
+    directory = choose_step(run, step)
+    config = run.config()
+    if config.adapter.type == "none":
+        raise ConfigError(
+            [Problem("adapter.type", "is none: this run trained heads only, there is no adapter to export")]
+        )
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError([Problem("--to", f"{target} is not empty; name a new folder")])
+    import transformers
+
+    from pipelines.models.base import load_base, load_tokenizer
+
+    transformers.utils.logging.disable_progress_bar()
+    base = load_base(config.base_model)
+    if form == "merged" and config.base_model.quantization:
+        base = base.dequantize()  # the weights that the adapter was trained on, in full precision
+    with tempfile.TemporaryDirectory() as scratch:
+        local = run.download(directory, Path(scratch))
+        _write(config.adapter.type, form, base, local / "adapter", target)
+        if (local / "heads.safetensors").exists():
+            (target / "heads.safetensors").write_bytes((local / "heads.safetensors").read_bytes())
+    if form == "merged":
+        load_tokenizer(config.base_model).save_pretrained(target)
+    return target
+
+
+def _write(adapter_type: str, form: str, base, adapter: Path, target: Path) -> None:
+    import peft
+
+    from curlora.conversion import to_lora, to_merged
+
+    if adapter_type == "curlora":
+        (to_lora if form == "lora" else to_merged)(adapter, target, base_model=base)
+    elif form == "merged":
+        model = peft.PeftModel.from_pretrained(base, str(adapter))
+        model.merge_and_unload(safe_merge=True).save_pretrained(target)
+    elif adapter_type == "lora":
+        target.mkdir(parents=True, exist_ok=True)
+        for file in adapter.iterdir():
+            (target / file.name).write_bytes(file.read_bytes())
+    else:
+        message = f"'{adapter_type}' has no exact LoRA form; use --as merged"
+        raise ConfigError([Problem("adapter.type", message)])

@@ -1,0 +1,303 @@
+"""Adapters as MLflow logged models: packed as a pyfunc from code, linked to their run, parent, data and scores.
+
+A step's model is found by its tag `curlora.step_fingerprint` within its chain, else made; it is READY once its files
+are there. See pipelines/serving.py for what it does when it is loaded.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.config.tasks import ClassificationTask, GenerationTask, MultipleChoiceTask, TaskSource
+from pipelines.data.kinds import kind_of
+from pipelines.lineage.mlflow_records import PREFIX, TAG_LENGTH, flatten, where_tags
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.environment import versions
+from pipelines.runs.records import Steps
+
+MODEL_TYPE = "curlora-adapter"
+
+CODE = Path(__file__).parents[1] / "inference" / "pyfunc_entry.py"
+
+NEEDED = {"name", "base_model", "adapter", "training", "evaluation", "resources", "tasks"}  # of the configuration
+
+REQUIREMENTS = ("curlora", "torch", "transformers", "peft", "safetensors", "datasets", "mlflow")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a model is made from.
+
+    Attributes:
+        config: of the run, its tasks those that the adapter and its ancestors were trained on.
+        base_fingerprint, parent: identity of the base, and of the step that this one grew from.
+    """
+
+    run: RunDirectory
+    directory: str
+    metrics: dict
+    config: PipelineConfig
+    base_fingerprint: str
+
+    @property
+    def tasks(self) -> list[str]:
+        return [task.name for task in self.config.tasks]
+
+    @property
+    def task(self) -> str:
+        """The one learned last: who asks without naming a task means it."""
+        return self.metrics["tasks"][-1]
+
+    @property
+    def name(self) -> str:
+        return f"{self.run.name}-{self.metrics['position']}-{self.task}"[:200]
+
+
+def write_model(adapter: Adapter, target: Path, model_id: str | None = None) -> None:
+    """The folder that `mlflow.pyfunc.load_model` loads: MLmodel, code, requirements, adapter, heads, example."""
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    with tempfile.TemporaryDirectory() as scratch, _silent():
+        step = Path(scratch) / "step"
+        _write_step(adapter, step)
+        mlflow.pyfunc.save_model(
+            str(target),
+            mlflow_model=Model(model_id=model_id),
+            python_model=str(CODE),
+            artifacts={"step": str(step)},
+            signature=signature(adapter.config, adapter.task),
+            input_example=example(adapter.config.task(adapter.task)),
+            pip_requirements=[f"{name}=={number.split('+')[0]}" for name, number in versions(REQUIREMENTS).items()],
+            model_config={"base_model": None},
+            metadata={"curlora": facts(adapter)},
+        )
+
+
+def facts(adapter: Adapter) -> dict:
+    """Who the adapter is, for people and for the code that loads it."""
+    return {
+        "run_uri": adapter.run.uri,
+        "step_directory": adapter.directory,
+        "step_fingerprint": adapter.metrics["fingerprint"],
+        "parent_fingerprint": adapter.metrics["parent"],
+        "base_fingerprint": adapter.base_fingerprint,
+        "task": adapter.task,
+        "tasks": adapter.tasks,
+    }
+
+
+def _write_step(adapter: Adapter, step: Path) -> None:
+    """Adapter and heads as published, with a configuration that needs none of the data."""
+    step.mkdir()
+    run, source = adapter.run, adapter.run.path(adapter.directory)
+    for name in adapter.metrics.get("files", {}):
+        if not name.startswith("strategy/"):
+            (step / name).parent.mkdir(parents=True, exist_ok=True)
+            (step / name).write_bytes(run.fs.cat_file(f"{source}/{name}"))
+    settings = adapter.config.model_dump(mode="json", include=NEEDED)
+    (step / "config.json").write_text(json.dumps(settings | {"tracking": None}, indent=1), encoding="utf-8")
+    (step / "model.json").write_text(json.dumps(facts(adapter), indent=1), encoding="utf-8")
+
+
+@contextmanager
+def _silent():
+    """Without its advice about type hints, which a model that answers several kinds of task cannot have."""
+    logger = logging.getLogger("mlflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+# -- into MLflow
+class LoggedModels:
+    """The logged models of one chain in one store, by step fingerprint.
+
+    Attributes:
+        steps: of the chain, as far as they are done.
+    """
+
+    def __init__(self, client, experiment_id: str, chain_id: str, run: RunDirectory, config: PipelineConfig):
+        self.client, self.experiment_id, self.chain_id = client, experiment_id, chain_id
+        self.run, self.config = run, config
+        self.steps: Steps = ()
+        where = where_tags({PREFIX + "chain": chain_id})
+        self.found = {model.tags[PREFIX + "step_fingerprint"]: model for model in self._search(where)}
+
+    def _search(self, where: str) -> list:
+        models, token = [], None
+        while True:
+            page = self.client.search_logged_models([self.experiment_id], where, max_results=100, page_token=token)
+            models.extend(page)
+            token = page.token
+            if not token:
+                return models
+
+    def send(self, child, directory: str, metrics: dict) -> str:
+        """Make a step's model, or complete it, and link it to the child run; its id."""
+        adapter = self._adapter(directory, metrics)
+        model = self.found.get(metrics["fingerprint"]) or self._create(child, adapter)
+        if str(model.status) != "READY":
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = Path(scratch) / "model"
+                write_model(adapter, folder, model.model_id)
+                self.client.log_model_artifacts(model.model_id, str(folder))
+            model = self.client.finalize_logged_model(model.model_id, "READY")
+        self.found[metrics["fingerprint"]] = model
+        self._link(child.info.run_id, model, metrics)
+        return model.model_id
+
+    def _create(self, child, adapter: Adapter):
+        values = {key: str(value) for key, value in facts(adapter).items() if not isinstance(value, list)}
+        tags = values | {"chain": self.chain_id, "tasks": ",".join(adapter.tasks), "run": self.run.name}
+        return self.client.create_logged_model(
+            self.experiment_id,
+            adapter.name,
+            child.info.run_id,
+            {PREFIX + key: value[:TAG_LENGTH] for key, value in tags.items()},
+            flatten(adapter.metrics.get("setting", {})),
+            MODEL_TYPE,
+        )
+
+    def _link(self, run_id: str, model, metrics: dict) -> None:
+        """As output of its run, with the parent adapter as input. MLflow would add both again every time."""
+        from mlflow.entities import LoggedModelInput
+
+        run = self.client.get_run(run_id)
+        self._add_outputs(run, {model.model_id: metrics["position"]})
+        given = {found.model_id for found in run.inputs.model_inputs}
+        parent = self.found.get(metrics["parent"])
+        if parent and parent.model_id not in given:
+            self.client.log_inputs(run_id, models=[LoggedModelInput(parent.model_id)])
+
+    def link_chain(self, chain) -> None:
+        """All models as outputs of the chain's run, given as it was before."""
+        positions = {metrics["fingerprint"]: metrics["position"] for _, metrics in self.steps}
+        made = {m.model_id: positions[name] for name, m in self.found.items() if name in positions}
+        self._add_outputs(chain, made)
+
+    def _add_outputs(self, run, made: Mapping[str, int]) -> None:
+        """Add the outputs (model id → position) that a run lacks."""
+        from mlflow.entities import LoggedModelOutput
+
+        known = {output.model_id for output in run.outputs.model_outputs}
+        missing = [LoggedModelOutput(model_id, step) for model_id, step in made.items() if model_id not in known]
+        if missing:
+            self.client.log_outputs(run.info.run_id, missing)
+
+    def _adapter(self, directory: str, metrics: dict) -> Adapter:
+        tasks = learned_tasks(self._history(metrics["position"]))
+        base = self._earlier[-1][1]["fingerprint"] if self._earlier else self.steps[0][1]["fingerprint"]
+        return Adapter(self.run, directory, metrics, self.config.model_copy(update={"tasks": tasks}), base)
+
+    def _history(self, position: int) -> list[tuple[PipelineConfig, dict]]:
+        """(configuration, metrics.json) of every step up to a position, those of other runs included."""
+        earlier = [(config, metrics) for config, metrics in reversed(self._earlier) if metrics["position"]]
+        return earlier + [(self.config, m) for _, m in self.steps if 0 < m["position"] <= position]
+
+    @functools.cached_property
+    def _earlier(self) -> list[tuple[PipelineConfig, dict]]:
+        """What the chain's first step grew from in other runs, the nearest first, the base last."""
+        first_directory, first = next((d, m) for d, m in self.steps if m["position"])
+        if not first.get("parent_run"):
+            return []
+        configs: dict[str, PipelineConfig] = {}
+        found = []
+        for run, _, metrics in list(self.run.ancestors(first_directory))[1:]:
+            config = configs.setdefault(run.uri, run.config())
+            found.append((config, metrics))
+        return found
+
+
+# -- tasks
+def learned_tasks(links: Sequence[tuple[PipelineConfig, dict]]) -> list[TaskSource]:
+    """The tasks of an ancestry, each as its own run asks it, with the class names that its step recorded.
+
+    Args:
+        links: (configuration, metrics.json) of every step, from the first on.
+    """
+    found: dict[str, TaskSource] = {}
+    for config, metrics in links:
+        known = {task.name: task for task in config.tasks}
+        for name in metrics["tasks"]:
+            if name in known:
+                found[name] = _with_classes(known[name], metrics)
+    return list(found.values())
+
+
+def _with_classes(task: TaskSource, metrics: dict) -> TaskSource:
+    classes = metrics.get("classes", {}).get(task.name)
+    if classes and isinstance(task, ClassificationTask):
+        return task.model_copy(update={"labels": list(classes)})
+    return task
+
+
+# -- signature and example
+def signature(config: PipelineConfig, default: str):
+    """Columns of all tasks (those of one are given at a time), the parameter `task`, and what may come out."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    columns: dict[str, Any] = {}
+    readers = collections.Counter(name for task in config.tasks for name in kind_of(task).inputs(task))
+    for task in config.tasks:
+        for name in kind_of(task).inputs(task):
+            columns.setdefault(name, _type_of(task, name))
+    everybody = len(config.tasks)  # a column that not all tasks read may be left out
+    inputs = Schema([ColSpec(kind, name, required=readers[name] == everybody) for name, kind in columns.items()])
+    outputs = Schema([ColSpec(kind, name, required=False) for name, kind in _outputs(config.tasks).items()])
+    return ModelSignature(inputs, outputs, ParamSchema([ParamSpec("task", "string", default)]))
+
+
+def _type_of(task: TaskSource, column: str):
+    """Text, but for a chat (role and content) and a list of choices."""
+    from mlflow.types import DataType
+    from mlflow.types.schema import Array, Object, Property
+
+    if isinstance(task, GenerationTask) and column == task.messages:
+        return Array(Object([Property("role", DataType.string), Property("content", DataType.string)]))
+    if isinstance(task, MultipleChoiceTask) and column == task.choices:
+        return Array(DataType.string)
+    return DataType.string
+
+
+def _outputs(tasks: Sequence[TaskSource]) -> dict[str, Any]:
+    from mlflow.types import DataType
+    from mlflow.types.schema import AnyType
+
+    columns: dict[str, Any] = {}
+    for task in tasks:
+        if kind_of(task).name == "language-modeling":
+            columns |= {"nll": DataType.double, "perplexity": DataType.double, "tokens": DataType.long}
+        elif isinstance(task, GenerationTask):
+            columns.setdefault("prediction", DataType.string)
+        else:
+            columns |= {"label": DataType.string}
+            columns.setdefault("prediction", DataType.long)
+    kinds = {isinstance(task, GenerationTask) for task in tasks if kind_of(task).name != "language-modeling"}
+    return columns | ({"prediction": AnyType()} if len(kinds) > 1 else {})
+
+
+def example(task: TaskSource) -> dict[str, list]:
+    """One invented row: rows of the data belong where the data is."""
+    row: dict[str, Any] = {}
+    for column in kind_of(task).inputs(task):
+        row[column] = f"This stands where the {column} goes."
+        if isinstance(task, GenerationTask) and column == task.messages:
+            row[column] = [{"role": "user", "content": "What is asked stands here."}]
+        if isinstance(task, MultipleChoiceTask) and column == task.choices:
+            row[column] = ["The first choice.", "The second choice."]
+    return {column: [value] for column, value in row.items()}

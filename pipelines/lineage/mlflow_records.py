@@ -1,0 +1,249 @@
+"""Writes parameters, metrics, tags, datasets and artifacts to MLflow, idempotently."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import posixpath
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.records import Point, newest_cells, score_points
+
+PREFIX = "curlora."
+
+METRICS_A_BATCH = 1000
+
+PARAMS_A_BATCH = 100
+
+PARAM_LENGTH = 500  # what every MLflow server accepts; the whole text is in config.yaml
+
+TAG_LENGTH = 5000
+
+DIGEST_LENGTH = 36
+
+INPUT_PAUSES = (0.2, 0.5, 1.0)  # seconds between tries
+
+
+@dataclass(frozen=True)
+class Target:
+    """What every part of one projection needs: where to, and of what."""
+
+    client: Any
+    experiment_id: str
+    run: RunDirectory
+    config: PipelineConfig
+    inputs: set[tuple[str, str, str]] = field(default_factory=set)  # (run id, dataset, digest) that are there
+
+
+def search_runs(client, experiments: Sequence[str], tags: Mapping[str, str]) -> list:
+    """Every run of these experiments with these tags, whatever the number of pages."""
+    where = where_tags(tags)
+    runs, token = [], None
+    while True:
+        page = client.search_runs(list(experiments), where, max_results=1000, page_token=token)
+        runs.extend(page)
+        token = page.token
+        if not token:
+            return runs
+
+
+def where_tags(tags: Mapping[str, str]) -> str:
+    """MLflow's filter for all of these tags."""
+    escaped = {key: value.replace("\\", "\\\\").replace("'", "\\'") for key, value in tags.items()}
+    return " and ".join(f"tags.`{key}` = '{value}'" for key, value in escaped.items())
+
+
+def identity(run: RunDirectory) -> str:
+    """One spelling of where a run lies, whatever directory the command was called in."""
+    return os.path.abspath(run.root) if run.is_local else run.uri
+
+
+def common_tags(config: PipelineConfig) -> dict[str, str]:
+    """Tags that every run of the chain carries."""
+    return {
+        "mlflow.source.name": "curlora",
+        "mlflow.source.type": "JOB",
+        PREFIX + "base_model": config.base_model.path,
+        PREFIX + "adapter": config.adapter.type,
+        PREFIX + "strategy": config.strategy.name,
+    }
+
+
+def finite(value: float | None) -> float | None:
+    """What MLflow can store: infinity becomes the largest float, as its server would make it; NaN and None nothing."""
+    if value is None or math.isnan(value):
+        return None
+    return max(-sys.float_info.max, min(sys.float_info.max, float(value)))
+
+
+def send_metrics(
+    to: Target,
+    run_id: str,
+    points: Iterable[Point],
+    model_id: str | None = None,
+    datasets: Mapping[str, tuple[str, str]] | None = None,
+) -> None:
+    """Metrics of a run; of a logged model too, with the (name, digest) of the data that each was measured on."""
+    from mlflow.entities import Metric
+
+    of_run = run_id if model_id else None
+    metrics = [
+        Metric(key, number, milliseconds(moment), step, model_id, *(datasets or {}).get(key, (None, None)), of_run)
+        for key, value, moment, step in points
+        if (number := finite(value)) is not None
+    ]
+    for batch in _batches(metrics, METRICS_A_BATCH):
+        to.client.log_batch(run_id, metrics=batch)
+
+
+def metric_datasets(metrics: dict) -> dict[str, tuple[str, str]]:
+    """Metric → (name, digest) of the test data behind it, as `_send_inputs` names them."""
+    digests = {cell["name"]: cell["digest"][:DIGEST_LENGTH] for cell in newest_cells(metrics)}
+    names = ((key, key.split("/")[-1]) for key, *_ in score_points(metrics))
+    return {key: (f"{name}/test", digests[name]) for key, name in names}
+
+
+# -- parameters, tags, datasets, artifacts
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Nested mappings and lists as `a.b.0` → text; what is null or empty is left out."""
+    if isinstance(value, Mapping):
+        items: Iterable = value.items()
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value):
+        items = enumerate(value)
+    elif value is None or value == [] or value == ():
+        return {}
+    else:
+        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        key = re.sub(r"[^A-Za-z0-9_./: -]", "_", prefix)[:250]
+        return {key: text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"}
+    flat = {}
+    for key, item in items:
+        flat.update(flatten(item, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def send_params(to: Target, run, wanted: Mapping[str, str]) -> None:
+    """New parameters are logged. MLflow never changes one, so a later value goes to a tag `changed.<name>`."""
+    from mlflow.entities import Param
+
+    stored = run.data.params
+    missing = [Param(key, value) for key, value in wanted.items() if key not in stored]
+    for batch in _batches(missing, PARAMS_A_BATCH):
+        to.client.log_batch(run.info.run_id, params=batch)
+    changed = {key: value for key, value in wanted.items() if stored.get(key, value) != value}
+    set_tags(to, run, {f"{PREFIX}changed.{key}"[:250]: value for key, value in changed.items()})
+
+
+def set_tags(to: Target, run, wanted: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    tags = [RunTag(key, value) for key, value in wanted.items() if run.data.tags.get(key) != value]
+    for batch in _batches(tags, PARAMS_A_BATCH):
+        to.client.log_batch(run.info.run_id, tags=batch)
+
+
+def send_inputs(to: Target, run_id: str, metrics: dict) -> None:
+    """Datasets by our own digest: MLflow's hashes the first 10,000 rows only."""
+    sources = {source.name: source.data for source in [*to.config.tasks, *to.config.retention]}
+    inputs = []
+    for name, splits in metrics.get("data", {}).items():
+        for split, data in splits.items():
+            context = "training" if split == "train" else split
+            inputs.append(_dataset(f"{name}/{split}", data["digest"], data["rows"], sources.get(name), context))
+    for cell in metrics["cells"]:
+        context = "evaluation" if cell["role"] == "task" else "retention"
+        inputs.append(
+            _dataset(f"{cell['name']}/test", cell["digest"], cell["count"], sources.get(cell["name"]), context)
+        )
+    keys = {(run_id, item.dataset.name, item.dataset.digest): item for item in inputs}
+    missing = [item for key, item in keys.items() if key not in to.inputs]
+    to.inputs.update(keys)
+    for batch in _batches(missing, PARAMS_A_BATCH):
+        _log_inputs(to, run_id, batch)
+
+
+def _log_inputs(to: Target, run_id: str, batch: list) -> None:
+    """The server looks for a dataset and then adds it: of two clients with a new one at once, one is turned away.
+
+    The other's dataset is there a moment later, and is found.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for pause in INPUT_PAUSES:
+        try:
+            return to.client.log_inputs(run_id, datasets=batch)
+        except MlflowException as error:
+            if not re.search("unique|duplicate", str(error), re.IGNORECASE):
+                raise
+            time.sleep(pause)
+    to.client.log_inputs(run_id, datasets=batch)
+
+
+def _dataset(name: str, digest: str, rows: int, source: str | None, context: str):
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        name=name,
+        digest=digest[:DIGEST_LENGTH],
+        source_type="local" if source and source.startswith("/") else "external",
+        source=json.dumps({"uri": source or name}),
+        profile=json.dumps({"num_rows": rows}),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def upload_folder(to: Target, run_id: str, directory: str, target: str) -> None:
+    """Files of a step that MLflow lacks or has in another size; what is there already is not sent again."""
+    known, root = _known_artifacts(to, run_id, target), to.run.path(directory)
+    wanted = {}
+    for entry, info in sorted(to.run.fs.find(root, detail=True).items()):
+        relative = posixpath.relpath(entry, root)
+        place = posixpath.join(target, relative)
+        if relative.endswith(".tmp") or relative.startswith("strategy/"):
+            continue
+        # metrics.json may get later cells, in a text of the same length
+        if relative == "metrics.json" or known.get(place) != info["size"]:
+            wanted[f"{directory}/{relative}"] = place
+    upload_files(to, run_id, wanted)
+
+
+def _known_artifacts(to: Target, run_id: str, path: str) -> dict[str, int]:
+    known, folders = {}, [path]
+    while folders:
+        for info in to.client.list_artifacts(run_id, folders.pop() or None):
+            if info.is_dir:
+                folders.append(info.path)
+            else:
+                known[info.path] = info.file_size
+    return known
+
+
+def upload_files(to: Target, run_id: str, files: Mapping[str, str]) -> None:
+    """Files of the run as artifacts (path in the run → artifact path), in one go: one by one takes far longer."""
+    if not files:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        for source, target in files.items():
+            local = Path(scratch) / target
+            local.parent.mkdir(parents=True, exist_ok=True)
+            local.write_bytes(to.run.read_bytes(source))
+        to.client.log_artifacts(run_id, scratch)
+
+
+def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)

@@ -1,0 +1,331 @@
+"""Project a run directory into MLflow: one idempotent function, used live by the driver and by `curlora sync`.
+
+Experiment = sequence, parent run = chain, child run = step. Everything is found by tag, else made, and is sent with
+its original timestamps, so sending again doubles nothing. Only `MlflowClient` is used: fluent state is bound to a
+thread and a process. MLflow is a projection: when it is away a run loses nothing, `project` raises one `LineageError`.
+
+Conventions a dashboard can rely on, the same for every sequence:
+
+    tags (`curlora.` + …)   kind (chain | step), run, run_uri, base_model, adapter, strategy on every run;
+                            tasks, last_step, base_fingerprint, gate, gate_reasons on the parent;
+                            step_fingerprint, parent_fingerprint, parent_run (where it grew from another run's step),
+                            step_directory, task, tasks, position on a child
+    metrics of the parent   score/<task>, for written answers also rouge_l/<task>, token_f1/<task> and
+                            exact_match/<task>; for retained text nll/<corpus>, perplexity/<corpus>; step = position in
+                            the sequence, 0 = untouched base; average_accuracy, forgetting, …; step = number of steps
+    metrics of a child      train/loss, train/learning_rate; step = optimizer step; its own row of scores and its cost
+    inputs                  <task>/train and <name>/test with the digest of the run directory
+    logged model of a child the adapter (pipelines/logged_models.py), its row of scores by dataset, its parent as input
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipelines.lineage.mlflow_records import (
+    PREFIX,
+    TAG_LENGTH,
+    Target,
+    common_tags,
+    flatten,
+    identity,
+    metric_datasets,
+    milliseconds,
+    search_runs,
+    send_inputs,
+    send_metrics,
+    send_params,
+    set_tags,
+    upload_files,
+    upload_folder,
+)
+from pipelines.lineage.store import artifact_root, connect, errors, quiet
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.identity import fingerprint
+from pipelines.runs.records import (
+    Steps,
+    cost_points,
+    current_steps,
+    curve_points,
+    ended_at,
+    label_of,
+    latest_moment,
+    score_points,
+    started_at,
+)
+
+CONVENTIONS = 2  # of this module; another number sends finished steps again
+
+AGGREGATES = (
+    "average_accuracy",
+    "learning_accuracy",
+    "backward_transfer",
+    "forward_transfer",
+    "forgetting",
+    "perplexity_ratio",
+    "nll_average",
+    "nll_learning",
+    "nll_backward_transfer",
+)
+
+CHAIN_NOTE = (
+    "A sequence of tasks learned one after another. The step of every metric is the position in the sequence "
+    "(0 = the untouched base), so each chart shows one task being learned and kept or forgotten. "
+    "Child runs are the steps. The whole story: `report.html` among the artifacts."
+)
+
+
+def project(run: RunDirectory, uri: str, experiment: str, chain: Sequence[str] | None = None) -> dict[str, str]:
+    """Bring MLflow up to what the run directory says. Call it as often as you like, also while the run goes on.
+
+    Args:
+        run: the run directory.
+        uri: MLflow tracking URI.
+        experiment: name of the experiment, made if missing.
+        chain: step fingerprints of the current plan, in order; default: those of `results.json`, else the chain
+            that ends in the step finished last. Older steps of a changed configuration are not part of it.
+
+    Returns:
+        step fingerprint → MLflow run id, and `"parent"` → id of the parent run.
+
+    Raises:
+        LineageError: MLflow is away or refuses.
+    """
+    return Projection(run, uri, experiment).send(chain)
+
+
+class Projection:
+    """A run in MLflow, kept up to date by a process that lives with it.
+
+    What it has found or sent it does not look up again, so a step costs the same at the end of a long chain as at its
+    beginning. After an error everything is looked up anew.
+    """
+
+    def __init__(self, run: RunDirectory, uri: str, experiment: str):
+        self.run, self.uri, self.experiment = run, uri, experiment
+        self._known: _Known | None = None
+        self._last: str | None = None  # fingerprint of the step that was sent last
+
+    def send(self, chain: Sequence[str] | None = None) -> dict[str, str]:
+        """What `project` does."""
+        with errors(self.uri, f"nothing is lost; send it later with: curlora sync {self.run.uri}"), quiet():
+            steps, client = current_steps(self.run, chain), connect(self.uri)
+            known, self._known = self._known, None  # should this not come to its end
+            known = self._now(known, client, steps) or self._look(client, steps)
+            ids = _send(known, steps)
+            self._known, self._last = known, steps[-1][1]["fingerprint"] if steps else None
+            return ids
+
+    def _now(self, known: _Known | None, client, steps: Steps) -> _Known | None:
+        """With the parent run as it is now; None if the run was deleted or these steps are another chain's.
+
+        A step's fingerprint contains its parent's: where the last one is, all before it are.
+        """
+        if known is None or self._last not in {None, *(metrics["fingerprint"] for _, metrics in steps)}:
+            return None
+        parent = client.get_run(known.parent_id)
+        return replace(known, parent=parent) if parent.info.lifecycle_stage == "active" else None
+
+    def _look(self, client, steps: Steps) -> _Known:
+        # Imported here: the kinds of task bring numpy along, which most commands never need.
+        from pipelines.lineage.logged_models import LoggedModels
+
+        to = Target(client, _experiment(client, self.uri, self.experiment), self.run, self.run.config())
+        parent_id = _parent(to, steps).info.run_id
+        children = _children(to, parent_id)
+        models = LoggedModels(client, to.experiment_id, parent_id, self.run, to.config)
+        ids = {name: child.info.run_id for name, child in children.items()}
+        sent = {name: child.data.tags.get(PREFIX + "sent", "") for name, child in children.items()}
+        return _Known(to, models, client.get_run(parent_id), ids, sent)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What MLflow holds of a chain.
+
+    Attributes:
+        parent: the chain's run, as it was before this sending.
+        children: step fingerprint → MLflow run id.
+        sent: step fingerprint → digest of what was sent of it.
+    """
+
+    to: Target
+    models: Any
+    parent: Any
+    children: dict[str, str]
+    sent: dict[str, str]
+
+    @property
+    def parent_id(self) -> str:
+        return self.parent.info.run_id
+
+
+def _send(known: _Known, steps: Steps) -> dict[str, str]:
+    from pipelines.lineage.searches import project_searches  # which uses what is here
+
+    known.models.steps = steps
+    ids = {"parent": known.parent_id}
+    for directory, metrics in steps:
+        if metrics["position"] == 0:
+            _send_base(known.to, known.parent, directory, metrics)
+        else:
+            ids[metrics["fingerprint"]] = _send_step(known, directory, metrics)
+    _send_parent(known.to, known.models, known.parent, steps)
+    project_searches(known.to, known.parent_id, ids)
+    return ids
+
+
+def _experiment(client, uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        root = artifact_root(uri)
+        folder = re.sub(r"[^A-Za-z0-9._-]", "_", name)
+        location = f"{root}/{folder}" if root else None
+        # The tag makes MLflow's list of experiments open this one on its runs, not as an LLM application.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        try:
+            return client.create_experiment(name, location, tags=tags)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)  # made by another run at this moment
+    if experiment.lifecycle_stage == "deleted":
+        raise MlflowException(
+            f"experiment '{name}' is deleted; restore it with `mlflow experiments restore -x "
+            f"{experiment.experiment_id}` or set another tracking.experiment"
+        )
+    return experiment.experiment_id
+
+
+# -- parent run = chain
+def _parent(to: Target, steps: Steps):
+    """The parent run of this chain.
+
+    A fingerprint contains that of its parent step, so the recorded last step belongs to this chain if and only if
+    everything before it does: a sequence that grew continues its parent run; one whose past was changed gets a new
+    run, and the old one stays as the record of what was.
+    """
+    tags = {PREFIX + "kind": "chain", PREFIX + "run": to.run.name, PREFIX + "run_uri": identity(to.run)}
+    depth = {metrics["fingerprint"]: metrics["position"] for _, metrics in steps}
+    candidates = []
+    for found in search_runs(to.client, [to.experiment_id], tags):
+        last = found.data.tags.get(PREFIX + "last_step")
+        if last is None or last in depth:
+            candidates.append((depth.get(last, -1), found.info.start_time, found))
+    if candidates:
+        return max(candidates, key=lambda item: item[:2])[2]
+    tags |= {"mlflow.note.content": CHAIN_NOTE, **common_tags(to.config)}
+    return to.client.create_run(to.experiment_id, milliseconds(started_at(to.run, steps)), tags, to.run.name)
+
+
+def _send_parent(to: Target, models, parent, steps: Steps) -> None:
+    """Parameters, aggregates, pages and status of the chain."""
+    run, run_id, results = to.run, parent.info.run_id, to.run.results()
+    send_params(to, parent, flatten(to.config.model_dump(exclude={"name", "storage", "tracking"})))
+    if results and results["status"] == "finished" and steps:
+        moment = latest_moment(steps)
+        aggregates = [(name, results.get(name), moment, steps[-1][1]["position"]) for name in AGGREGATES]
+        last = models.found.get(steps[-1][1]["fingerprint"])
+        send_metrics(to, run_id, aggregates, last.model_id if last else None)
+    models.link_chain(parent)
+    files = ["config.yaml", "results.json", "report.html", *(f"figures/{name}" for name in run.list("figures"))]
+    upload_files(to, run_id, {name: name for name in files if run.exists(name)})
+    tags = {PREFIX + "tasks": ",".join(task.name for task in to.config.tasks)[:TAG_LENGTH]}
+    if steps:
+        tags[PREFIX + "last_step"] = steps[-1][1]["fingerprint"]
+        if not steps[0][1].get("parent_run"):  # row 0 is the base, not another run's step
+            tags[PREFIX + "base_fingerprint"] = steps[0][1]["fingerprint"]
+    if results and results.get("gate"):
+        tags |= gate_tags(results["gate"])
+    set_tags(to, parent, tags)
+    status = {"finished": "FINISHED", "failed": "FAILED"}.get(results["status"] if results else "", "RUNNING")
+    if status != "RUNNING":
+        ended = milliseconds(ended_at(run, steps))
+        if (parent.info.status, parent.info.end_time) != (status, ended):
+            to.client.set_terminated(run_id, status, ended)
+    elif parent.info.status != "RUNNING":
+        to.client.update_run(run_id, status)
+
+
+def gate_tags(verdict: Mapping[str, Any]) -> dict[str, str]:
+    """A verdict as tags, in words that a list of runs can be filtered by."""
+    word = {True: "passed", False: "refused", None: "undecided"}[verdict["passed"]]
+    return {PREFIX + "gate": word, PREFIX + "gate_reasons": "; ".join(verdict["reasons"])[:TAG_LENGTH]}
+
+
+# -- child run = step
+def _children(to: Target, parent_id: str) -> dict[str, Any]:
+    tags = {"mlflow.parentRunId": parent_id, PREFIX + "kind": "step"}
+    found = search_runs(to.client, [to.experiment_id], tags)
+    return {child.data.tags[PREFIX + "step_fingerprint"]: child for child in found}
+
+
+def _new_child(to: Target, parent_id: str, directory: str, metrics: dict):
+    label = label_of(metrics)
+    tags = {
+        "mlflow.parentRunId": parent_id,
+        PREFIX + "kind": "step",
+        PREFIX + "run": to.run.name,
+        PREFIX + "run_uri": identity(to.run),
+        PREFIX + "step_fingerprint": metrics["fingerprint"],
+        PREFIX + "step_directory": directory,
+        PREFIX + "parent_fingerprint": metrics["parent"] or "",
+        PREFIX + "task": label,
+        PREFIX + "tasks": ",".join(metrics["tasks"])[:TAG_LENGTH],
+        PREFIX + "position": str(metrics["position"]),
+        **common_tags(to.config),
+    }
+    if origin := metrics.get("parent_run"):
+        tags[PREFIX + "parent_run"] = origin
+    if commit := metrics["environment"].get("git_commit"):
+        tags["mlflow.source.git.commit"] = commit
+    name = f"{metrics['position']}-{label}"
+    return to.client.create_run(to.experiment_id, milliseconds(metrics["started"]), tags, name)
+
+
+def _send_base(to: Target, parent, directory: str, metrics: dict) -> None:
+    """Row 0 trained nothing, so it is no child: its scores start the parent's curves."""
+    run_id, sent = parent.info.run_id, fingerprint([CONVENTIONS, metrics])
+    if parent.data.tags.get(PREFIX + "sent_base") == sent:
+        return
+    send_metrics(to, run_id, score_points(metrics))
+    send_inputs(to, run_id, metrics)
+    upload_folder(to, run_id, directory, "base")
+    to.client.set_tag(run_id, PREFIX + "sent_base", sent)
+
+
+def _send_step(known: _Known, directory: str, metrics: dict) -> str:
+    """Everything of one step; its run's id. The mark `sent` comes last, so that a step is not sent again."""
+    to, name, digest = known.to, metrics["fingerprint"], fingerprint([CONVENTIONS, metrics])
+    if known.sent.get(name) == digest:
+        return known.children[name]
+    if name in known.children:
+        child = to.client.get_run(known.children[name])
+    else:
+        child = _new_child(to, known.parent_id, directory, metrics)
+    run_id = known.children[name] = child.info.run_id
+    settings = {
+        **metrics.get("setting", {}),
+        "data": metrics.get("data"),
+        "environment": metrics["environment"],
+        "evaluation": to.config.evaluation.model_dump(),
+        "tasks": metrics["tasks"],
+        "position": metrics["position"],
+    }
+    send_params(to, child, flatten(settings))
+    send_inputs(to, run_id, metrics)
+    send_inputs(to, known.parent_id, metrics)
+    row = score_points(metrics)
+    send_metrics(to, run_id, row, known.models.send(child, directory, metrics), metric_datasets(metrics))
+    send_metrics(to, run_id, [*cost_points(metrics), *curve_points(metrics)])
+    send_metrics(to, known.parent_id, row)
+    upload_folder(to, run_id, directory, "")
+    to.client.set_terminated(run_id, "FINISHED", milliseconds(metrics["finished"]))
+    to.client.set_tag(run_id, PREFIX + "sent", digest)
+    known.sent[name] = digest
+    return run_id

@@ -1,0 +1,1 @@
+"""What is measured: scores of answers, the score matrix and paired comparisons. Pure functions."""

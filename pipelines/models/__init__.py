@@ -1,0 +1,1 @@
+"""Base models, adapters, classifier heads and losses."""

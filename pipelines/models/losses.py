@@ -1,0 +1,180 @@
+"""Next-token losses from the last hidden states, without a batch's logits ever being in memory.
+
+The output layer is frozen, so the gradient by its input is known as soon as the loss is: both are computed a few rows
+at a time, only for positions that have a target. Of a vocabulary of 150,000 and 8,192 tokens that saves 5 GB of fp32
+logits and as much again for their gradient. Cut cross-entropy (arXiv 2411.09009) and Liger Kernel (arXiv 2410.10989)
+do so in Triton, for layers that train too.
+
+A model that does more to its logits than one linear layer (soft caps, scales, an adapter there) or whose output layer
+ZeRO-3 holds in shards goes the ordinary way, with all logits of the positions that count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.data.encoding import IGNORE
+from pipelines.models.heads import causal_lm
+
+CHUNK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits at a time: what a cache holds, what keeps a GPU busy
+
+
+class Likelihoods(NamedTuple):
+    """What a pass gave.
+
+    Attributes:
+        losses: (batch, length) fp32 cross-entropy of each position's target, given what stands before it; 0 where it
+            has none.
+        hidden: (batch, length, hidden), last layer.
+        logits: (rows, length) → (len(rows), length, vocabulary), differentiable: those of some rows' first positions.
+            The rows must have targets from position 1 on.
+    """
+
+    losses: Tensor
+    hidden: Tensor
+    logits: Callable[[list[int], int], Tensor]
+
+
+def next_token_losses(model: nn.Module, targets: Tensor, **inputs) -> Likelihoods:
+    """Run `model` on `inputs` (`input_ids`, `attention_mask`, …).
+
+    Args:
+        targets: (batch, length), the token at each position where it counts, else -100. Position 0 never counts.
+    """
+    where = (targets[:, 1:] != IGNORE).flatten().nonzero()[:, 0]  # before the pass: it waits for the device
+    layer = plain_output_layer(model)
+    if layer is not None or not len(where):
+        found = _by_hidden_states(model, targets, where, layer, inputs)
+        if found is not None:
+            return found
+    return _by_logits(model, targets, where, inputs)
+
+
+def _by_hidden_states(model, targets, where, layer: nn.Linear | None, inputs: dict) -> Likelihoods | None:
+    """None where it turns out that the model's logits are not what its output layer says."""
+    hidden, last = last_hidden(model, **inputs, **keep_logits(model, 1))
+    if layer is not None and layer not in _IS_PLAIN:
+        with torch.no_grad():
+            _IS_PLAIN[layer] = torch.equal(layer(hidden[:, -1:]).float(), last[:, -1:].float())
+        if not _IS_PLAIN[layer]:
+            return None
+    losses = torch.zeros(targets.shape, device=hidden.device)
+    if len(where):
+        seen, wanted = hidden[:, :-1].flatten(0, 1)[where], targets[:, 1:].flatten()[where]
+        flat = losses[:, 1:].flatten().index_copy(0, where, frozen_layer_losses(seen, layer, wanted))
+        losses = nn.functional.pad(flat.view(len(targets), -1), (1, 0))
+    return Likelihoods(losses, hidden, lambda rows, length: layer(hidden[rows, :length]))
+
+
+def _by_logits(model, targets, where, inputs: dict) -> Likelihoods:
+    first = int((where % (targets.shape[1] - 1)).min())  # no logits before the first position that predicts a target
+    positions = torch.arange(first, targets.shape[1] - 1, device=targets.device)
+    keep = keep_logits(model, positions)
+    hidden, logits = last_hidden(model, **inputs, **keep)
+    logits = logits if keep else logits[:, positions]
+    losses = nn.functional.pad(token_nll(logits, targets[:, first + 1 :]), (first + 1, 0))
+    return Likelihoods(losses, hidden, lambda rows, length: logits[rows, :length])
+
+
+# -- models
+_IS_PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # output layer: whether it alone makes the logits
+
+
+def plain_output_layer(model: nn.Module) -> nn.Linear | None:
+    """The output layer, if it is linear, frozen, whole on this rank, and not known to be only a part of the story."""
+    layer = causal_lm(model).get_output_embeddings()
+    whole = type(layer) is nn.Linear and not any(hasattr(p, "ds_id") or p.requires_grad for p in layer.parameters())
+    return layer if whole and accepts(model, "logits_to_keep") and _IS_PLAIN.get(layer, True) else None
+
+
+def last_hidden(model: nn.Module, **inputs) -> tuple[Tensor, Tensor]:
+    """((batch, length, hidden) of the last layer, logits).
+
+    Asked for its hidden states, a model would hand out, and so keep in memory, those of all layers.
+    """
+    decoder = causal_lm(model).get_decoder()
+    if decoder is causal_lm(model):
+        output = model(**inputs, output_hidden_states=True, use_cache=False)
+        return output.hidden_states[-1], output.logits
+    with _outputs_of(decoder) as seen:
+        logits = model(**inputs, use_cache=False).logits
+    return seen[-1][0], logits
+
+
+@contextlib.contextmanager
+def _outputs_of(module: nn.Module) -> Iterator[list]:
+    seen: list = []
+    hook = module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the language model's forward takes an argument of this name."""
+    return argument in inspect.signature(causal_lm(model).forward).parameters
+
+
+def keep_logits(model: nn.Module, positions: Tensor | int) -> dict:
+    """`logits_to_keep` for models that know it: logits where nobody looks cost more than all else in a small model."""
+    return {"logits_to_keep": positions} if accepts(model, "logits_to_keep") else {}
+
+
+def place(model: nn.Module, positions: Tensor) -> dict:
+    """`position_ids` for models that know them; the others count by the mask."""
+    return {"position_ids": positions} if accepts(model, "position_ids") else {}
+
+
+# -- losses
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """(batch, length) fp32 cross-entropy of logits (batch, length, vocabulary); 0 where the target is -100.
+
+    Flattened, so that the softmax runs along contiguous memory: over a strided dimension a CPU is many times slower.
+    """
+    losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape)
+
+
+def frozen_layer_losses(hidden: Tensor, layer: nn.Linear, targets: Tensor) -> Tensor:
+    """(tokens,) fp32 cross-entropy of `layer(hidden)`, hidden (tokens, hidden), differentiable by `hidden` alone."""
+    return _FrozenLayerLoss.apply(hidden, layer.weight, layer.bias, targets)
+
+
+class _FrozenLayerLoss(torch.autograd.Function):
+    """With e = exp(logits − max) and s = Σe: loss = log s + max − logits[target], and
+    ∂loss/∂hidden = (e W) / s − W[target]."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        wants = ctx.needs_input_grad[0]
+        losses = torch.empty(len(hidden), device=hidden.device)
+        gradient = torch.empty_like(hidden) if wants else None
+        rows = max(1, CHUNK_NUMBERS.get(hidden.device.type, 1 << 24) // len(weight))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(hidden), rows):
+                part = slice(start, start + rows)
+                logits = nn.functional.linear(hidden[part], weight, bias).float()
+                top, wanted = logits.amax(1, keepdim=True), targets[part, None]
+                at_target = logits.gather(1, wanted)
+                exponentials = logits.sub_(top).exp_()
+                total = exponentials.sum(1, keepdim=True)
+                losses[part] = (total.log() + top - at_target)[:, 0]
+                if wants:
+                    mean = (exponentials.to(weight.dtype) @ weight) / total
+                    gradient[part] = (mean - weight[targets[part]]).to(gradient.dtype)
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient_of_losses):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * gradient_of_losses[:, None]).to(gradient.dtype), None, None, None

@@ -1,0 +1,36 @@
+"""Sequences of unequal length as padded tensors, and features of their last tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+
+class Padded(NamedTuple):
+    """A batch as tensors, each (batch, length): token ids, 1 where a token is real, and its position."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+
+
+def pad(sequences: Sequence[Sequence[int]], device: torch.device, side: Literal["left", "right"] = "right") -> Padded:
+    """Token ids filled up with 0, whatever the tokenizer's pad token is (it may have none): the mask hides them."""
+    length = max(map(len, sequences))
+    ids = np.zeros((len(sequences), length), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        real = slice(0, len(sequence)) if side == "right" else slice(length - len(sequence), length)
+        ids[row, real] = sequence
+        mask[row, real] = 1
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    return Padded(*(torch.from_numpy(array).to(device) for array in (ids, mask, positions)))
+
+
+def last_token_features(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(batch, hidden): the last *real* token of each sequence, padded on either side."""
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]

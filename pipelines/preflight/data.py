@@ -1,0 +1,236 @@
+"""The door: every problem with a configuration's data, before any worker starts, all of them at once.
+
+Each problem names the file and line (or split and row), what was found and what to do. What does not stop a run but
+should be known, such as test texts that also occur in train, is a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.config.tasks import RetentionCorpus, Source, TaskSource
+from pipelines.data.damage import silent_damage
+from pipelines.data.encoding import Encoder
+from pipelines.data.held_out import judging_view
+from pipelines.data.kinds import kind_of
+from pipelines.data.kinds.base import Kind, short
+from pipelines.data.row_places import files_of, place
+from pipelines.data.sets import scored_length
+from pipelines.data.sources import digest_of, load_split, records
+from pipelines.errors import ConfigError, DataError, Problem, did_you_mean
+
+
+def check_judging_data(config: PipelineConfig) -> None:
+    """Raises ConfigError with every problem of the data that trials of a training view would be judged by."""
+    # which imports the tokenizer's library
+
+    problems = check_data(judging_view(config, len(config.tasks)), warn=lambda text: None)
+    if problems:
+        raise ConfigError(Problem(f"search: {p.field}", p.message) for p in problems)
+
+
+AT_MOST = 5  # rows named for each split; the rest are counted
+
+SCARCE = 16  # characters up to which a text is tokenised at the door, to see whether anything is left of it
+
+Warn = Callable[[str], None]
+
+
+def check_data(config: PipelineConfig, warn: Warn = lambda text: None) -> list[Problem]:
+    """Every problem with the data of a configuration.
+
+    Args:
+        warn: called with each thing that does not stop the run.
+    """
+    tokenizer, context = _tokenizer(config), _context(config)
+    problems: list[Problem] = []
+    for section in ("tasks", "retention"):
+        for number, source in enumerate(getattr(config, section)):
+            encoder = None
+            length = scored_length(source, config, context)
+            if length < 1:
+                message = (
+                    f"{source.max_new_tokens} leaves no room in the model's context of {context} tokens; lower it"
+                )
+                problems.append(Problem(f"{section}.{number}.max_new_tokens", message))
+            elif tokenizer is not None:
+                encoder = Encoder(tokenizer, length)
+            problems += _Check(f"{section}.{number}.data", source, encoder, warn).problems()
+    return problems
+
+
+def _tokenizer(config: PipelineConfig):
+    """The base's tokenizer; None where it cannot be had: that is the model's problem, reported with it."""
+    import transformers
+
+    base = config.base_model
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            base.path, revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def _context(config: PipelineConfig) -> int:
+    """Tokens of the base's context, as the workers see it."""
+    import transformers
+
+    base = config.base_model
+    try:
+        found = transformers.AutoConfig.from_pretrained(
+            base.path, revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
+    except (OSError, ValueError):
+        return config.training.max_length + 10**6  # unknown: no limit to hold anything against
+    return int(getattr(found, "max_position_embeddings", None) or 1024)
+
+
+class _Check:
+    """The checks of one task or corpus."""
+
+    def __init__(self, field: str, source: Source, encoder: Encoder | None, warn: Warn):
+        self.field, self.source, self.encoder, self.warn = field, source, encoder, warn
+        self.kind: Kind = kind_of(source)
+        self.found: list[Problem] = []
+        self.train_is_readable = False
+        self.class_names: tuple[str, ...] = ()
+        self.seen: set[int] = set()  # classes that occur in train
+
+    def problems(self) -> list[Problem]:
+        corpus = isinstance(self.source, RetentionCorpus)
+        whole = [self._split(split) for split in ([self.source.split] if corpus else ["train", "test"])]
+        if all(whole):
+            self._task()
+            if not corpus:
+                self._overlap()
+        return self.found
+
+    def _add(self, message: str) -> None:
+        self.found.append(Problem(self.field, message))
+
+    # -- one split
+
+    def _split(self, split: str) -> bool:
+        """Whether the rows of a split can be read and are whole."""
+        before = len(self.found)
+        try:
+            rows = load_split(self.source, split)
+            damage = [problem for path in files_of(self.source, split) for problem in silent_damage(path)]
+            if damage:
+                raise DataError(damage)
+            digest_of(self.source, split)  # reads all columns, also those that no task names
+            names = rows.column_names
+            wanted = self.kind.columns(self.source)
+            for column in wanted:
+                if column not in names:
+                    where = f"{self.source.name}/{split}"
+                    self._add(f"{where} has no column '{column}', {did_you_mean(column, names)}")
+            if len(self.found) == before:
+                if split == "train":
+                    self.train_is_readable, self.class_names = True, self.kind.classes(self.source)
+                self._rows(split, rows, wanted)
+        except DataError as error:
+            for problem in error.problems:
+                self._add(str(problem))
+        except UnicodeDecodeError as error:
+            self._add(f"{self.source.name}/{split}: a text holds bytes that are not UTF-8 ({error}); write it anew")
+        return len(self.found) == before
+
+    def _rows(self, split: str, rows, columns: list[str]) -> None:
+        read, classes, empty, bad = self._reader(), Counter(), 0, 0
+        for number, row in enumerate(records(rows, columns)):
+            reasons = list(self._row(row, read, classes))
+            empty += not reasons and not self.kind.text(self.source, row).strip()
+            if reasons:
+                bad += 1
+                if bad <= AT_MOST:
+                    where = place(self.source, split, number)
+                    self.found += [Problem(self.field, f"{where}: {reason}") for reason in reasons]
+        if bad > AT_MOST:
+            self._add(f"{self.source.name}/{split}: {bad - AT_MOST} more rows have such problems")
+        if not bad:
+            self._split_as_a_whole(split, len(rows), classes, empty)
+
+    def _reader(self) -> Callable[[dict], int | None] | None:
+        """Reads labels; None where there are none, or where those of train could not be read."""
+        return self.kind.reader(self.source) if _has_label(self.source) and self.train_is_readable else None
+
+    def _row(self, row: dict, read, classes: Counter) -> Iterator[str]:
+        reasons = list(self.kind.row_problems(self.source, row))
+        yield from reasons
+        if read is not None and (self.class_names or not reasons):  # the choices of a bad row cannot be read
+            value = row[self.source.label]
+            label = read(row)
+            if label is None:
+                yield self._unknown_label(value)
+            else:
+                classes[label] += 1
+        if not reasons and self.encoder is not None:
+            yield from self._vanishing(row)
+
+    def _unknown_label(self, value: Any) -> str:
+        if value is None or value != value:
+            what = "missing" if value is None else "NaN"
+            return f"the label '{self.source.label}' is {what}; fill it or drop the row"
+        names = ", ".join(map(repr, self.class_names[:8]))
+        known = f"the label set ({names})" if names else "the choices"
+        return f"label {short(value)} is outside {known}; fix it or set labels:"
+
+    def _vanishing(self, row: dict) -> Iterator[str]:
+        """A short text may consist of nothing that the tokenizer keeps."""
+        text = self.kind.text(self.source, row)
+        if text.strip() and len(text) <= SCARCE and not self.encoder.bare([text])[0]:
+            yield f"nothing is left of {text!r} after tokenisation; write it in characters that the tokenizer knows"
+
+    def _split_as_a_whole(self, split: str, count: int, classes: Counter, empty: int) -> None:
+        where = f"{self.source.name}/{split}"
+        if empty == count:
+            self._add(f"{where}: all {count} texts are empty; check the column")
+        elif empty and isinstance(self.source, TaskSource):
+            self.warn(f"{where}: {empty} of {count} texts are empty and teach nothing")
+        if len(classes) == 1 and self.class_names:
+            name = self.class_names[next(iter(classes))]
+            message = f"{where}: all {count} rows have the same label '{name}'"
+            if split == "train":
+                self._add(f"{message}; there is nothing to learn, add rows of other classes")
+            else:
+                self.warn(f"{message}; scores on it say little")
+        if split == "train":
+            self.seen = set(classes)
+        elif self.seen and self.class_names and (unseen := sorted(set(classes) - self.seen)):
+            names = ", ".join(f"'{self.class_names[c]}'" for c in unseen[:8])
+            self._add(f"{where}: the label(s) {names} never occur in train; add rows to train or drop them here")
+
+    # -- all splits together
+
+    def _task(self) -> None:
+        for message in self.kind.task_problems(self.source, self.encoder):
+            self._add(message)
+
+    def _overlap(self) -> None:
+        """Test rows whose input also occurs in train: a score on them measures memory."""
+        columns = self.kind.inputs(self.source)
+
+        def marks(split: str) -> Iterator[bytes]:
+            for row in records(load_split(self.source, split), columns):
+                text = " ".join(self.kind.text(self.source, row).split())
+                if text:
+                    yield hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+
+        tested = Counter(marks("test"))
+        shared = tested.keys() & {mark for mark in marks("train") if mark in tested}
+        if shared:
+            count = sum(tested[mark] for mark in shared)
+            self.warn(
+                f"{self.source.name}: {count} of {tested.total()} test texts also occur in train; "
+                "scores on them measure memory, drop them from one of the two"
+            )
+
+
+def _has_label(source: Source) -> bool:
+    return getattr(source, "label", None) is not None

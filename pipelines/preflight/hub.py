@@ -1,0 +1,56 @@
+"""Whether the model hub can be asked. Without a network its client retries for minutes; we ask once and say so."""
+
+from __future__ import annotations
+
+import os
+import socket
+from urllib.parse import urlsplit
+
+from pipelines.config.paths import is_uri, looks_local
+from pipelines.config.pipeline import PipelineConfig
+
+TIMEOUT_SECONDS = 3.0
+
+
+def uses_hub(config: PipelineConfig) -> bool:
+    """Whether the base model or any data is named by a hub id."""
+    names = [config.base_model.path, *(source.data for source in [*config.tasks, *config.retention])]
+    return any(is_hub_id(name) for name in names)
+
+
+def is_hub_id(name: str) -> bool:
+    return not is_uri(name) and not looks_local(name)
+
+
+def hub_available(config: PipelineConfig) -> bool:
+    """True if the configuration needs no hub or the hub answers; else switches its client to offline (cache only).
+
+    Must run before `huggingface_hub` is imported: the client reads the switch once.
+    """
+    if not uses_hub(config):
+        return True
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return False
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or _answers():
+        return True
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return False
+
+
+def _answers() -> bool:
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=TIMEOUT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def split_unreachable(config, problems: list) -> tuple[list, list[str]]:
+    """Problems, and (as text) those that only say that the hub could not be asked for some data."""
+
+    fields = {f"tasks.{i}.data": task.data for i, task in enumerate(config.tasks)}
+    fields |= {f"retention.{i}.data": corpus.data for i, corpus in enumerate(config.retention)}
+    remote = {field for field, data in fields.items() if is_hub_id(data)}
+    unasked = sorted({f"{p.field} ({fields[p.field]})" for p in problems if p.field in remote})
+    return [p for p in problems if p.field not in remote], [f"{field}: the hub cannot be reached" for field in unasked]

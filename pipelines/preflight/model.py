@@ -1,0 +1,175 @@
+"""What can be known of a run before it starts: whether the adapter fits the model, and what it will cost.
+
+Models are built on the meta device: shapes only, no weights, no download beyond the hub's config.json.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from functools import reduce
+from pathlib import Path
+
+from pipelines.config.paths import looks_local
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.data.kinds import kind_of
+from pipelines.errors import ConfigError, Problem
+from pipelines.models import frozen_lora
+from pipelines.preflight.memory import ModelFacts
+
+
+def check_fits(config: PipelineConfig) -> None:
+    problems = check_model(config)
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_quantisation(config: PipelineConfig, zero_stage: int) -> None:
+    """Raise ConfigError where a quantised base cannot be had, or not with the rest of the configuration."""
+    found = config.base_model.quantization
+    if not found:
+        return
+    reasons = []
+    if zero_stage == 3:
+        reasons.append("ZeRO-3 cannot shard bitsandbytes weights; use deepspeed: zero2")
+    if frozen_lora.changes_base(config.adapter):
+        start = config.adapter.options["init_lora_weights"]
+        reasons.append(
+            f"'{start}' takes its factors out of the weights, which quantised ones do not give back exactly"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        reasons.append("bitsandbytes is not installed; pip install 'bitsandbytes>=0.48' on every node")
+    problems = [
+        Problem("base_model.quantization", f"is {found}, but {why}, or set quantization: null") for why in reasons
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def base_on_meta(config: PipelineConfig):
+    """The base model without weights.
+
+    Raises:
+        ConfigError: no such model, or its description cannot be read.
+    """
+    # slow imports: only commands that look at the model pay for them
+    import torch
+    import transformers
+
+    base = config.base_model
+    try:
+        if looks_local(base.path) and not Path(base.path).is_dir():
+            raise OSError("no such folder")
+        description = _description(config)
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(
+                description, trust_remote_code=base.trust_remote_code, dtype=getattr(torch, base.dtype)
+            )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        remedy = "check the path or hub id" if looks_local(base.path) else "check the id, the network and HF_TOKEN"
+        raise ConfigError([Problem("base_model.path", f"'{base.path}': {reason}; {remedy}")]) from error
+
+
+def _description(config: PipelineConfig):
+    """The model's config: from its folder or the hub, else `base_model.architecture`."""
+    import transformers
+
+    base = config.base_model
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            base.path, revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
+    except OSError:
+        if base.architecture is None:
+            raise
+        values = dict(base.architecture)
+        return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def check_model(config: PipelineConfig) -> list[Problem]:
+    """Every problem of base, adapter and DeepSpeed settings."""
+    problems: list[Problem] = []
+    for check in (model_facts, _check_deepspeed, _check_strategy):
+        try:
+            check(config)
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
+def _check_deepspeed(config: PipelineConfig) -> None:
+    from pipelines.distributed.zero_settings import deepspeed_settings, stage_of
+
+    check_quantisation(config, stage_of(deepspeed_settings(config.deepspeed)))
+
+
+def _check_strategy(config: PipelineConfig) -> None:
+    from curlora.continual import make_strategy
+
+    try:
+        strategy = make_strategy(config.strategy.name, **config.strategy.options)
+    except ValueError as error:
+        raise ConfigError([Problem("strategy", str(error))]) from error
+    problems = list(_unmet(config, strategy))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _unmet(config: PipelineConfig, strategy) -> Iterator[Problem]:
+    """What the strategy needs of the configuration and of the adapted model, and does not find."""
+    name = config.strategy.name
+    for field, (values, reason) in strategy.requirements.items():
+        found = reduce(getattr, field.split("."), config)
+        if found not in values:
+            yield Problem(field, f"is {found}, but strategy '{name}' needs {' or '.join(values)}: {reason}")
+    if strategy.needs_heads and all(kind_of(task).scorer != "head" for task in config.tasks):
+        message = f"'{name}' holds what classifier heads say, and no task has one; choose another, e.g. rehearsal"
+        yield Problem("strategy.name", message)
+    from curlora.continual import Strategy
+    from pipelines.models.adapters import attach_adapter
+
+    if type(strategy).check is Strategy.check:
+        return  # it works on any model: no need to build one
+    try:
+        strategy.check(attach_adapter(base_on_meta(config), config.adapter, config.training.seed))
+    except ConfigError:
+        return  # base or adapter are at fault, which `model_facts` reports
+    except ValueError as error:
+        yield Problem("strategy", f"'{name}' does not work with adapter '{config.adapter.type}': {error}")
+
+
+def model_facts(config: PipelineConfig) -> ModelFacts:
+    """Count parameters and adapter bytes (of the last step, where the adapter grows from task to task).
+
+    Raises:
+        ConfigError: the base cannot be described, or the adapter does not fit it.
+    """
+    from curlora.sizes import adapter_file_bytes
+    from pipelines.models.adapters import adapter_parameters, attach_adapter, attach_final_form
+    from pipelines.models.base import quantised_numbers
+
+    base = base_on_meta(config)
+    base_parameters, linear_parameters = sum(p.numel() for p in base.parameters()), quantised_numbers(base)
+    text = base.config.get_text_config()
+    model = attach_adapter(base, config.adapter, config.training.seed)
+    steps = 1 if config.is_joint else len(config.tasks)
+    final = attach_final_form(base_on_meta(config), config.adapter, config.training.seed, steps)
+    adapted = config.adapter.type != "none"
+    return ModelFacts(
+        base_parameters=base_parameters,
+        trainable_parameters=adapter_parameters(model),
+        adapter_bytes=adapter_file_bytes(final) if adapted else 0,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        context=getattr(text, "max_position_embeddings", 0) or 0,
+        buffer_bytes=adapter_buffer_bytes(model, config.adapter.type) if adapted else 0,
+        linear_parameters=linear_parameters,
+    )
+
+
+def adapter_buffer_bytes(model, adapter: str) -> int:
+    """Bytes of an adapter's buffers (CURLoRA: C, the whitening, indices)."""
+    buffers = model.named_buffers(remove_duplicate=False)
+    return sum(buffer.numel() * buffer.element_size() for name, buffer in buffers if f"{adapter}_" in name)

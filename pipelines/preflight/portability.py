@@ -1,0 +1,95 @@
+"""Whether every node of a cluster sees what a configuration names, and whether it keeps its secrets to itself.
+
+A job's working directory is thrown away with the job, and a disk of one machine is no disk of another. Both mistakes
+show late, as a run that trains everything again; here they are found before anything is sent.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from pipelines.config.paths import is_uri, looks_local
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.errors import Problem
+
+NETWORK = ("nfs", "cifs", "smb", "ceph", "lustre", "gpfs", "glusterfs", "beegfs", "fuse.", "9p", "virtiofs", "wekafs")
+
+SQLITE = "sqlite:///"
+
+TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|ghp_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})\b")
+
+
+def named_places(config: PipelineConfig) -> Iterator[tuple[str, str]]:
+    """(field, value) of everything that a configuration reads or writes; hub ids are not places."""
+    yield "storage", config.storage
+    if config.start_from and not config.start_from.startswith("models:/"):
+        yield "start_from", config.start_from
+    if config.domains:
+        yield "domains.inbox", config.domains.inbox
+    if config.tracking and config.tracking.uri.startswith(SQLITE):
+        yield "tracking.uri", config.tracking.uri
+    sources = [("base_model.path", config.base_model.path)]
+    for section in ("tasks", "retention"):
+        sources += [(f"{section}.{i}.data", source.data) for i, source in enumerate(getattr(config, section))]
+    yield from ((field, value) for field, value in sources if is_uri(value) or looks_local(value))
+
+
+def unshared(config: PipelineConfig, one_machine: bool) -> list[Problem]:
+    """Places that a job on the cluster would not find again.
+
+    Args:
+        config: as written, before its relative paths are made absolute.
+        one_machine: the cluster is this machine, or its paths are known to be the same everywhere.
+    """
+    problems = []
+    for field, value in named_places(config):
+        path = os.path.expandvars(_path(value))
+        remedy = "a bucket such as s3://…, or a folder that every node mounts at the same path"
+        if field == "tracking.uri":
+            remedy = "an MLflow server such as http://mlflow:5000"
+        if value.startswith("memory:"):
+            problems.append(Problem(field, f"'{value}' ends with the process; use {remedy}"))
+        elif is_uri(value) and not value.startswith(("file:", "sqlite:")):
+            continue
+        elif not path.startswith(("/", "~")):
+            where = "a job's own directory, which is thrown away with the job"
+            problems.append(Problem(field, f"'{value}' is relative, and means {where}; use {remedy}"))
+        elif not one_machine and (kind := local_disk(path)):
+            what = f"lies on a disk of this machine ({kind}), which the cluster's nodes do not see"
+            trust = "; if every node does mount it there, say --shared-paths"
+            problems.append(Problem(field, f"'{value}' {what}; use {remedy}{trust}"))
+    return problems
+
+
+def _path(value: str) -> str:
+    return value.removeprefix(SQLITE).removeprefix("file://")
+
+
+def local_disk(path: str) -> str | None:
+    """The kind of file system a path lies on if it is one of this machine alone; None if it is shared."""
+    import psutil  # comes with ray
+
+    path = os.path.realpath(os.path.expanduser(path))
+    mounts = {mount.mountpoint.rstrip("/"): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    while path not in mounts and path:
+        path = os.path.dirname(path).rstrip("/")
+    kind = mounts.get(path, "")
+    return None if kind.startswith(NETWORK) else kind or "unknown"
+
+
+def open_secrets(config: PipelineConfig) -> list[Problem]:
+    """Passwords and tokens in the configuration itself: it is stored and shown in many places."""
+    return list(_open_secrets(config.model_dump()))
+
+
+def _open_secrets(value, field: str = "") -> Iterator[Problem]:
+    if isinstance(value, dict | list):
+        for key, nested in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _open_secrets(nested, f"{field}.{key}" if field else str(key))
+    elif isinstance(value, str) and (TOKEN.search(value) or (is_uri(value) and urlsplit(value).password)):
+        names = "HF_TOKEN, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        message = f"holds a password or token; remove it and set it in the environment of the nodes ({names})"
+        yield Problem(field, message)

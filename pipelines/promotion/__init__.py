@@ -1,0 +1,1 @@
+"""The gate, promotion in the registry, and what follows a finished chain."""

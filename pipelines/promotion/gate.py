@@ -1,0 +1,161 @@
+"""Whether a finished chain may be used: against the champion where there is one, else against the limits of `gate:`.
+
+Pure functions of score cells and per-example outcomes. A candidate is refused for a loss against the champion only if
+it is larger than its limit *and* a one-sided paired test on the same test examples says that it is no accident
+(p < 0.05): exact McNemar where an example is right or wrong, a sign-flip permutation test where it has a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from pipelines.config.sections import GateConfig
+from pipelines.metrics.paired import worse
+from pipelines.metrics.score_matrix import higher_is_better, perplexity
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two adapters that are compared.
+
+    Attributes:
+        cells: name → score cell of its last row.
+        outcomes: name → its outcomes on the test examples, in their order (read when they are needed).
+        tasks: those it was trained on, its ancestors included.
+    """
+
+    cells: Mapping[str, dict]
+    outcomes: Callable[[str], list[dict]]
+    tasks: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One task or corpus: champion against candidate.
+
+    Attributes:
+        loss: how much worse the candidate is: in units of the metric (nats a token for text), as a ratio of
+            perplexities − 1 on retained text.
+        limit: None: this loss is not limited.
+        p: of the paired test; None where the loss is within its limit.
+    """
+
+    name: str
+    role: str
+    metric: str
+    champion: float
+    candidate: float
+    loss: float
+    limit: float | None
+    p: float | None
+    test: str | None
+    examples: int
+
+    @property
+    def exceeds(self) -> bool:
+        return self.limit is not None and self.loss > self.limit
+
+    @property
+    def refused(self) -> bool:
+        return self.exceeds and self.p is not None and self.p < SIGNIFICANT
+
+    @property
+    def sentence(self) -> str:
+        return f"{self._change} ({self.test}, {self.examples} examples, p = {self.p:.2g})"
+
+    @property
+    def note(self) -> str:
+        """Of a loss that is over its limit but not refused."""
+        return f"{self._change}, but it may be an accident (p = {self.p:.2g})"
+
+    @property
+    def _change(self) -> str:
+        change = f"{self.name}: {self.metric} {self.champion:.4f} → {self.candidate:.4f}"
+        if self.role == "retention":
+            return f"{change}, a rise by {self.loss:.1%} over the limit {self.limit:.1%}"
+        return f"{change}, a loss of {self.loss:.4f} over the limit {self.limit:g}"
+
+
+# -- without a champion
+def judge(results: dict, gate: GateConfig) -> dict:
+    """`{"passed": bool, "reasons": [...]}`; a missing figure (one task has no forgetting) binds nothing."""
+    transfer = results["nll_backward_transfer"]
+    limits = [
+        ("forgetting", results["forgetting"], gate.max_forgetting, False),
+        ("nll increase", None if transfer is None else -transfer, gate.max_nll_increase, False),
+        ("perplexity ratio", results["perplexity_ratio"], gate.max_perplexity_ratio, False),
+        _floor(results, gate),
+    ]
+    reasons = list(filter(None, (_broken(*limit) for limit in limits)))
+    return {"passed": not reasons, "reasons": reasons}
+
+
+def _floor(results: dict, gate: GateConfig) -> tuple[str, float | None, float | None, bool]:
+    return "learning accuracy", results["learning_accuracy"], gate.min_learning_accuracy, True
+
+
+def _broken(name: str, value: float | None, limit: float | None, at_least: bool) -> str | None:
+    if value is None or limit is None or not ((value < limit) if at_least else (value > limit)):
+        return None
+    return f"{name} {value:.4f} is {'below' if at_least else 'above'} the limit {limit:g}"
+
+
+# -- against a champion
+def judge_against(champion: Side, candidate: Side, results: dict, gate: GateConfig) -> dict:
+    """`{"passed", "reasons", "notes", "comparisons"}` of a candidate that would take the champion's place.
+
+    A task that the champion has learned must have been measured on the candidate: what nobody looked at may be
+    forgotten. `min_learning_accuracy`, where it is set, holds as well.
+    """
+    comparisons, unmeasured, notes = [], [], []
+    for name, cell in champion.cells.items():
+        mine = candidate.cells.get(name)
+        if mine is None:
+            if name in champion.tasks:
+                unmeasured.append(f"{name}: the champion has learned it, the candidate was not scored on it")
+        elif mine["key"] != cell["key"]:
+            notes.append(f"{name} is not compared: its test data or the way it is scored has changed")
+        else:
+            comparisons.append(_compare(name, cell, mine, champion, candidate, gate))
+    notes += [c.note for c in comparisons if c.exceeds and not c.refused]
+    floor = _broken(*_floor(results, gate))
+    reasons = [c.sentence for c in comparisons if c.refused] + unmeasured + ([floor] if floor else [])
+    return {
+        "passed": not reasons,
+        "reasons": reasons,
+        "notes": notes,
+        "comparisons": [asdict(comparison) | {"refused": comparison.refused} for comparison in comparisons],
+    }
+
+
+def _compare(name: str, before: dict, after: dict, champion: Side, candidate: Side, gate: GateConfig) -> Comparison:
+    loss, limit = _loss(before, after, gate)
+    p, test = None, None
+    if limit is not None and loss > limit:
+        p, test = worse(champion.outcomes(name), candidate.outcomes(name))
+    field = "perplexity" if before["role"] == "retention" else "value"
+    return Comparison(
+        name=name,
+        role=before["role"],
+        metric="perplexity" if before["role"] == "retention" else before["metric"],
+        champion=before[field],
+        candidate=after[field],
+        loss=loss,
+        limit=limit,
+        p=p,
+        test=test,
+        examples=before["count"],
+    )
+
+
+def _loss(before: dict, after: dict, gate: GateConfig) -> tuple[float, float | None]:
+    """How much worse, and how much is allowed."""
+    if before["role"] == "retention":
+        ratio = gate.max_perplexity_ratio
+        return perplexity(after["nll"] - before["nll"]) - 1, None if ratio is None else ratio - 1
+    if higher_is_better(before["metric"]):
+        return before["value"] - after["value"], gate.max_forgetting
+    return after["value"] - before["value"], gate.max_nll_increase

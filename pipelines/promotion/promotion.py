@@ -1,0 +1,240 @@
+"""From a finished chain to a champion: the gate's verdict, the registered version, its promotion, the way back.
+
+A verdict is applied once: a version that was judged and perhaps put back by hand stays where it is however often its
+run is sent again. MLflow away means "undecided"; `curlora sync` decides later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.errors import ConfigError, LineageError, Problem
+from pipelines.lineage import registry
+from pipelines.lineage.ancestry import from_run
+from pipelines.lineage.mlflow_records import identity
+from pipelines.lineage.registry import Version
+from pipelines.lineage.store import connect, errors, quiet
+from pipelines.promotion.gate import Side, judge, judge_against
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.records import newest_cells
+
+WORDS = {True: "passed", False: "refused", None: "undecided"}
+
+
+class Refused(RuntimeError):
+    """The gate is against it."""
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What happened: the new champion, the one before, and what the hook said (None: no hook, or all well)."""
+
+    version: Version
+    before: Version | None
+    why: str
+    hook_failure: str | None
+
+    def to_json(self) -> dict:
+        before = self.before.version if self.before else None
+        return {
+            "name": self.version.name,
+            "version": self.version.version,
+            "uri": self.version.uri,
+            "before": before,
+            "why": self.why,
+            "hook_failure": self.hook_failure,
+        }
+
+
+# -- the verdict
+def decide(run: RunDirectory, config: PipelineConfig, results: dict) -> dict | None:
+    """The gate's verdict on a finished run, `{"passed", "reasons", "against", …}`; None without a gate.
+
+    `against` is the champion that it was compared with; None: there is none, the limits are absolute.
+    """
+    if config.gate is None:
+        return None
+    tracking = config.tracking
+    try:
+        champion = registry.champion(tracking.uri, tracking.register_as) if tracking and tracking.register_as else None
+        if champion is None:
+            return judge(results, config.gate) | {"against": None}
+        if _is(champion, run, results):
+            return {"passed": True, "reasons": [], "notes": ["this adapter is the champion already"], "against": None}
+        sides = champion_side(tracking.uri, champion), run_side(run, results["steps"][-1]["directory"])
+        verdict = judge_against(*sides, results, config.gate)
+    except LineageError as error:
+        return {"passed": None, "reasons": [f"the champion cannot be asked for: {error}"], "against": None}
+    return verdict | {"against": {"name": champion.name, "version": champion.version, "run_uri": champion.run_uri}}
+
+
+def _is(version: Version, run: RunDirectory, results: dict) -> bool:
+    return (version.run_uri, version.step_fingerprint) == (identity(run), results["steps"][-1]["fingerprint"])
+
+
+def run_side(run: RunDirectory, directory: str, tasks: Sequence[str] = ()) -> Side:
+    """A step as the gate sees it, from its run directory."""
+    cells = {cell["name"]: cell for cell in newest_cells(run.metrics(directory))}
+    return Side(cells, lambda name: run.read_jsonl(f"{directory}/predictions/{name}.jsonl"), tasks)
+
+
+def champion_side(uri: str, version: Version) -> Side:
+    """The champion as the gate sees it: from its run directory, from MLflow's copy where that is gone.
+
+    Raises:
+        LineageError: neither can be read.
+    """
+    with contextlib.suppress(OSError, ImportError):  # ImportError: its storage's driver is not installed here
+        run = RunDirectory(version.run_uri)
+        if run.metrics(version.step_directory):
+            return run_side(run, version.step_directory, version.tasks)
+
+    def artifact(path: str) -> str:
+        remedy = f"the champion's run {version.run_uri} is gone, too"
+        with errors(uri, remedy), quiet(), tempfile.TemporaryDirectory() as scratch:
+            return Path(connect(uri).download_artifacts(version.run_id, path, scratch)).read_text()
+
+    cells = {cell["name"]: cell for cell in newest_cells(json.loads(artifact("metrics.json")))}
+
+    def outcomes(name: str) -> list[dict]:
+        return [json.loads(line) for line in artifact(f"predictions/{name}.jsonl").splitlines() if line]
+
+    return Side(cells, outcomes, version.tasks)
+
+
+# -- the registered version
+def settle(
+    run: RunDirectory, config: PipelineConfig, results: dict, run_ids: Mapping[str, str], uri: str
+) -> dict | None:
+    """Register a finished run's last adapter, record the verdict, promote it if the gate says so.
+
+    Args:
+        run_ids: step fingerprint → MLflow run id in the store `uri`. A store that is not the run's own gets the
+            version and its verdict; who is champion there is not this run's business.
+
+    Returns:
+        `{"name", "version", "uri", "promoted", "hook_failure"}`; None if nothing is to be registered.
+
+    Raises:
+        LineageError: MLflow is away or refuses.
+    """
+    name = config.tracking.register_as if config.tracking else None
+    if name is None:
+        return None
+    step, verdict = results["steps"][-1], results["gate"]
+    ancestry = from_run(run, step["directory"])
+    version, new = registry.register(uri, name, run_ids[step["fingerprint"]], ancestry)
+    outcome = {"name": name, "version": version.version, "uri": version.uri, "promoted": False, "hook_failure": None}
+    if version.gate in ("passed", "refused") or not (verdict or new):
+        return outcome | {"promoted": bool(version.promoted)}
+    registry.set_candidate(uri, version)
+    if verdict and uri == config.tracking.uri:
+        run.event("gate", verdict=WORDS[verdict["passed"]], reasons=verdict["reasons"], version=version.version)
+        if verdict["passed"] and config.gate.promote:
+            done = promote(uri, version, "the gate passed", config.gate.on_promotion, config.gate.hook_timeout)
+            outcome |= {"promoted": True, "hook_failure": done.hook_failure}
+    registry.record_verdict(uri, version, verdict, ancestry)  # last: from here on the verdict is applied
+    return outcome
+
+
+def promote(
+    uri: str, version: Version, why: str, hook: Sequence[str] | None = None, hook_timeout: float = 600.0
+) -> Promotion:
+    """Make a version the champion, run the hook, leave an event in its run.
+
+    Raises:
+        LineageError: MLflow is away or refuses.
+    """
+    before = registry.set_champion(uri, version, why)
+    failure = _run_hook(hook, version, hook_timeout) if hook else None
+    done = Promotion(version, before, why, failure)
+    with contextlib.suppress(OSError, ImportError):  # a run that is gone takes no event; MLflow has recorded it
+        run = RunDirectory(version.run_uri)
+        if run.exists("config.yaml"):
+            run.event("promoted", **done.to_json())
+    return done
+
+
+def _run_hook(command: Sequence[str], version: Version, timeout: float) -> str | None:
+    """Run the command without a shell; why it failed, or None."""
+    facts = {
+        "CURLORA_MODEL_NAME": version.name,
+        "CURLORA_MODEL_VERSION": str(version.version),
+        "CURLORA_MODEL_URI": version.uri,
+        "CURLORA_RUN_URI": version.run_uri,
+        "CURLORA_STEP_DIRECTORY": version.step_directory,
+    }
+    try:
+        done = subprocess.run(
+            list(command), env={**os.environ, **facts}, capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"gate.on_promotion {command[0]}: {error}"
+    if done.returncode == 0:
+        return None
+    last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+    return f"gate.on_promotion {command[0]} ended with {done.returncode}: {last}"
+
+
+# -- by hand
+def promote_run(run: RunDirectory, force: bool = False, reason: str = "", hook: bool = True) -> Promotion:
+    """Make a finished run's version the champion if the gate, asked now, lets it; `force`: whatever the gate says.
+
+    Raises:
+        ConfigError: the run is not finished or not registered.
+        Refused: the gate is against it.
+        LineageError: MLflow is away or refuses.
+    """
+    config, results = run.config(), run.results()
+    uri, name = _registry_of(config)
+    if not results or results["status"] != "finished":
+        raise ConfigError([Problem(run.name, "is not finished; only a finished chain can be promoted")])
+    step = results["steps"][-1]
+    version = registry.of_step(uri, name, identity(run), step["fingerprint"])
+    if version is None:
+        raise ConfigError([Problem(run.name, f"is not registered as '{name}'; send it first: curlora sync {run.uri}")])
+    verdict = decide(run, config, results)
+    if verdict:
+        registry.record_verdict(uri, version, verdict, from_run(run, step["directory"]))
+        if verdict["passed"] is not True and not force:
+            raise Refused("\n".join(verdict["reasons"]))
+    why = f"forced: {reason}" if force else "the gate passed" if verdict else "by hand, without a gate"
+    command = config.gate.on_promotion if config.gate and hook else None
+    return promote(uri, version, why, command, config.gate.hook_timeout if config.gate else 0)
+
+
+def restore(run: RunDirectory, number: int, force: bool = False, reason: str = "", hook: bool = True) -> Promotion:
+    """Make a version of the run's model the champion: one that was, or that the gate has let pass; others by `force`.
+
+    Raises:
+        ConfigError: there is no such version.
+        Refused: it was never let pass.
+        LineageError: MLflow is away or refuses.
+    """
+    config = run.config()
+    uri, name = _registry_of(config)
+    version = registry.by_number(uri, name, number)
+    if version is None:
+        raise ConfigError([Problem("--to", f"model '{name}' has no version {number} in {uri}; see curlora ui")])
+    if not (version.promoted or version.gate == "passed" or force):
+        verdict = f"the gate's word on it: {version.gate or 'none'}"
+        raise Refused(f"version {number} was never in use ({verdict}); to use it all the same: --force --reason TEXT")
+    why = f"forced: {reason}" if force else f"restored{f': {reason}' if reason else ''}"
+    command = config.gate.on_promotion if config.gate and hook else None
+    return promote(uri, version, why, command, config.gate.hook_timeout if config.gate else 0)
+
+
+def _registry_of(config: PipelineConfig) -> tuple[str, str]:
+    tracking = config.tracking
+    if tracking is None or tracking.register_as is None:
+        remedy = "set it in the configuration and run it again (nothing is trained twice)"
+        raise ConfigError([Problem("tracking.register_as", f"is null, so the run has no versions; {remedy}")])
+    return tracking.uri, tracking.register_as

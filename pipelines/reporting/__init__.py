@@ -1,0 +1,1 @@
+"""Figures, tables, progress bars and the report page of a run."""

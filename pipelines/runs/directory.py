@@ -1,0 +1,254 @@
+"""The run directory: the only truth about a run. MLflow, report and progress are projections of it.
+
+Works on any fsspec URI without append or rename (object stores have neither). A step is done if and only if its
+`metrics.json` exists; it is written last. Layout, below `<storage>/<name>/`:
+
+    config.yaml                      resolved configuration
+    steps/<k>-<task>-<fp8>/          adapter/, heads.safetensors, strategy/, predictions/<name>.jsonl, metrics.json
+    steps/0-base-<fp8>/              the untouched base: predictions/ and metrics.json only (row 0); under
+                                     start_from 0-start-<fp8>, the step that the chain grows from
+    start.json                       which step start_from meant
+    train/<fp8>/                     checkpoints in the middle of a step; deleted when it is done
+    search/<k>-<task>-<fp8>/         a search before a step: trials/<fp8>/ (each a run directory), results.json
+    events/<time>-<id>.json          immutable, one a file
+    results.json, report.html, figures/*.png
+    lease.json, progress.json, stop.json   who drives it, where it is, who wants it to stop
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import posixpath
+import time
+import uuid
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import yaml
+
+from pipelines.config.paths import is_uri
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.errors import RunDirectoryError
+from pipelines.runs.lease import Lease, is_dead
+
+FORMAT = 1
+
+
+class RunDirectory:
+    """Read and write one run. Paths are relative to the run, with `/`."""
+
+    def __init__(self, uri: str):
+        self.uri = uri.rstrip("/")
+        self.fs, root = fsspec.core.url_to_fs(self.uri)
+        self.root = root.rstrip("/")
+        self.is_local = not is_uri(uri) or uri.startswith("file://")
+        self._events: dict[str, dict] = {}  # they never change: each is read once
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.root)
+
+    def path(self, relative: str) -> str:
+        return posixpath.join(self.root, relative)
+
+    # -- plain files
+
+    def exists(self, relative: str = "") -> bool:
+        return self.fs.exists(self.path(relative))
+
+    def read_bytes(self, relative: str) -> bytes:
+        return self.fs.cat_file(self.path(relative))
+
+    def write_bytes(self, relative: str, data: bytes) -> None:
+        """One whole object. On a local disk through a temporary name, so that no reader sees half of it."""
+        path = self.path(relative)
+        self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        if not self.is_local:
+            self.fs.pipe_file(path, data)
+            return
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            Path(temporary).write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    def read_json(self, relative: str) -> Any | None:
+        """The parsed file, or None where there is none."""
+        try:
+            return json.loads(self.read_bytes(relative))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def write_json(self, relative: str, value: Any) -> None:
+        self.write_bytes(relative, json.dumps(value, indent=1, allow_nan=False).encode())
+
+    def read_jsonl(self, relative: str) -> list[dict]:
+        return [json.loads(line) for line in self.read_bytes(relative).splitlines() if line]
+
+    def list(self, relative: str) -> list[str]:
+        """Names of the entries of a folder, sorted; empty where there is none."""
+        try:
+            entries = self.fs.ls(self.path(relative), detail=False, refresh=True)
+        except FileNotFoundError:
+            return []
+        return sorted(posixpath.basename(entry.rstrip("/")) for entry in entries if not entry.endswith(".tmp"))
+
+    def upload(self, local: Path, relative: str) -> None:
+        """Copy a local folder's files below `relative`."""
+        for file in sorted(path for path in Path(local).rglob("*") if path.is_file()):
+            self.write_bytes(posixpath.join(relative, file.relative_to(local).as_posix()), file.read_bytes())
+
+    def download(self, relative: str, local: Path) -> Path:
+        """A local copy of a folder (the folder itself where the run is local)."""
+        if self.is_local:
+            return Path(self.path(relative))
+        for file in self.fs.find(self.path(relative)):
+            target = Path(local) / posixpath.relpath(file, self.path(relative))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(self.fs.cat_file(file))
+        return Path(local)
+
+    def remove(self, relative: str) -> None:
+        """Delete a file or folder; nothing happens where there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm(self.path(relative), recursive=True)
+
+    # -- configuration and results
+
+    def open_for_writing(self, config: PipelineConfig) -> None:
+        """Create the run, or join an existing one of the same format.
+
+        Raises:
+            RunDirectoryError: storage not writable, or the run was written in another format.
+        """
+        try:
+            marker = self.read_json("format.json")
+            if marker is None and self.exists("steps"):
+                marker = {"format": 0}
+            if marker is not None and marker["format"] != FORMAT:
+                raise RunDirectoryError(
+                    f"{self.uri} has format {marker['format']}, this version writes {FORMAT}; use another name"
+                )
+            self.write_json("format.json", {"format": FORMAT})
+            self.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
+        except OSError as error:
+            raise self._not_writable(error) from error
+
+    def _not_writable(self, error: OSError) -> RunDirectoryError:
+        return RunDirectoryError(f"storage: {self.uri} is not writable ({error}); choose another storage")
+
+    def config(self) -> PipelineConfig:
+        return PipelineConfig.model_validate(yaml.safe_load(self.read_bytes("config.yaml")))
+
+    def results(self) -> dict | None:
+        return self.read_json("results.json")
+
+    # -- steps
+
+    def metrics(self, directory: str) -> dict | None:
+        """`metrics.json` of a step directory; None means: this step is not done."""
+        return self.read_json(f"{directory}/metrics.json")
+
+    def finished_steps(self) -> dict[str, str]:
+        """fingerprint → directory of every step that is done (row 0 included)."""
+        finished = {}
+        for entry in self.list("steps"):
+            metrics = self.metrics(f"steps/{entry}")
+            if metrics is not None:
+                finished[metrics["fingerprint"]] = f"steps/{entry}"
+        return finished
+
+    def find_step(self, fingerprint: str) -> str | None:
+        """Directory of the finished step (or row 0) with this fingerprint; only folders whose name fits are opened."""
+        for entry in self.list("steps"):
+            metrics = self.metrics(f"steps/{entry}") if entry.endswith(f"-{fingerprint[:8]}") else None
+            if metrics and metrics["fingerprint"] == fingerprint:
+                return f"steps/{entry}"
+        return None
+
+    def ancestors(self, directory: str) -> Iterator[tuple[RunDirectory, str, dict]]:
+        """(run, directory, metrics.json) of a finished step, of its parent, … and of the base.
+
+        Goes on in another run where a chain started from that one's adapter (`parent_run` in metrics.json).
+
+        Raises:
+            RunDirectoryError: a step that it grew from is gone.
+        """
+        run, metrics = self, self.metrics(directory)
+        while True:
+            yield run, directory, metrics
+            if metrics["parent"] is None:
+                return
+            child = directory
+            run = RunDirectory(metrics["parent_run"]) if metrics.get("parent_run") else run
+            directory = run.find_step(metrics["parent"])
+            if directory is None:
+                raise RunDirectoryError(f"{run.uri} has no step {metrics['parent']}, which {child} grew from")
+            metrics = run.metrics(directory)
+
+    def damaged_files(self, directory: str, files: dict[str, dict]) -> list[str]:
+        """Published files that are missing or of another size (their contents are compared when they are loaded)."""
+        damaged = []
+        for name, published in files.items():
+            try:
+                size = self.fs.size(self.path(f"{directory}/{name}"))
+            except FileNotFoundError:
+                size = None
+            if size != published["bytes"]:
+                damaged.append(name)
+        return damaged
+
+    # -- events
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Write one immutable event; `kind`: started, step_started, checkpoint, published, failed, finished, …"""
+        now = time.time()
+        name = f"{int(now * 1e6):017d}-{uuid.uuid4().hex[:8]}"
+        self.write_json(f"events/{name}.json", {"kind": kind, "time": now, **fields})
+
+    def events(self, known: Collection[str] = ()) -> Iterator[tuple[str, dict]]:
+        """(name, event) in order of time, without those whose names are `known`.
+
+        Not "later than": after a clock was set back, new events have older names.
+        """
+        for name in self.list("events"):
+            if name in known:
+                continue
+            if name not in self._events and (event := self.read_json(f"events/{name}")) is not None:
+                self._events[name] = event
+            if name in self._events:
+                yield name, self._events[name]
+
+    # -- a request to stop
+
+    def request_stop(self, reason: str) -> None:
+        """Ask driver and workers to write a checkpoint and end."""
+        self.write_json("stop.json", {"reason": reason, "time": time.time()})
+
+    def stop_requested(self) -> str | None:
+        """The reason, or None."""
+        request = self.read_json("stop.json")
+        return request["reason"] if request else None
+
+    # -- lease: one driver at a time
+
+    def acquire_lease(self) -> Lease:
+        """Raises `LeaseHeld` while another driver is alive (a heartbeat within 15 s; a dead process here is none).
+
+        Raises:
+            RunDirectoryError: storage not writable.
+        """
+        try:
+            return Lease(self)
+        except OSError as error:
+            raise self._not_writable(error) from error
+
+    def driver(self) -> dict | None:
+        """The lease of a driver that may be alive: its `host`, `pid`, `token`; None if surely nobody drives."""
+        holder = self.read_json("lease.json")
+        return holder if holder and not is_dead(holder) else None

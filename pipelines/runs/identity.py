@@ -1,0 +1,126 @@
+"""Fingerprints: of a base model, of a step, of what makes its training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.config.paths import looks_local
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.config.sections import BaseModelConfig
+from pipelines.errors import ConfigError, Problem
+
+WHOLE_FILE = 1 << 30  # larger weight files are fingerprinted by samples
+
+
+def base_fingerprint(base: BaseModelConfig) -> str:
+    """Identity of a base: its files' content (samples of very large files), or hub id and commit; dtype; bits."""
+    numbers = {"dtype": base.dtype} | ({"quantization": base.quantization} if base.quantization else {})
+    if not looks_local(base.path):
+        return fingerprint({"hub": base.path, "commit": _hub_commit(base), **numbers})
+    folder = Path(base.path)
+    if not folder.is_dir():
+        raise ConfigError([Problem("base_model.path", f"'{base.path}': no such folder; check the path or hub id")])
+    names = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
+    return fingerprint({"files": {p.name: _file_digest(p) for p in names}, **numbers})
+
+
+def _hub_commit(base: BaseModelConfig) -> str | None:
+    # slow import, needed for hub models only
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    file = cached_file(base.path, "config.json", revision=base.revision)
+    return extract_commit_hash(file, None)
+
+
+def _file_digest(path: Path) -> str:
+    """SHA-256 of a file; of size, first MiB and 64 spread MiB where it is larger than a GiB."""
+    size = path.stat().st_size
+    sha = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= WHOLE_FILE:
+            while block := file.read(1 << 20):
+                sha.update(block)
+        else:
+            for part in range(65):
+                file.seek(part * (size - (1 << 20)) // 64)
+                sha.update(file.read(1 << 20))
+    return sha.hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, 32 hex digits (MLflow digests hold 36)."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step of the chain: what it trains on, what it grows from, where it lies.
+
+    `position` counts from 1 (0 is what the chain grows from); `tasks` has one name, or all of them under `joint`;
+    `earlier` counts the steps of the run that this one continues.
+    """
+
+    position: int
+    tasks: tuple[str, ...]
+    fingerprint: str
+    parent: str | None
+    earlier: int = 0
+
+    @property
+    def depth(self) -> int:
+        """Steps between the base and this one, itself included: what seeds count by."""
+        return self.earlier + self.position
+
+    @property
+    def label(self) -> str:
+        return self.tasks[0] if len(self.tasks) == 1 else "joint"
+
+    @property
+    def directory(self) -> str:
+        return f"steps/{self.position}-{self.label}-{self.fingerprint[:8]}"
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder of its checkpoints, while it is being trained."""
+        return f"train/{self.fingerprint[:8]}"
+
+    def to_json(self) -> dict:
+        return {
+            "position": self.position,
+            "tasks": list(self.tasks),
+            "fingerprint": self.fingerprint,
+            "parent": self.parent,
+            "earlier": self.earlier,
+        }
+
+    @classmethod
+    def from_json(cls, raw: dict) -> StepPlan:
+        return cls(raw["position"], tuple(raw["tasks"]), raw["fingerprint"], raw["parent"], raw["earlier"])
+
+
+def step_fingerprint(base: str, parent: str, config: PipelineConfig, tasks: list[dict]) -> str:
+    """Identity of a step: what it starts from, how it trains, and on what (`tasks`: their data's identities)."""
+    return fingerprint(
+        {
+            "base": base,
+            "parent": parent,
+            "adapter": config.adapter.model_dump(),
+            "strategy": config.strategy.model_dump(),
+            "training": config.training.model_dump(),
+            "tasks": tasks,
+        }
+    )
+
+
+def setting(config: PipelineConfig) -> dict:
+    """What makes a step's training: recorded with it, and part of its fingerprint."""
+    return {
+        "adapter": config.adapter.model_dump(),
+        "strategy": config.strategy.model_dump(),
+        "training": config.training.model_dump(),
+    }

@@ -1,0 +1,119 @@
+"""One driver per run at a time: a lease with a heartbeat."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import uuid
+
+from pipelines.errors import LeaseHeld
+from pipelines.runs.directory import RunDirectory
+
+LEASE_SECONDS = 15.0
+
+BEAT_SECONDS = 3.0
+
+
+class Lease:
+    """A heartbeat file. Stolen at once from a dead process of this host, else after 15 s without a new beat.
+
+    Beats are counted and watched, never compared with a clock: clocks of two hosts differ, and clocks are set back.
+    """
+
+    def __init__(self, run: RunDirectory):
+        self.run = run
+        self.token = uuid.uuid4().hex
+        self.lost = False
+        self._beats = 0
+        self._take()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True, name="lease")
+        self._thread.start()
+
+    def _take(self) -> None:
+        holder = self.run.driver()
+        if holder and self._beats_on(holder):
+            raise LeaseHeld(
+                f"run '{self.run.name}' is being worked on by process {holder['pid']} on {holder['host']}; "
+                f"wait for it, or stop it: curlora cancel {self.run.uri}"
+            )
+        self._beat()
+        if self._holder_token() != self.token:
+            raise LeaseHeld(f"run '{self.run.name}' was taken by another driver at this moment; try again later")
+
+    def _beats_on(self, holder: dict) -> bool:
+        """Watch the lease until it changes (True) or has been silent for long enough (False)."""
+        if holder["host"] == socket.gethostname():
+            return True  # `driver` has seen the process
+        end = time.monotonic() + LEASE_SECONDS
+        while time.monotonic() < end:
+            time.sleep(0.25)
+            now = self.run.read_json("lease.json")
+            if now is None:
+                return False
+            if (now["token"], now["beats"]) != (holder["token"], holder["beats"]):
+                return True
+        return False
+
+    def _holder_token(self) -> str | None:
+        return (self.run.read_json("lease.json") or {}).get("token")
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self.run.write_json(
+            "lease.json",
+            {
+                "token": self.token,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "started": _process_start(os.getpid()),
+                "beats": self._beats,
+                "time": time.time(),  # for people who look at it
+            },
+        )
+
+    def _loop(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            try:
+                if self._holder_token() != self.token:
+                    self.lost = True
+                    return
+                self._beat()
+            except OSError:
+                continue  # a full or absent disk may come back; whoever takes over meanwhile is seen above
+
+    def release(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            if self._holder_token() == self.token:
+                self.run.remove("lease.json")
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def is_dead(holder: dict) -> bool:
+    """Whether a lease's process was one of this host and is no more."""
+    return holder["host"] == socket.gethostname() and not _same_process(holder["pid"], holder["started"])
+
+
+def _process_start(pid: int) -> float | None:
+    """Start time of a process: a pid alone may have been given to another one since."""
+    import psutil  # comes with ray; only a driver needs it
+
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _same_process(pid: int, started: float | None) -> bool:
+    now = _process_start(pid)
+    return now is not None and (started is None or abs(now - started) < 1.0)

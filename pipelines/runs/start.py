@@ -1,0 +1,51 @@
+"""The recorded step of another run that a chain continues from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from pipelines.runs.directory import RunDirectory
+
+RECORD = "start.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A finished step of another run.
+
+    Attributes:
+        named: `start_from` as it was written.
+        depth: steps between the base and this step, itself included.
+        digests: task → digest of the data it was trained on last, over the whole lineage; oldest first.
+        base: `path`, `dtype` and `quantization` of its base model.
+        adapter: its `adapter:` section.
+        strategy: name of the strategy whose state it carries; None if there is none.
+    """
+
+    named: str
+    run_uri: str
+    directory: str
+    fingerprint: str
+    base_fingerprint: str
+    depth: int
+    digests: dict[str, str]
+    base: dict[str, str]
+    adapter: dict
+    strategy: str | None
+
+    @property
+    def run(self) -> RunDirectory:
+        return RunDirectory(self.run_uri)
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    def knows(self, task: str, digest: str) -> bool:
+        """Whether this step, or one it grew from, was trained on exactly this data under this name."""
+        return self.digests.get(task) == digest
+
+
+def record_start(run: RunDirectory, start: Start | None) -> None:
+    """Remember in the run what its `start_from` meant."""
+    if start is not None and run.read_json(RECORD) != start.to_json():
+        run.write_json(RECORD, start.to_json())

@@ -1,0 +1,62 @@
+"""What a run directory says of its state, without looking at any cluster."""
+
+from __future__ import annotations
+
+import time
+
+from pipelines.runs.directory import RunDirectory
+
+SILENT_SECONDS = 60.0  # a driver of another host that has not written for so long is taken for gone
+
+
+def run_status(run: RunDirectory) -> dict:
+    """`{"run", "status", "steps_done", "steps", "last", "last_event"}`; a `running` run without a driver is
+    `interrupted`."""
+    results = run.results() or {"status": "new", "steps": []}
+    state = results["status"]
+    driver = run.driver()
+    if state == "running" and (driver is None or time.time() - driver["time"] > SILENT_SECONDS):
+        state = "interrupted"
+    last = _last_event(run)
+    return {
+        "run": run.name,
+        "status": state,
+        "steps_done": sum(bool(step["seconds"]) for step in results["steps"]),
+        "steps": len(results["steps"]),
+        "last": _say(last) if last else "nothing has happened yet",
+        "last_event": last,
+    }
+
+
+def cancel_run(run: RunDirectory, wait: float) -> bool | None:
+    """Ask a run to stop. True: it has ended within `wait` seconds; None: nobody was working on it."""
+    if run.driver() is None:
+        return None
+    run.request_stop("curlora cancel")
+    end = time.monotonic() + wait
+    while time.monotonic() < end:
+        if run.driver() is None:
+            return True
+        time.sleep(0.25)
+    return False
+
+
+def _last_event(run: RunDirectory) -> dict | None:
+    """The latest of events and progress, by their own times."""
+    names = run.list("events")[-1:]
+    found = [run.read_json(f"events/{name}") for name in names] + [run.read_json("progress.json")]
+    return max((event for event in found if event), key=lambda event: event["time"], default=None)
+
+
+def _say(event: dict) -> str:
+    ago = max(0, time.time() - event["time"])
+    what = {
+        "training": "training {task}, step {step}/{steps}, loss {loss:.3f}",
+        "published": "{task} published",
+        "failed": "failed: {error}",
+        "stopped": "stopped: {reason}",
+        "evaluating": "evaluating {name}",
+        "checkpoint": "{task}: checkpoint at step {step}",
+        "step_started": "{task} started",
+    }.get(event["kind"], event["kind"].replace("_", " "))
+    return f"{what.format(**event)} ({ago:.0f} s ago)"

@@ -1,0 +1,334 @@
+"""Search: Ray Tune finds the setting of a step by trials on validation data; the chain then trains under it.
+
+Ray Tune proposes settings, compares them at rungs (ASHA) and ends those that lag behind. Each trial is a
+DeepSpeed-sharded run on a worker group that stays warm from trial to trial (`trial.py`); Tune's own actors take no
+CPU, so nothing waits for what it holds itself. Everything a search knows lies below `<run>/search/<k>-<task>-<fp8>/`:
+a search that was interrupted, or gets more trials, repeats none that has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipelines.config import search_space
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.config.search import Range, SearchConfig
+from pipelines.config.search_space import Values, settings, trials, with_values
+from pipelines.errors import ConfigError, Problem, RunFailed, RunStopped, and_then
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.identity import fingerprint
+from pipelines.runs.lease import Lease
+from pipelines.search import objective, table
+from pipelines.search.step_search import Place
+from pipelines.workers.failures import GroupLost
+from pipelines.workers.group import RemoteGroup, groups_that_fit
+
+CHECKED_MODELS = 24  # settings whose adapters are put on the model, without weights, before anything starts
+
+STOP_SECONDS = 4.0  # for workers to write a checkpoint
+
+
+@dataclass
+class Running:
+    """A search at work: what its parts share."""
+
+    where: Place
+    run: RunDirectory
+    spec: Any  # trial.Spec
+    lease: Lease
+    groups: list[RemoteGroup]
+    on_event: Callable[[dict], None]
+
+    @property
+    def search(self) -> SearchConfig:
+        return self.where.config.search
+
+    def reason_to_stop(self) -> str | None:
+        if self.lease.lost:
+            return "another driver has taken over this run"
+        return self.run.stop_requested()
+
+    def tell(self, kind: str, text: str, **fields: Any) -> None:
+        self.run.event(kind, task=self.where.label, position=self.where.position, text=text, **fields)
+        self.on_event({"kind": "search", "text": f"search before {self.where.label}: {text}"})
+
+
+def search(
+    where: Place,
+    run: RunDirectory,
+    parent_directory: str | None,
+    base_directory: str,
+    lease: Lease,
+    groups: list[RemoteGroup],
+    on_event: Callable[[dict], None] = lambda event: None,
+) -> dict:
+    """Find the setting of a step; returns (and writes below the run) the search's `results.json`.
+
+    Args:
+        parent_directory: the finished step that the trials grow from; None: the base.
+        groups: as many trials run at a time.
+
+    Raises:
+        ConfigError: a setting does not fit the model.
+        RunFailed: no trial trained to its end.
+        RunStopped: somebody asked for it.
+    """
+    begun = time.time()
+    spec = _spec(where, run, parent_directory, base_directory, lease)
+    running = Running(where, run, spec, lease, groups, on_event)
+    known = settings(running.search)
+    _check_models(where, known)
+    running.tell("search_started", f"{trials(running.search)} trials, {len(groups)} at a time")
+    running.spec = spec = replace(spec, reference=_reference(running))
+    records, unfinished = _run_trials(running, known)
+    results = _results(running, records, unfinished, time.time() - begun)
+    run.write_json(f"{where.folder}/results.json", results)
+    run.write_bytes(f"{where.folder}/table.md", table.markdown(results).encode())
+    run.write_bytes(f"figures/search-{where.position}-{where.label}.png", table.figure(results))
+    running.tell("search_finished", results["why"])
+    return results
+
+
+def _spec(where: Place, run: RunDirectory, parent_directory: str | None, base_directory: str, lease: Lease):
+    from pipelines.search.trial_spec import Spec
+
+    search = where.config.search
+    levels = range(search.rungs, 0, -1) if search.scheduler == "asha" else ()
+    return Spec(
+        config=where.judged,
+        uri=f"{run.uri}/{where.folder}",
+        position=where.position,
+        tasks=where.tasks,
+        parent=where.parent,
+        parent_files=(run.uri, parent_directory) if parent_directory else None,
+        base_fingerprint=where.base,
+        base_directory=base_directory,
+        identities=where.identities,
+        names=where.names,
+        cell_keys=where.cell_keys,
+        weight=search.objective.retention_weight,
+        trial_training=dict(search.trial_training),
+        rungs=tuple(1 / search.reduction**level for level in levels),
+        train_alike=not any(_changes_the_loss(path) for tried in (search.space, *search.start_with) for path in tried),
+        reduction=search.reduction,
+        lease=lease.token,
+        lease_uri=run.uri,
+    )
+
+
+def _changes_the_loss(path: str) -> bool:
+    """Whether training losses under two values of a field are losses on different rows."""
+    return path.startswith("strategy") or path == "training.max_length"
+
+
+def _check_models(where: Place, known: list[Values]) -> None:
+    """Raises ConfigError where an adapter or a strategy of a setting does not fit the model."""
+    from pipelines.preflight.model import check_model
+
+    single = [{path: end} for path, space in where.config.search.space.items() for end in _ends(space)]
+    seen, problems = set(), []
+    for values in [*single, *known]:
+        config = with_values(where.judged, values)
+        identity = fingerprint([config.adapter.model_dump(), config.strategy.model_dump()])
+        if identity in seen or len(seen) >= CHECKED_MODELS:
+            continue
+        seen.add(identity)
+        label = search_space.describe(values)
+        problems += [Problem(f"search: {label}: {p.field}", p.message) for p in check_model(config)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _ends(space: Range | list) -> list:
+    return space if isinstance(space, list) else [space.low, space.high]
+
+
+# -- what is there to be lost
+def _reference(running: Running) -> dict[str, float]:
+    """name → loss before the step, of everything that is to be retained."""
+    where, spec = running.where, running.spec
+    names = [name for name in where.names if name not in where.tasks]
+    if not names:
+        return {}
+    before = RunDirectory(f"{spec.uri}/before")
+    from_base = spec.parent_files is None or where.config.adapter.carry == "fresh"
+    directory = spec.base_directory if from_base else spec.parent_files[1]
+    cells = _cells(before, directory)
+    if not set(names) <= cells.keys():
+        before.open_for_writing(spec.config)
+        before.remove("stop.json")
+        if not from_base:
+            spec.bring_parent(before)
+        _work(running, before, spec.assignment(before, spec.config, [], {directory: names}))
+        cells = _cells(before, directory)
+    return {name: objective.loss_of(cells[name]) for name in names}
+
+
+def _cells(run: RunDirectory, directory: str) -> dict[str, dict]:
+    row = run.metrics(directory)
+    return {cell["name"]: cell for cell in row["cells"]} if row else {}
+
+
+def _work(running: Running, run: RunDirectory, assignment: dict) -> None:
+    """Have an assignment done that is no trial."""
+    group, failures = running.groups[0], 0
+    while True:
+        number = group.submit(assignment)
+        try:
+            while (result := group.wait(number, 1.0)) is None:
+                if reason := running.reason_to_stop():
+                    run.request_stop(reason)
+                    group.end(STOP_SECONDS)
+                    raise RunStopped(reason)
+                errors = [event["error"] for _, event in run.events() if event["kind"] == "worker_error"]
+                if errors:
+                    group.kill()
+                    raise RunFailed(errors[-1])
+            if not result["stopped"]:
+                return
+            raise RunStopped(running.reason_to_stop() or "the workers were stopped")
+        except GroupLost as error:
+            failures += 1
+            if failures > running.where.config.durability.max_failures:
+                raise RunFailed(f"{error} (gave up after {failures} starts)") from error
+
+
+# -- the trials
+def _run_trials(running: Running, known: list[Values]) -> tuple[list[dict], int]:
+    """(records of the trials that have ended, number of those that have not)."""
+    from pipelines.search import ray_tune
+    from pipelines.search.trial import prune
+
+    spec, search = running.spec, running.search
+    sampler = None
+    if search.algorithm == "optuna":
+        sampler = ray_tune.optuna_sampler(
+            search, [r["values"] for r in _recorded(running) if r["values"] not in known]
+        )
+    count = trials(search) if sampler else len(known)
+    told: set[int] = set()
+
+    def on_end(number: int, values: Values) -> None:
+        record = spec.run(values).read_json("trial.json")
+        if record and number not in told:
+            told.add(number)
+            running.tell("trial", _in_words(record, number, count), number=number, status=record["status"])
+
+    def on_prune(trial_id: str) -> None:
+        proposals.pruned.add(trial_id)
+        prune(spec, *proposals.proposed[trial_id])
+
+    proposals = ray_tune.Proposals(known, count, len(running.groups), sampler, on_end)
+    top = search.reduction**search.rungs
+    scheduler = ray_tune.Halving(top, search.reduction, on_prune) if search.scheduler == "asha" else None
+    watch = ray_tune.Watch(running.reason_to_stop, proposals)
+    with _ended_cleanly(running, proposals):
+        ray_tune.run_tune(spec, search, running.groups, proposals, scheduler, watch)
+        if watch.reason:
+            raise RunStopped(watch.reason)
+        if proposals.lost >= ray_tune.LOST_TRIALS:
+            raise RunFailed(
+                f"{proposals.lost} trials broke off one after another without a fault of their own; see that the "
+                "cluster has room for the workers (resources.workers, durability.start_timeout)"
+            )
+    found = [(number, spec.run(values).read_json("trial.json")) for number, values in proposals.proposed.values()]
+    records = {r["fingerprint"]: r | {"number": number} for number, r in reversed(found) if r}
+    open_trials = [values for _, values in proposals.proposed.values() if not spec.run(values).exists("trial.json")]
+    for values in open_trials:  # the time was over
+        spec.run(values).request_stop("search.time_budget is spent")
+    return sorted(records.values(), key=lambda r: r["number"]), count - len(found) + len(open_trials)
+
+
+def _recorded(running: Running) -> list[dict]:
+    """What an earlier start of this search has tried, in its order."""
+    folder = RunDirectory(f"{running.spec.uri}/trials")
+    found = [folder.read_json(f"{name}/trial.json") for name in folder.list("")]
+    return sorted((r for r in found if r), key=lambda r: r["number"])
+
+
+@contextlib.contextmanager
+def _ended_cleanly(running: Running, proposals) -> Iterator[None]:
+    """Whatever ends a search early: its workers write checkpoints and leave."""
+    try:
+        yield
+    except BaseException:
+        for _, values in proposals.proposed.values():
+            trial = running.spec.run(values)
+            if not trial.exists("trial.json"):
+                with contextlib.suppress(OSError):
+                    trial.request_stop("the search ends")
+        for group in running.groups:
+            with contextlib.suppress(GroupLost):
+                group.end(STOP_SECONDS)
+        raise
+
+
+def _in_words(record: dict, number: int, count: int) -> str:
+    text = f"trial {number}/{count} {search_space.describe(record['values'])}: "
+    if record["status"] == "failed":
+        return text + f"failed ({record['error'].splitlines()[0]})"
+    early = "" if record["status"] == "finished" else f", ended at step {record['steps']}/{record['total_steps']}"
+    return text + f"objective {record['objective']:.4f}, learning {record['learning']:.4f}{early}"
+
+
+# -- what came out
+def _results(running: Running, records: list[dict], unfinished: int, seconds: float) -> dict:
+    where, weight = running.where, running.search.objective.retention_weight
+    chosen = objective.choose(records)
+    if chosen is None:
+        raise RunFailed(and_then(_nothing(running, records, unfinished)))
+    spent, whole = objective.steps_spent(records)
+    return {
+        "request": where.request,
+        "task": where.label,
+        "position": where.position,
+        "parent": where.parent,
+        "why": objective.why(chosen, records, weight),
+        "rule": objective.RULE.format(weight=weight),
+        "chosen": chosen,
+        "pareto": [record["number"] for record in objective.pareto(records)],
+        "trials": records,
+        "unfinished": unfinished,
+        "reference": running.spec.reference,
+        "steps": {"spent": spent, "whole": whole},
+        "seconds": seconds,
+        "search": running.search.model_dump(),
+    }
+
+
+def _nothing(running: Running, records: list[dict], unfinished: int) -> str:
+    """Why there is no winner, and what to change."""
+    reasons = sorted({record["error"].splitlines()[0] for record in records if record["status"] == "failed"})
+    remedies = []
+    if reasons:
+        remedies.append("change search.space so that it holds settings that train: " + "; ".join(reasons))
+    if unfinished:
+        remedies.append(f"{unfinished} trials did not end: raise search.time_budget ({running.search.time_budget})")
+    return (
+        f"search before '{running.where.label}': none of {len(records) + unfinished} trials trained to its end; "
+        + " and ".join(remedies)
+    )
+
+
+# -- room for trials
+def concurrent(config: PipelineConfig, resources: dict, gpus: float) -> int:
+    """Trials at a time: as many as the cluster has room for, at most `max_concurrent` and as many as there are."""
+    room = groups_that_fit(config, resources, gpus)
+    return max(1, min(room, config.search.max_concurrent or room, trials(config.search)))
+
+
+@contextlib.contextmanager
+def warm_groups(config: PipelineConfig, run: RunDirectory, gpus: float, verbose: bool) -> Iterator[list[RemoteGroup]]:
+    """Worker groups for trials; the first one trains the chain as well, so that nothing else needs room."""
+    import ray
+
+    count = concurrent(config, ray.cluster_resources(), gpus)
+    groups = [RemoteGroup(config, f"{run.uri}/search", gpus, verbose) for _ in range(count)]
+    yield groups
+    for group in groups:
+        group.close()
+    run.remove("search/train")

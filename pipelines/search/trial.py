@@ -1,0 +1,243 @@
+"""One trial of a search: a run directory of its own, trained by a warm worker group, driven by Ray Tune step by step.
+
+Tune's actor trains nothing and takes no CPU: it hands the trial to a worker group, tells Tune what it scored at each
+rung, and lets it go on. `trial.json`, written last, says what became of it; a trial that has one is not repeated, its
+scores are told to Tune again.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.config.search_space import Values
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.identity import StepPlan
+from pipelines.search.trial_spec import Spec
+from pipelines.workers.assignment import rung_file, verdict_file
+from pipelines.workers.failures import GroupLost
+
+STEP_SECONDS = 5.0  # after which Tune hears from a trial even if there is no news
+
+LOOK_SECONDS = 0.1  # between two looks at the run directory
+
+SIGN_SECONDS = 1.0  # between two looks for errors and signs of life
+
+
+class TrialBlocked(RuntimeError):
+    """The trial cannot get on for a reason that is not its own."""
+
+
+class Trial:
+    """Drives one trial; `advance` is called until it reports `done`, or no more where the scheduler ends it."""
+
+    def __init__(self, spec: Spec, number: int, values: Values, group: Any):
+        self.spec, self.number, self.values, self.group = spec, number, values, group
+        self.run, self.config, self.step = spec.run(values), spec.setting(values), spec.step(values)
+        self.begun = time.time()
+        self._rungs = list(spec.rungs)  # not reported yet
+        self._passed: float | None = None  # the rung of the last report
+        self._assignment: int | None = None
+        self._failures = 0
+
+    def advance(self, seconds: float = STEP_SECONDS) -> dict:
+        """What Tune should know next: scores at a rung, the end, or nothing new within `seconds`.
+
+        Raises:
+            TrialBlocked: the workers gave no sign of life, or were asked to stop.
+        """
+        if self._passed is not None:
+            self.run.write_json(verdict_file(self._passed), {"go_on": True})
+            self._passed = None
+        end = time.monotonic() + seconds
+        while True:
+            if (report := self._news()) is not None:
+                return report
+            if time.monotonic() >= end:
+                return {"waiting": True}
+            self._work()
+
+    def _news(self) -> dict | None:
+        """The next report that the run directory allows; None while the workers have to get there first."""
+        record = self.run.read_json("trial.json") or {}
+        if record.get("status") == "failed":
+            return {"done": True}
+        metrics = self.run.metrics(self.step.directory)
+        while self._rungs:
+            found = self.run.read_json(rung_file(self._rungs[0]))
+            if found is None and metrics is None:
+                return None
+            rung = self._rungs.pop(0)
+            if found is not None and (worth := self.spec.assess(found)):
+                self._passed = rung
+                return self._report(worth.objective, rung) | {"signal": worth.signal}
+        if metrics is None:
+            return None
+        if record.get("status") != "finished":
+            record = self._finish(metrics)
+        return self._report(record["objective"], 1.0) | {"done": True}
+
+    def _report(self, objective: float | None, rung: float) -> dict:
+        if objective is None:
+            return {}
+        return {"objective": objective, "resource": round(rung * self.spec.reduction ** len(self.spec.rungs))}
+
+    # -- with the workers
+
+    def _work(self) -> None:
+        """Look once at what the workers do; start them if they do nothing."""
+        if self._assignment is None:
+            self._submit()
+        try:
+            result = self.group.wait(self._assignment, LOOK_SECONDS)
+        except GroupLost as error:
+            self._lost(str(error))
+            return
+        if result is None:
+            self._look_for_signs()
+        elif result.get("error"):
+            self._fail(result["error"])
+        elif result["stopped"]:
+            raise TrialBlocked("the workers were asked to stop")
+
+    def _submit(self) -> None:
+        self.run.remove("stop.json")  # it was meant for an earlier driver, or the trial was to end at a rung
+        self.run.open_for_writing(self.config)
+        self.spec.bring_parent(self.run)
+        missing = {self.step.directory: list(self.spec.names)}
+        assignment = self.spec.assignment(self.run, self.config, [self.step], missing)
+        self._known = {name for name, _ in self.run.events()}
+        self._before = self._progress()
+        self._alive = self._looked = time.monotonic()
+        self._mark = None
+        self._assignment = self.group.submit(assignment | {"rungs": list(self.spec.rungs), "trial": True})
+
+    def _progress(self) -> list:
+        return self.run.list(self.step.checkpoints)
+
+    def _lost(self, reason: str) -> None:
+        """The workers are gone: start others, which go on from the last checkpoint."""
+        self._assignment = None
+        self._failures = self._failures + 1 if self._progress() == self._before else 0
+        if self._failures > self.config.durability.max_failures:
+            self._fail(f"{reason} (gave up after {self._failures} starts without progress)")
+
+    def _look_for_signs(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < SIGN_SECONDS:
+            return
+        self._looked = now
+        for name, event in self.run.events(self._known):
+            self._known.add(name)
+            self._alive = now
+            if event["kind"] == "worker_error":
+                self.group.kill()  # its workers have raised
+                self._assignment = None
+                self._fail(event["error"])
+                return
+        progress = self.run.read_json("progress.json")
+        if progress and (mark := (progress["worker"], progress["serial"])) != self._mark:
+            self._alive, self._mark = now, mark
+        limit = self.config.durability.start_timeout
+        if now - self._alive > limit:
+            self.group.kill()
+            raise TrialBlocked(f"no sign of life from the workers for {limit:g} s (durability.start_timeout)")
+
+    # -- its record
+
+    def _finish(self, metrics: dict) -> dict:
+        worth = self.spec.assess(metrics)
+        if worth is None:
+            return self._fail("a validation score is not a number; lower training.learning_rate")
+        train = metrics["seconds"]["train"]
+        scored = metrics["seconds"]["evaluate"] + rung_seconds(self.run, self.spec)
+        total = max(time.time() - self.begun, train + scored)  # some of it may lie in an earlier start
+        return write_record(
+            self.run,
+            self.spec,
+            self.number,
+            self.values,
+            "finished",
+            **worth.to_json(),
+            scores={cell["name"]: cell["value"] for cell in metrics["cells"]},
+            steps=metrics["training"]["steps"],
+            total_steps=metrics["training"]["steps"],
+            trainable_parameters=metrics["trainable_parameters"] + metrics["head_parameters"],
+            seconds={"total": total, "train": train, "evaluate": scored, "overhead": total - train - scored},
+            started=metrics["started"],
+        )
+
+    def _fail(self, reason: str) -> dict:
+        return write_record(self.run, self.spec, self.number, self.values, "failed", error=reason)
+
+
+def write_record(run: RunDirectory, spec: Spec, number: int, values: Values, status: str, **fields: Any) -> dict:
+    """`trial.json`: what became of a trial (finished, pruned or failed)."""
+    nothing = dict.fromkeys(("objective", "learning", "retention_loss", "total_steps", "error", "seconds"))
+    step = spec.step(values)
+    config = spec.setting(values)
+    record = nothing | {
+        "number": number,
+        "values": values,
+        "status": status,
+        "scores": {},
+        "steps": 0,
+        "fingerprint": step.fingerprint,
+        "directory": step.directory,
+        "setting": {
+            "adapter": config.adapter.model_dump(),
+            "strategy": config.strategy.model_dump(),
+            "training": config.training.model_dump(),
+        },
+        "rungs": rungs_of(run, spec),
+        "started": None,
+        "finished": time.time(),
+    }
+    record |= fields
+    run.write_json("results.json", _results(config, step, record))
+    run.write_json("trial.json", record)
+    return record
+
+
+def _results(config: PipelineConfig, step: StepPlan, record: dict) -> dict:
+    """What `status`, `predict` and `export` need of a trial's run; a score matrix it has none."""
+    entry = {"task": step.label, "fingerprint": step.fingerprint, "directory": step.directory}
+    return {
+        "run": config.name,
+        "status": {"pruned": "stopped"}.get(record["status"], record["status"]),
+        "base_model": config.base_model.path,
+        "tasks": [task.name for task in config.tasks],
+        "steps": [entry | {"seconds": record["seconds"] or {}}],
+    }
+
+
+def rungs_of(run: RunDirectory, spec: Spec) -> list[dict]:
+    """What a trial scored at the rungs that it reached."""
+    found = []
+    for rung in spec.rungs:
+        scored = run.read_json(rung_file(rung))
+        worth = spec.assess(scored) if scored else None
+        if worth:
+            found.append({k: scored[k] for k in ("rung", "step", "steps", "time")} | worth.to_json())
+    return found
+
+
+def rung_seconds(run: RunDirectory, spec: Spec) -> float:
+    scored = [run.read_json(rung_file(rung)) for rung in spec.rungs]
+    return sum(cell["seconds"] for found in scored if found for cell in found["cells"])
+
+
+def prune(spec: Spec, number: int, values: Values) -> dict:
+    """End a trial at the rung that it has reached last; one that an earlier start has seen to its end stays so."""
+    run = spec.run(values)
+    record = run.read_json("trial.json")
+    if record and record["status"] == "finished":
+        return record
+    rungs = rungs_of(run, spec)
+    last = rungs[-1]
+    run.request_stop(f"behind the others at {last['rung']:.0%} of its training")
+    run.write_json(verdict_file(last["rung"]), {"go_on": False})
+    worth = {key: last[key] for key in ("objective", "learning", "retention_loss", "signal")}
+    steps = {"steps": last["step"], "total_steps": last["steps"]}
+    return write_record(run, spec, number, values, "pruned", **worth, **steps)

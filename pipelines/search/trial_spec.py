@@ -1,0 +1,110 @@
+"""What all trials of a search share."""
+
+from __future__ import annotations
+
+import posixpath
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.config.search_space import Values, with_values
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.identity import StepPlan, fingerprint, step_fingerprint
+from pipelines.search.objective import Assessment, assess
+
+COPIED = ("adapter/", "heads.safetensors", "strategy/")  # what of a step another one starts from
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What all trials of a search share.
+
+    Attributes:
+        config: the chain's, scored on validation data.
+        uri: the search's folder.
+        parent: fingerprint of what the step starts from; `parent_files` are (run, step directory) of it.
+        identities: of the training data, as they enter the step's fingerprint.
+        names: what is scored.
+        cell_keys: identity of each score, whatever the setting.
+        reference: name → loss before the trial, of what is to be retained.
+        rungs: fractions of the training at which a trial is scored.
+        train_alike: the settings tried do not change what a training loss is a loss of.
+        lease, lease_uri: who drives the search.
+    """
+
+    config: PipelineConfig
+    uri: str
+    position: int
+    tasks: tuple[str, ...]
+    parent: str
+    parent_files: tuple[str, str] | None
+    base_fingerprint: str
+    base_directory: str
+    identities: list[dict]
+    names: tuple[str, ...]
+    cell_keys: dict[str, str]
+    weight: float
+    trial_training: dict[str, Any] = field(default_factory=dict)
+    reference: dict[str, float] = field(default_factory=dict)
+    rungs: tuple[float, ...] = ()
+    train_alike: bool = True
+    reduction: int = 1
+    lease: str = ""
+    lease_uri: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.tasks[0] if len(self.tasks) == 1 else "joint"
+
+    def run(self, values: Values) -> RunDirectory:
+        """The run directory of the trial of a setting."""
+        return RunDirectory(f"{self.uri}/trials/{fingerprint(values)[:8]}")
+
+    def setting(self, values: Values) -> PipelineConfig:
+        shortened = {f"training.{key}": value for key, value in self.trial_training.items()}
+        config = with_values(self.config, {**shortened, **values})
+        return config.model_copy(update={"name": self.run(values).name, "storage": f"{self.uri}/trials"})
+
+    def step(self, values: Values) -> StepPlan:
+        """The step that a trial trains; the chain's own has the same fingerprint if it trains the same."""
+        name = step_fingerprint(self.base_fingerprint, self.parent, self.setting(values), self.identities)
+        return StepPlan(self.position, self.tasks, name, self.parent)
+
+    def keys(self, config: PipelineConfig) -> dict[str, str]:
+        return {name: fingerprint([key, config.training.max_length]) for name, key in self.cell_keys.items()}
+
+    def assess(self, scored: dict) -> Assessment | None:
+        """What a trial is worth by its scores at a rung or at its end; None if one is not a number."""
+        train_loss = scored.get("train_loss") if self.train_alike else None
+        return assess(scored["cells"], self.tasks, self.reference, self.weight, train_loss)
+
+    def assignment(self, run: RunDirectory, config: PipelineConfig, steps: list[StepPlan], missing: dict) -> dict:
+        """Work for a worker group."""
+        return {
+            "run_uri": run.uri,
+            "config": config.model_dump(),
+            "steps": [step.to_json() for step in steps],
+            "base_directory": self.base_directory,
+            "base_fingerprint": self.base_fingerprint,
+            "missing": missing,
+            "cell_keys": self.keys(config),
+            "lease": self.lease,
+            "lease_uri": self.lease_uri,
+        }
+
+    def bring_parent(self, run: RunDirectory) -> None:
+        """The published parent's files, in a run directory that grows from it; its scores stay behind."""
+        if self.parent_files is None or run.metrics(self.parent_files[1]):
+            return
+        uri, directory = self.parent_files
+        source = RunDirectory(uri)
+        copy_step(source, directory, run, directory)
+        run.write_json(f"{directory}/metrics.json", source.metrics(directory) | {"cells": []})
+
+
+def copy_step(source: RunDirectory, directory: str, target: RunDirectory, to: str) -> None:
+    """What a step trained, without what it scored."""
+    for path in source.fs.find(source.path(directory)):
+        name = posixpath.relpath(path, source.path(directory))
+        if name.startswith(COPIED) and not name.endswith(".tmp"):
+            target.write_bytes(f"{to}/{name}", source.read_bytes(f"{directory}/{name}"))

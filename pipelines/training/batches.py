@@ -1,0 +1,83 @@
+"""Global batches, the same on every rank, and the tensors of one rank's part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from curlora.continual import Example
+from pipelines.data.encoding import IGNORE
+from pipelines.distributed.world import World
+from pipelines.models.padding import pad
+
+
+class GlobalBatches:
+    """An endless stream of a task's micro-batches: the same global order on every rank, this rank's part of each.
+
+    Args:
+        examples: the training set.
+        batch_size: examples a micro-batch over all ranks; the last one of an epoch may be smaller.
+        transform: the strategy's `batch` hook, applied to the global micro-batch.
+        position: micro-batches that were seen before (a resumed step goes on with the next one).
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        seed: int,
+        world: World,
+        transform: Callable,
+        position: int = 0,
+    ):
+        self.dataset = examples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.world = world
+        self.transform = transform
+        self.position = position
+
+    @property
+    def per_epoch(self) -> int:
+        return math.ceil(len(self.dataset) / self.batch_size)
+
+    def __iter__(self) -> Iterator[dict]:
+        while True:
+            epoch, index = divmod(self.position, self.per_epoch)
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+            for start in range(index * self.batch_size, len(order), self.batch_size):
+                batch = self.transform([self.dataset[i] for i in order[start : start + self.batch_size]])
+                self.position += 1
+                yield collate(batch, self.world)
+
+
+def collate(batch: list[Example], world: World) -> dict:
+    """This rank's part of a global micro-batch as tensors.
+
+    A rank without an example (fewer examples than ranks) carries the first one with weight 0: under ZeRO every rank
+    takes part in every pass.
+    """
+    part = batch[world.rank :: world.size]
+    weight = 1.0 if part else 0.0
+    part = part or batch[:1]
+    ids, mask, positions = pad([example.input_ids for example in part], torch.device("cpu"))
+    packed = any(example.breaks for example in part)
+    for row, example in enumerate(part):
+        for position in example.breaks:
+            positions[row, position:] = torch.arange(positions.shape[1] - position)
+    labels = torch.full_like(ids, IGNORE)
+    for row, example in enumerate(part):
+        if example.labels is not None:
+            labels[row, : len(example.labels)] = torch.tensor(example.labels)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "position_ids": positions if packed else None,
+        "examples": part,
+        "scale": weight / len(batch),
+        "replayed": sum(example.replayed for example in batch),
+    }

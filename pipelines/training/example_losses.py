@@ -1,0 +1,57 @@
+"""The loss of each example, by the head of its task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from curlora.continual import Example, StepOutput
+from pipelines.data.encoding import IGNORE
+from pipelines.distributed.world import World
+from pipelines.models.heads import heads_of, trainable_heads
+from pipelines.models.losses import next_token_losses, place
+from pipelines.models.padding import last_token_features
+from pipelines.training.batches import collate
+
+
+def example_losses(model: nn.Module, batch: dict, held: Iterable[str] = ()) -> tuple[torch.Tensor, StepOutput]:
+    """(batch,) loss of each example: mean cross-entropy of its target tokens, or that of its class under its head.
+
+    Args:
+        held: tasks whose heads do not train and whose examples may come nevertheless, the same on every rank.
+    """
+    labels, mask, examples = batch["labels"], batch["attention_mask"], batch["examples"]
+    if batch["position_ids"] is None:
+        seen = {"attention_mask": mask}
+    else:
+        # without a mask Transformers takes positions that start anew for documents apart; what pads a row stands
+        # behind it, where no real token looks
+        seen = place(model, batch["position_ids"])
+    found = next_token_losses(model, labels, input_ids=batch["input_ids"], **seen)
+    hidden = found.hidden
+    losses = found.losses.sum(1) / (labels[:, 1:] != IGNORE).sum(1).clamp(min=1)
+    features = last_token_features(hidden, mask)
+    used = heads_of(model, held) | trainable_heads(model)
+    headless = {e.task for e in examples if e.labels is None} - used.keys()
+    if headless:
+        raise ValueError(f"examples of {', '.join(sorted(headless))} have neither labels nor a head that is used")
+    for task, head in used.items():
+        # they all run on every rank: under ZeRO a parameter that one rank lacks, or its gradient, is a deadlock
+        scores = head(features.to(head.weight.dtype)).float()
+        classes = [e.target if e.task == task and e.labels is None else IGNORE for e in examples]
+        targets = torch.tensor(classes, device=hidden.device)
+        losses = losses + nn.functional.cross_entropy(scores, targets, ignore_index=IGNORE, reduction="none")
+
+    def held_scores(hidden: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = last_token_features(hidden, mask)
+        return {task: head(features.to(head.weight.dtype)).float() for task, head in heads_of(model, held).items()}
+
+    return losses, StepOutput(losses.sum(), hidden, mask, logits=found.logits, held_scores=held_scores)
+
+
+def losses_alone(model: nn.Module, examples: Sequence[Example], device: torch.device) -> torch.Tensor:
+    """(batch,) differentiable losses of examples that this process alone has drawn: what a strategy may ask for."""
+    batch = collate(list(examples), World(0, 1, device))
+    return example_losses(model, {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})[0]

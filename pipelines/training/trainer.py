@@ -1,0 +1,301 @@
+"""`ContinualTrainer`: a `transformers.Trainer` that trains adapter and heads under a strategy's hooks.
+
+Batches are global: every rank walks the same seeded order and takes its slice, so the same examples meet in the same
+optimizer step on any number of workers. The loss is the mean over the global batch of each example's mean token (or
+class) loss, whatever the slices are.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import transformers
+from torch import nn
+
+from curlora.continual import Example, Strategy, TaskContext
+from pipelines.config.sections import TrainingConfig
+from pipelines.distributed import optimizer_state
+from pipelines.distributed.world import World
+from pipelines.models.heads import trainable_heads
+from pipelines.training.arguments import taken_for_adapted
+from pipelines.training.batches import GlobalBatches
+from pipelines.training.checkpoint import Checkpoint
+from pipelines.training.example_losses import example_losses, losses_alone
+
+LOOK_SECONDS = 1.0  # about so long between two looks at the loss: each look waits for the device and for all ranks
+
+MOST_STEPS_BETWEEN_LOOKS = 50
+
+
+class DivergedError(RuntimeError):
+    """The loss or a weight is no longer a number."""
+
+
+class Stopped(RuntimeError):
+    """Training ended early because the driver asked for it; a checkpoint was written."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a rank wants at a look; what one rank wants, all ranks do together."""
+
+    checkpoint: bool = False
+    stop: bool = False
+
+
+class ContinualTrainer(transformers.Trainer):
+    """Trains one step of the chain, from its beginning or from a checkpoint.
+
+    Args:
+        model: PeftModel (or bare model with heads); what requires gradients trains. When resuming it must hold the
+            checkpoint's weights.
+        examples: the step's training set.
+        strategy: its hooks are called as `Strategy` documents; when resuming its state must be loaded.
+        steps: optimizer steps of the whole step.
+        on_points: called on every rank with [(step, loss, learning rate, unix time), …] now and then.
+        wishes: asked on every rank at each look.
+        on_checkpoint: called on every rank where a checkpoint is to be kept, with the function that takes it.
+        rungs: fractions of the step after which `on_rung` is called on every rank, with the fraction and the
+            function that takes a checkpoint; it may raise `Stopped`.
+        resume: the checkpoint to go on from.
+
+    Raises:
+        DivergedError: the loss or a weight became NaN or infinite; names the optimizer step and the batch.
+        Stopped: some rank wished to stop; a checkpoint was handed out before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arguments: transformers.TrainingArguments,
+        examples: Sequence[Example],
+        strategy: Strategy,
+        training: TrainingConfig,
+        world: World,
+        steps: int,
+        on_points: Callable[[list[tuple[int, float, float, float]]], None],
+        wishes: Callable[[], Wishes] = Wishes,
+        on_checkpoint: Callable[[Callable[[], Checkpoint]], None] = lambda take: None,
+        rungs: Sequence[float] = (),
+        on_rung: Callable[[float, Callable[[], Checkpoint]], None] = lambda rung, take: None,
+        resume: Checkpoint | None = None,
+    ):
+        with taken_for_adapted(model):
+            super().__init__(model=model, args=arguments, train_dataset=None)
+        self.loss_is_scaled_for_ga = True  # `scale` below is over the whole global batch
+        self.strategy = strategy
+        self.training = training
+        self.world = world
+        self.examples = examples
+        self.total_steps = steps
+        self.on_points, self.wishes, self.on_checkpoint = on_points, wishes, on_checkpoint
+        self.rungs = {math.ceil(rung * steps): rung for rung in rungs}
+        self.on_rung = on_rung
+        self.resume = resume
+        self.first_step = resume.step if resume else 0
+        self.tokens = 0  # of this rank, since this process began
+        self._losses: list[torch.Tensor] = []  # of this step's micro-batches
+        self._step_losses: list[torch.Tensor] = []  # of the steps since the last look
+        self._pending: list[tuple[int, float, float]] = []
+        self._next_look = self.first_step + 1
+        self._last_look = time.monotonic()
+        self.add_callback(_StrategyCallback(self))
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, those before an interruption included."""
+        return self.first_step + self.state.global_step
+
+    def get_train_dataloader(self) -> GlobalBatches:
+        micro = self.training.batch_size // self.training.gradient_accumulation
+        self.batches = GlobalBatches(
+            self.examples,
+            micro,
+            self.training.seed,
+            self.world,
+            self.strategy.batch,
+            self.resume.values["micro_batches"] if self.resume else 0,
+        )
+        return self.batches
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with a learning rate of its own for the heads."""
+        heads = [p for head in trainable_heads(self.model).values() for p in head.parameters()]
+        head_ids = {id(p) for p in heads}
+        adapter = [p for p in self.model.parameters() if p.requires_grad and id(p) not in head_ids]
+        groups = [
+            {"params": adapter, "lr": self.training.learning_rate, "weight_decay": self.training.weight_decay},
+            {"params": heads, "lr": self.training.head_learning_rate, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The schedule of the whole step, moved on to where a checkpoint was made."""
+        if self.lr_scheduler is None:
+            scheduler = super().create_scheduler(self.total_steps, optimizer)
+            if self.resume:
+                scheduler.last_epoch = self.resume.values["scheduler_step"]
+                for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
+                    group["lr"] = rate
+                scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        losses, output = example_losses(model, inputs, self.strategy.held_heads())
+        share = losses.sum() * inputs["scale"] / self.training.gradient_accumulation
+        self._losses.append(share.detach())
+        self.tokens += int(inputs["attention_mask"].sum()) if inputs["scale"] else 0
+        # DeepSpeed averages gradients over ranks; times the world size, the average is the global batch's mean
+        output.loss = share * self.world.size
+        output.weight = 1 / self.training.gradient_accumulation
+        output.replayed, output.present = inputs["replayed"], inputs["scale"] > 0
+        output.ranks = self.world.size
+        loss = self.strategy.loss(self.model, inputs["examples"], output)
+        return (loss, output) if return_outputs else loss
+
+    def end_task(self, task: TaskContext) -> None:
+        """The strategy's `after_task`, while the model can still run under the engine that trained it."""
+        self.strategy.after_task(self.model, replace(task, losses=self._losses_alone))
+        self._release_leftovers()
+
+    def _losses_alone(self, model: nn.Module, examples: Sequence[Example]) -> torch.Tensor:
+        self._release_leftovers()
+        return losses_alone(model, examples, self.world.device)
+
+    def _release_leftovers(self) -> None:
+        """Under ZeRO-3: shard again what a backward pass outside the engine has left whole."""
+        if self.world.lockstep:
+            self.model_wrapped.optimizer.empty_partition_cache()
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # Trainer would count the parameters anew at every step
+
+    # -- around an optimizer step
+
+    def begin_training(self) -> None:
+        """The engine stands: give it what the checkpoint holds."""
+        if self.resume is None:
+            return
+        state = self.resume.tensors
+        optimizer_state.restore_training_state(
+            self.model_wrapped, self._trainables(), state, self.resume.values["adam_step"]
+        )
+        optimizer_state.restore_loss_scale(self.model_wrapped, self.resume.values["loss_scale"])
+        if self.resume.values["world_size"] == self.world.size:
+            _set_rng(self.resume.part("rng")[str(self.world.rank)])
+
+    def begin_step(self) -> None:
+        self._learning_rate = float(self.lr_scheduler.get_last_lr()[0])  # Trainer moves it on before the step ends
+
+    def end_step(self) -> None:
+        """Book-keeping after an optimizer step; looks at the loss only about once a second."""
+        self.strategy.after_step(self.model, self.step)
+        self._pending.append((self.step, self._learning_rate, time.time()))
+        self._step_losses.append(torch.stack(self._losses).sum())
+        self._losses.clear()
+        rung = self.rungs.get(self.step)
+        if self.step >= self._next_look or self.step == self.total_steps or rung:
+            self._look()
+        if rung:
+            self.on_rung(rung, self.checkpoint)
+            self._last_look = time.monotonic()
+
+    def _look(self) -> None:
+        """All ranks together: the losses so far, and whether to keep a checkpoint or to stop."""
+        wishes = self.wishes()
+        # rank 0 chooses the distance to the next look, by its own clock
+        seconds = max(time.monotonic() - self._last_look, 1e-6) / len(self._step_losses)
+        distance = min(max(round(LOOK_SECONDS / seconds), 1), MOST_STEPS_BETWEEN_LOOKS) if self.world.rank == 0 else 0
+        losses = torch.stack(self._step_losses)
+        told = torch.cat([losses, losses.new_tensor([wishes.checkpoint, wishes.stop, distance])])
+        if self.world.size > 1:
+            torch.distributed.all_reduce(told)
+        *values, checkpoint, stop, distance = told.tolist()
+        points = [(s, v, lr, t) for (s, lr, t), v in zip(self._pending, values, strict=True)]
+        self._pending, self._step_losses = [], []
+        self._next_look, self._last_look = self.step + int(distance), time.monotonic()
+        bad = next((step for step, loss, _, _ in points if not math.isfinite(loss)), None)
+        if bad is not None:
+            raise DivergedError(f"the loss is not finite at {self._where(bad)}; {_REMEDY}")
+        self.on_points(points)
+        if self.step == self.total_steps:
+            return  # the adapter is about to be saved
+        if checkpoint or stop:
+            self.on_checkpoint(self.checkpoint)
+        if stop:
+            raise Stopped(f"stopped after optimizer step {self.step} of {self.total_steps}")
+
+    def _where(self, step: int) -> str:
+        """An optimizer step in the words of a user who looks for its rows."""
+        first = (step - 1) * self.training.gradient_accumulation
+        epoch, batch = divmod(first, self.batches.per_epoch)
+        return f"optimizer step {step} of {self.total_steps} (epoch {epoch + 1}, batch {batch + 1})"
+
+    # -- checkpoints
+
+    def checkpoint(self) -> Checkpoint:
+        """The state after the current optimizer step. Every rank must call it; all get the same."""
+        state = optimizer_state.training_state(self.model_wrapped, self._trainables())
+        broken = next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
+        if broken:
+            raise DivergedError(f"{broken} is not finite after {self._where(self.step)}; {_REMEDY}")
+        strategy_tensors, strategy_values = self.strategy.state()
+        state |= {f"strategy/{name}": tensor for name, tensor in strategy_tensors.items()}
+        state |= {f"rng/{rank}": rng for rank, rng in enumerate(self._gather(_rng()))}
+        values = {
+            "micro_batches": self.step * self.training.gradient_accumulation,
+            "adam_step": optimizer_state.adam_step(self.model_wrapped),
+            "scheduler_step": self.lr_scheduler.last_epoch,
+            "loss_scale": optimizer_state.loss_scale(self.model_wrapped),
+            "world_size": self.world.size,
+            "tokens": sum(self._gather(self.tokens)) + (self.resume.values["tokens"] if self.resume else 0),
+            "strategy": strategy_values,
+        }
+        return Checkpoint(self.step, state, values)
+
+    def _trainables(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _gather(self, value) -> list:
+        if self.world.size == 1:
+            return [value]
+        values: list = [None] * self.world.size
+        torch.distributed.all_gather_object(values, value, group=self.world.group)
+        return values
+
+
+_REMEDY = "lower training.learning_rate or training.max_grad_norm"
+
+
+def _rng() -> torch.Tensor:
+    """Bytes: this process's torch generators, the CPU's and then its GPU's."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+    return torch.cat(states)
+
+
+def _set_rng(state: torch.Tensor) -> None:
+    here = torch.get_rng_state().numel()
+    torch.set_rng_state(state[:here])
+    if torch.cuda.is_available() and state.numel() > here:
+        torch.cuda.set_rng_state(state[here:])
+
+
+class _StrategyCallback(transformers.TrainerCallback):
+    """Tells the trainer when training and each optimizer step begin and end."""
+
+    def __init__(self, trainer: ContinualTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_training()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_step()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.end_step()

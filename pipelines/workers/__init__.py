@@ -1,0 +1,1 @@
+"""What runs on Ray workers, and how the driver supervises it."""

@@ -1,0 +1,79 @@
+"""What the driver and the workers say to each other: assignments, and verdicts at the rungs of a trial."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.identity import StepPlan
+
+
+def rung_file(rung: float) -> str:
+    """Where a trial's scores at a rung (a fraction of its training) lie in its run directory."""
+    return f"rungs/{rung:.4f}.json"
+
+
+def verdict_file(rung: float) -> str:
+    """Where the driver of a trial says whether it goes on from a rung."""
+    return f"verdicts/{rung:.4f}.json"
+
+
+class Queue:
+    """Assignments by number, and what became of each: `<number>.json`, `<number>.done.json`; `end.json` ends it."""
+
+    def __init__(self, uri: str):
+        self.uri = uri
+        self._files = RunDirectory(uri)
+
+    def put(self, number: int, assignment: dict) -> None:
+        self._files.write_json(f"{number:06d}.json", assignment)
+
+    def get(self, number: int) -> dict | None:
+        return self._files.read_json(f"{number:06d}.json")
+
+    def finish(self, number: int, result: dict) -> None:
+        self._files.write_json(f"{number:06d}.done.json", result)
+
+    def result(self, number: int) -> dict | None:
+        return self._files.read_json(f"{number:06d}.done.json")
+
+    def place(self, placement_group: str) -> None:
+        """Say where the workers are, for whoever has to end them."""
+        self._files.write_json("place.json", {"placement_group": placement_group})
+
+    @property
+    def placement_group(self) -> str | None:
+        return (self._files.read_json("place.json") or {}).get("placement_group")
+
+    def end(self) -> None:
+        self._files.write_json("end.json", {})
+
+    @property
+    def ended(self) -> bool:
+        return self._files.exists("end.json")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One segment, as the driver hands it to the workers (plain JSON on the way)."""
+
+    run_uri: str
+    config: dict
+    steps: tuple[StepPlan, ...]
+    base_directory: str
+    base_fingerprint: str
+    missing: dict[str, list[str]]  # step directory → names of the cells to evaluate
+    cell_keys: dict[str, str]
+    start: dict | None = None  # the step of another run that the chain grows from (`start.Start`)
+    lease: str = ""  # token of the driver that sent this; another one in charge means: stop
+    lease_uri: str = ""  # the run whose lease counts; default: this one
+    rungs: tuple[float, ...] = ()  # of a trial: fractions of the step at which it is scored and waits for a verdict
+    trial: bool = False  # what cannot succeed is told and ends this assignment only
+    verbose: bool = False
+
+    def to_json(self) -> dict:
+        return self.__dict__ | {"steps": [step.to_json() for step in self.steps]}
+
+    @classmethod
+    def from_json(cls, raw: dict) -> Assignment:
+        return cls(**(raw | {"steps": tuple(StepPlan.from_json(step) for step in raw["steps"])}))

@@ -1,0 +1,55 @@
+"""Which errors of a worker are worth another start, and how a user should read them."""
+
+from __future__ import annotations
+
+import errno
+
+import torch
+
+from pipelines.errors import ConfigError
+from pipelines.training.trainer import DivergedError
+
+
+class GroupLost(RuntimeError):
+    """The group's Ray Train job broke off; another start may fare better."""
+
+
+def root_cause(error: BaseException) -> str:
+    """The worker's own last line out of a nest of Ray errors."""
+    causes = getattr(getattr(error, "cause", None), "worker_failures", None) or getattr(error, "worker_failures", None)
+    text = str(next(iter(causes.values()))) if causes else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else repr(error))
+
+
+class DamagedStepError(RuntimeError):
+    """A finished step lacks a file, or holds another one than it published."""
+
+
+CONCERTED = (DivergedError, ConfigError)  # raised by all ranks alike: none is left waiting for the others
+
+PERMANENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def is_permanent(error: Exception) -> bool:
+    """Whether trying again cannot help. A lost peer shows as a RuntimeError of the collective operation it left."""
+    if isinstance(error, DivergedError | DamagedStepError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno in PERMANENT_ERRNOS:
+        return True
+    return not isinstance(error, RuntimeError | OSError)
+
+
+def explain(error: Exception) -> str:
+    """The error as a user should read it, with what to do."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        first = str(error).splitlines()[0]
+        return (
+            f"out of GPU memory ({first}); raise training.gradient_accumulation (smaller passes, same batch), lower "
+            "training.max_length or evaluation.batch_tokens, set training.gradient_checkpointing: true, or use "
+            "deepspeed: zero3 with more workers"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{text}: the storage is full; free some space, then run the same command again"
+    return text

@@ -1,0 +1,217 @@
+"""A warm worker group: one Ray Train job whose workers take one assignment after another from a queue of files.
+
+Starting workers costs far more than a short step, so segments, compared methods and trials of a search share a group.
+The queue lies in the storage: workers that Ray Train started again find their place by what is marked as done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.workers.assignment import Queue
+from pipelines.workers.failures import GroupLost, root_cause
+
+POLL_SECONDS = 0.25
+
+END_SECONDS = 20.0  # for a group to leave by itself
+
+
+class WorkerGroup:
+    """The driver's end of the queue. Starts the Ray Train job with the first assignment, and again after a loss.
+
+    Args:
+        config: its `resources` and `durability` make the group.
+        uri: where the queue and Ray Train's own files lie (below `train/`).
+    """
+
+    def __init__(self, config: PipelineConfig, uri: str, gpus_per_worker: float, verbose: bool = False):
+        self.config, self.uri, self.gpus, self.verbose = config, uri, gpus_per_worker, verbose
+        self._reference: Any = None
+        self._number = 0
+
+    def submit(self, assignment: dict) -> int:
+        """Hand out an assignment; returns its number."""
+        self.start()
+        number, self._number = self._number, self._number + 1
+        self.queue.put(number, assignment)
+        return number
+
+    def wait(self, number: int, seconds: float = POLL_SECONDS) -> dict | None:
+        """What became of an assignment, or None if it is not done within `seconds`.
+
+        Raises:
+            GroupLost: nobody works on it any more.
+        """
+        import ray
+
+        if self._reference is None:
+            raise GroupLost("the workers are gone")
+        end = time.monotonic() + seconds
+        while True:
+            if result := self.queue.result(number):
+                return result
+            over = bool(ray.wait([self._reference], timeout=min(POLL_SECONDS, seconds))[0])
+            if result := self.queue.result(number):
+                return result
+            if over:
+                self._raise_loss()
+            if time.monotonic() >= end:
+                return None
+
+    def close(self) -> None:
+        """Let the workers leave."""
+        import ray
+
+        if self._reference is None:
+            return
+        with contextlib.suppress(OSError):
+            self.queue.end()
+            if ray.wait([self._reference], timeout=END_SECONDS)[0]:
+                self._reference = None  # nothing to end: to cancel a task as it completes makes Ray abort the driver
+        self.kill()
+
+    def end(self, seconds: float) -> None:
+        """Give the last assignment a moment to come to an end, then end the workers."""
+        if self._reference is not None and self._number:
+            with contextlib.suppress(OSError, GroupLost):
+                self.wait(self._number - 1, seconds)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the workers now."""
+        import ray
+
+        reference, self._reference = self._reference, None
+        if reference is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.cancel(reference, force=True)
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Free what the workers hold: Ray Train's own cleaner asks a dashboard for it, and ours is off."""
+        import ray
+        from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+        with contextlib.suppress(OSError):
+            if place := self.queue.placement_group:
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(place))))
+
+    def start(self) -> None:
+        """Start the workers, if there are none; they wait for the first assignment."""
+        if self._reference is not None:
+            return
+        # a name of its own for every start: Ray Train would restore the state of an earlier one of the same name
+        name = f"group-{uuid.uuid4().hex[:8]}"
+        self.queue, self._number = Queue(f"{self.uri}/train/{name}-queue"), 0
+        settings = {"queue": self.queue.uri, "verbose": self.verbose, "gpus": self.gpus}
+        self._reference = _here(fit_group).remote(self.config.model_dump(), f"{self.uri}/train", name, settings)
+
+    def _raise_loss(self) -> None:
+        import ray
+
+        reference, self._reference = self._reference, None
+        try:
+            ray.get(reference)
+        except ray.exceptions.RayError as error:
+            raise GroupLost(root_cause(error)) from error
+        raise GroupLost("the workers left before their work was done")
+
+
+class RemoteGroup:
+    """A `WorkerGroup` in an actor of its own, with the same methods: several processes use it, one after another."""
+
+    def __init__(self, config: PipelineConfig, uri: str, gpus_per_worker: float, verbose: bool = False):
+        import ray
+
+        # starts anew, without workers, if its node is lost
+        remote = ray.remote(num_cpus=0, max_restarts=-1)(WorkerGroup)
+        self._actor = remote.remote(config, uri, gpus_per_worker, verbose)
+
+    def submit(self, assignment: dict) -> int:
+        return self._call("submit", assignment)
+
+    def wait(self, number: int, seconds: float = POLL_SECONDS) -> dict | None:
+        return self._call("wait", number, seconds)
+
+    def close(self) -> None:
+        self._call("close")
+
+    def end(self, seconds: float) -> None:
+        self._call("end", seconds)
+
+    def kill(self) -> None:
+        self._call("kill")
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        import ray
+
+        try:
+            return ray.get(getattr(self._actor, method).remote(*arguments))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, GroupLost):
+                raise GroupLost(str(error.cause)) from None
+            raise
+        except ray.exceptions.RayActorError as error:
+            raise GroupLost(f"the process that started the workers was lost ({str(error).splitlines()[0]})") from error
+
+
+def groups_that_fit(config: PipelineConfig, resources: dict, gpus_per_worker: float) -> int:
+    """How many groups of `config.resources.workers` a cluster with these resources holds at once; at least one."""
+    workers = config.resources.workers
+    needs = {"CPU": workers * config.resources.cpus_per_worker, "GPU": workers * gpus_per_worker}
+    return max(1, min(int(resources.get(kind, 0) / need + 1e-6) for kind, need in needs.items() if need))
+
+
+def _here(function: Callable):
+    """A Ray task on this node, which outlives the others."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(function)
+
+
+def fit_group(raw_config: dict, storage: str, name: str, settings: dict) -> None:
+    """One `TorchTrainer.fit`, as a Ray task."""
+    import ray.train
+
+    from pipelines.workers.lean_trainer import LeanTorchTrainer
+
+    config = PipelineConfig.model_validate(raw_config)
+    gpus = settings["gpus"]
+    resources = {"CPU": config.resources.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+    LeanTorchTrainer(
+        work,
+        train_loop_config=settings,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.resources.workers, use_gpu=bool(gpus), resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage,
+            failure_config=ray.train.FailureConfig(
+                max_failures=config.durability.max_failures, controller_failure_limit=3
+            ),
+            logging_config=ray.train.LoggingConfig(log_level="INFO" if settings["verbose"] else "ERROR"),
+        ),
+    ).fit()
+
+
+def work(settings: dict) -> None:
+    """What Ray Train calls in a worker. Imports there, so that the processes around it stay small."""
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    import ray.train
+    from ray.util import get_current_placement_group
+
+    from pipelines.workers.worker import serve
+
+    queue, here = Queue(settings["queue"]), get_current_placement_group()
+    if here and ray.train.get_context().get_world_rank() == 0:
+        queue.place(here.id.hex())
+    serve(queue, settings["verbose"])

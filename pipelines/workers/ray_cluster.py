@@ -1,0 +1,137 @@
+"""The Ray cluster that a command works on: the given one, or a local one that ends with the command.
+
+A local one starts in the background while the driver still looks at its input (`early_cluster`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.errors import ConfigError, Problem
+
+LOCAL = "CURLORA_LOCAL_CLUSTER"  # set in the processes of a cluster that was started for one command
+
+# one node, which nobody takes away and nobody adds to
+LOCAL_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", LOCAL: "1"}
+
+_early: Future | None = None
+
+
+@contextlib.contextmanager
+def early_cluster(verbose: bool = False, address: str | None = None) -> Iterator[None]:
+    """Start a local cluster in the background for the `cluster` that is asked for within; end it if none is."""
+    global _early
+    import ray
+
+    if address or os.environ.get("RAY_ADDRESS") or ray.is_initialized() or _early:
+        yield
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="ray") as pool:
+        _early = pool.submit(connect, verbose)
+        try:
+            yield
+        finally:
+            unused, _early = _early, None
+            if unused:
+                unused.exception()
+                ray.shutdown()
+
+
+@contextlib.contextmanager
+def cluster(config: PipelineConfig, verbose: bool = False, address: str | None = None) -> Iterator[None]:
+    """A Ray cluster: the one this process is connected to, the given one, RAY_ADDRESS, or a local one for the time.
+
+    Raises:
+        ConfigError: the workers can never be placed there.
+    """
+    global _early
+    import ray
+
+    early, _early = _early, None
+    mine = early is not None or not ray.is_initialized()
+    try:
+        if early:
+            early.result()
+            _set_sigterm(signal.getsignal(signal.SIGTERM))
+        elif mine:
+            connect(verbose, address)
+        check_cluster(config, ray.cluster_resources())
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def connect(verbose: bool = False, address: str | None = None) -> None:
+    """`ray.init`, without its plumbing on the user's terminal."""
+    local = not (address or os.environ.get("RAY_ADDRESS"))
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    settings = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
+    if local:
+        # "local": without it Ray joins whatever cluster was last started here, or waits for one that is dead
+        settings |= {"address": "local", "include_dashboard": False}
+    else:
+        settings |= {"address": address or os.environ["RAY_ADDRESS"]}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with _environment(LOCAL_SETTINGS if local else {}):  # what Ray starts inherits it
+        ray.init(**settings)
+    _set_sigterm(on_sigterm)
+
+
+def _set_sigterm(handler) -> None:
+    """Ray's own handler, which Python does not know of, ends the process before the workers can save anything."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+@contextlib.contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ |= settings
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def check_cluster(config: PipelineConfig, resources: dict) -> None:
+    """Raises ConfigError if the workers can never be placed: Ray itself would wait for ever."""
+    workers = config.resources.workers
+    gpus = gpus_per_worker(config, resources)
+    for name, kind, each in (("cpus_per_worker", "CPU", config.resources.cpus_per_worker), ("gpus", "GPU", gpus)):
+        there = resources.get(kind, 0)
+        if workers * each > there:
+            raise ConfigError(
+                [
+                    Problem(
+                        "resources.workers",
+                        f"{workers} workers need {workers * each:g} {kind}, the cluster has {there:g}; "
+                        f"lower resources.workers or resources.{name}, or add nodes",
+                    )
+                ]
+            )
+
+
+def gpus_per_worker(config: PipelineConfig, resources: dict | None = None) -> float:
+    """`auto` means one each where the cluster has any."""
+    value = config.resources.gpus_per_worker
+    if value != "auto":
+        return value
+    if resources is None:
+        import ray
+
+        resources = ray.cluster_resources()
+    return 1.0 if resources.get("GPU", 0) else 0.0
