@@ -1,4 +1,4 @@
-"""cluster.cli."""
+"""Commands on a cluster: `submit`, `tick`, `schedule`, and what `status` and `cancel` do with `--address`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ import time
 
 import click
 
-from pipelines.cli.app import main
-from pipelines.cli.helpers import jobs_cluster
 
-
-@main.command()
+@click.command()
 @click.argument("config", type=click.Path())
 @click.option("--address", help="The cluster's dashboard; default: RAY_API_SERVER_ADDRESS.")
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
@@ -29,7 +26,7 @@ def submit(config, address, overrides, wait, shared_paths, verbose) -> None:
     """
     from cluster.jobs import load_for_cluster
 
-    jobs = jobs_cluster(address)
+    jobs = _cluster(address)
     chain = load_for_cluster(config, overrides, shared_paths or jobs.is_this_machine())
     job, is_new = jobs.submit(chain, verbose)
     click.echo(f"{job.id}: {'submitted' if is_new else 'is at work already'}", err=True)
@@ -46,7 +43,7 @@ def submit(config, address, overrides, wait, shared_paths, verbose) -> None:
     sys.exit(job.exit_code if job.exit_code is not None else int(job.status != "SUCCEEDED"))
 
 
-@main.command()
+@click.command()
 @click.argument("config", type=click.Path())
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done.")
@@ -68,7 +65,7 @@ def tick(config, overrides, dry_run, again, as_json) -> None:
     schedule_tick.check_schedule(pipeline)
     if again:
         decisions.again(pipeline, again)
-    outcome = schedule_tick.tick(pipeline, lambda: jobs_cluster(pipeline.domains.address), dry_run)
+    outcome = schedule_tick.tick(pipeline, lambda: _cluster(pipeline.domains.address), dry_run)
     if as_json:
         click.echo(json.dumps(outcome.to_json()))
         return
@@ -76,7 +73,7 @@ def tick(config, overrides, dry_run, again, as_json) -> None:
         click.echo(line)
 
 
-@main.command()
+@click.command()
 @click.argument("config", type=click.Path())
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
 @click.option("--dry-run", is_flag=True, help="Say when it would look and what it would do now.")
@@ -105,7 +102,7 @@ def schedule(config, overrides, dry_run, history, paused, as_json) -> None:
     elif dry_run:
         for moment in next_times(pipeline):
             click.echo(f"would look at {moment:%Y-%m-%d %H:%M:%S %Z}")
-        for line in scheduling_tick.tick(pipeline, lambda: jobs_cluster(pipeline.domains.address), dry_run=True).did:
+        for line in scheduling_tick.tick(pipeline, lambda: _cluster(pipeline.domains.address), dry_run=True).did:
             click.echo(f"now: {line}")
     else:
         settings = [part for override in overrides for part in ("--set", override)]
@@ -123,7 +120,7 @@ def _print_history(decisions: list[dict], as_json: bool) -> None:
         click.echo(f"{moment}  {entry['domain']}  {entry['kind']}" + (f": {details}" if details else ""))
 
 
-def print_jobs(jobs: list, as_json: bool) -> None:
+def _print_jobs(jobs: list, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([job.__dict__ for job in jobs], indent=1))
         return
@@ -133,3 +130,32 @@ def print_jobs(jobs: list, as_json: bool) -> None:
         click.echo(f"{job.id}: {job.status.lower()}, started {started}" + (f"; {message}" if message else ""))
     if not jobs:
         click.echo("no jobs")
+
+
+def job_status(address: str, run: str | None, as_json: bool) -> None:
+    """`curlora status [RUN] --address …`: the jobs of a cluster, or of one run."""
+    _print_jobs(_cluster(address).jobs(run), as_json)
+
+
+def cancel_job(address: str, run: str, wait: float) -> None:
+    """`curlora cancel RUN --address …`: stop the jobs of a run."""
+    jobs = _cluster(address)
+    working = [job for job in jobs.jobs(run) if not job.over]
+    if not working:
+        click.echo(f"no job of '{run}' is at work on {jobs.address}")
+    for job in working:
+        job = jobs.stop(job.id, wait)
+        if not job.over:
+            click.echo(f"error: asked {job.id} to stop, but it is still there after {wait:g} s", err=True)
+            sys.exit(1)
+        click.echo(f"{job.id}: {job.status.lower()}; submit the same configuration to go on from there")
+
+
+def _cluster(address: str | None):
+    """The cluster at an address, as one that jobs can be sent to."""
+    from cluster.jobs import Cluster, default_address
+
+    address = address or default_address()
+    if address is None:
+        raise click.UsageError("no cluster: give --address (e.g. http://127.0.0.1:8265) or RAY_API_SERVER_ADDRESS")
+    return Cluster(address)

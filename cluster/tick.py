@@ -26,6 +26,7 @@ from pipelines.config.loading import parse_config
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import ConfigError, LeaseHeld, Problem, Unavailable
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.lease import acquire_lease
 
 
 @dataclass
@@ -81,7 +82,7 @@ def tick(config: PipelineConfig, cluster: Callable, dry_run: bool = False) -> Ou
     if dry_run:
         return _forecast(config.domains, ledger, fresh)
     try:
-        with folder.acquire_lease():
+        with acquire_lease(folder):
             ledger.read()  # somebody may have decided just before
             fresh = [domain for domain in found if not ledger.of(domain.key, domain.stamp)]
             return _told(folder, _Look(config, ledger, cluster).at(fresh), dry_run)

@@ -22,7 +22,7 @@ from pipelines.preflight.model import check_fits
 from pipelines.promotion.publish import already_published, publish
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
-from pipelines.runs.lease import Lease
+from pipelines.runs.lease import Lease, acquire_lease
 from pipelines.runs.start import record_start
 from pipelines.workers.failures import GroupLost
 from pipelines.workers.group import WorkerGroup
@@ -89,7 +89,7 @@ def run_chain(
         if problems:
             raise ConfigError(problems)
         config, plan = planned(config, run)
-        lease = stack.enter_context(run.acquire_lease())
+        lease = stack.enter_context(acquire_lease(run))
         run.open_for_writing(config)
         record_start(run, plan.start)
         run.remove("stop.json")  # it was meant for an earlier driver

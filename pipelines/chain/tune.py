@@ -13,6 +13,7 @@ from pipelines.preflight import data
 from pipelines.preflight.model import check_fits
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
+from pipelines.runs.lease import acquire_lease
 from pipelines.search import run_search, step_search
 from pipelines.workers.ray_cluster import cluster, gpus_per_worker
 
@@ -47,7 +48,7 @@ def tune(
         data.check_judging_data(config)
     step = _step_of(plan, run, task)
     where = step_search.place(config, step.position, step.parent, plan.base_fingerprint)
-    with run.acquire_lease() as lease:
+    with acquire_lease(run) as lease:
         run.open_for_writing(config)
         run.remove("stop.json")  # it was meant for an earlier driver
         found = where.found(run)

@@ -13,9 +13,53 @@ import warnings
 
 import click
 
+from pipelines.cli.helpers import load_object
+
+COMMANDS = {
+    "demo": "pipelines.cli.training:demo",
+    "run": "pipelines.cli.training:run",
+    "tune": "pipelines.cli.training:tune",
+    "compare": "pipelines.cli.training:compare",
+    "status": "pipelines.cli.runs:status",
+    "cancel": "pipelines.cli.runs:cancel",
+    "report": "pipelines.cli.results:report",
+    "predict": "pipelines.cli.results:predict",
+    "export": "pipelines.cli.results:export",
+    "lineage": "pipelines.cli.results:lineage",
+    "connectivity": "pipelines.cli.results:connectivity",
+    "sync": "pipelines.cli.results:sync",
+    "delete": "pipelines.cli.results:delete",
+    "promote": "pipelines.cli.registry:promote",
+    "ui": "pipelines.cli.registry:ui",
+    "doctor": "pipelines.cli.registry:doctor",
+    "submit": "cluster.cli:submit",
+    "tick": "cluster.cli:tick",
+    "schedule": "cluster.cli:schedule",
+}
+"""Command → "module:function", imported when it is called for. The only way from here up to `cluster`."""
+
+GROUPS = {
+    "Train": ("demo", "run", "tune", "compare"),
+    "Watch and use": ("status", "cancel", "report", "predict", "export", "connectivity", "delete"),
+    "MLflow": ("lineage", "sync", "promote", "ui"),
+    "Cluster": ("submit", "tick", "schedule", "doctor"),
+}
+
 
 class _Commands(click.Group):
-    """Errors a user can mend, as one line each, with the exit codes above."""
+    """Finds commands in the table above; reports errors that a user can mend in one line, with the exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return load_object(COMMANDS[name]) if name in COMMANDS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in GROUPS.items():
+            with formatter.section(title):
+                rows = [(name, load_object(COMMANDS[name]).get_short_help_str(formatter.width - 16)) for name in names]
+                formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context):
         from pipelines.errors import ConfigError, LeaseHeld, RunDirectoryError, Unavailable

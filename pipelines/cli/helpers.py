@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import time
@@ -40,16 +41,6 @@ def number_list(text: str, kind: type, option: str) -> list:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise click.BadParameter(f"'{text}' is not a list of numbers such as 1,2,3", param_hint=option) from None
-
-
-def jobs_cluster(address: str | None):
-    """The cluster at an address, as one that jobs can be sent to."""
-    from cluster.jobs import Cluster, default_address
-
-    address = address or default_address()
-    if address is None:
-        raise click.UsageError("no cluster: give --address (e.g. http://127.0.0.1:8265) or RAY_API_SERVER_ADDRESS")
-    return Cluster(address)
 
 
 @contextlib.contextmanager
@@ -95,3 +86,9 @@ def all_runs(storage: str) -> list:
     parent = RunDirectory(os.path.abspath(storage) if "://" not in storage else storage)
     runs = [RunDirectory(f"{parent.uri}/{name}") for name in parent.list("")]
     return [directory for directory in runs if directory.exists("config.yaml")]
+
+
+def load_object(target: str):
+    """The object that "module:name" names."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)

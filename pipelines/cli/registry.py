@@ -8,11 +8,10 @@ import sys
 
 import click
 
-from pipelines.cli.app import main
 from pipelines.cli.helpers import open_run
 
 
-@main.command()
+@click.command()
 @click.argument("run")
 @click.option("--to", "version", type=click.IntRange(1), help="Go (back) to this version of the run's model.")
 @click.option("--force", is_flag=True, help="Whatever the gate says; needs --reason.")
@@ -54,7 +53,7 @@ def promote(run: str, version: int | None, force: bool, reason: str, no_hook: bo
         sys.exit(1)
 
 
-@main.command()
+@click.command()
 @click.argument("run", required=False)
 @click.option("--storage", default="./runs", show_default=True)
 @click.option("--port", default=5000, show_default=True)
@@ -83,7 +82,7 @@ def ui(run: str | None, storage: str, port: int) -> None:
     sys.exit(subprocess.run(command, env=ui_environment(), check=False).returncode)
 
 
-@main.command()
+@click.command()
 @click.argument("config", required=False, type=click.Path())
 @click.option("--json", "as_json", is_flag=True)
 def doctor(config: str | None, as_json: bool) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import click
 
-from pipelines.cli.app import main
 from pipelines.cli.helpers import open_run
+from pipelines.runs.lease import acquire_lease
 
 
-@main.command()
+@click.command()
 @click.argument("run")
 @click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -26,13 +26,13 @@ def delete(run: str, storage: str, yes: bool) -> None:
     directory = open_run(run, storage)
     if not yes:
         click.confirm(f"Delete {directory.uri} with all its adapters?", abort=True)
-    with directory.acquire_lease():
+    with acquire_lease(directory):
         directory.remove("config.yaml")  # first: from here on it is no run
     directory.remove("")
     click.echo(f"deleted {directory.uri}")
 
 
-@main.command()
+@click.command()
 @click.argument("run")
 @click.option("--storage", default="./runs", show_default=True)
 def report(run: str, storage: str) -> None:
@@ -53,7 +53,7 @@ def report(run: str, storage: str) -> None:
         sys.exit(2)
 
 
-@main.command()
+@click.command()
 @click.argument("run")
 @click.option("--storage", default="./runs", show_default=True)
 @click.option("--uri", help="MLflow store; default: the run's own.")
@@ -76,7 +76,7 @@ def sync(run: str, storage: str, uri: str | None) -> None:
         click.echo(f"warning: {line}", err=True)
 
 
-@main.command()
+@click.command()
 @click.argument("adapter")
 @click.option("--json", "as_json", is_flag=True)
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw it too: a .png, .svg or .pdf file.")
@@ -105,7 +105,7 @@ def lineage(adapter: str, as_json: bool, figure: Path | None, uri: str | None, s
     click.echo(json.dumps(found.to_json(), indent=1) if as_json else as_text(found))
 
 
-@main.command()
+@click.command()
 @click.argument("run")
 @click.option("--points", type=click.IntRange(2), default=5, show_default=True, help="On each line, ends included.")
 @click.option("--max-examples", type=click.IntRange(1), help="Test rows a task; default: as many as RUN scored.")
@@ -131,7 +131,7 @@ def connectivity(run: str, points: int, max_examples: int | None, storage: str, 
     click.echo(f"{directory.uri}/figures/connectivity.png")
 
 
-@main.command()
+@click.command()
 @click.argument("run")
 @click.option("--as", "form", type=click.Choice(["lora", "merged"]), required=True, help="LoRA adapter or full model.")
 @click.option("--to", "target", type=click.Path(path_type=Path), required=True, help="New folder.")
@@ -148,7 +148,7 @@ def export(run: str, form: str, target: Path, step: str | None, storage: str) ->
     click.echo(export_step(open_run(run, storage), step, form, target))
 
 
-@main.command()
+@click.command()
 @click.argument("run")
 @click.option("--task", required=True, help="Name of the run's task that says how to ask.")
 @click.option("--text", "texts", multiple=True, help="A text; for a task with several fields one for each, in order.")

@@ -7,12 +7,10 @@ import sys
 
 import click
 
-from cluster.cli import print_jobs
-from pipelines.cli.app import main
-from pipelines.cli.helpers import all_runs, jobs_cluster, new_console, open_run
+from pipelines.cli.helpers import all_runs, load_object, new_console, open_run
 
 
-@main.command()
+@click.command()
 @click.argument("run", required=False)
 @click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
 @click.option("--address", help="Ask this cluster for its jobs instead (the dashboard's address).")
@@ -25,7 +23,7 @@ def status(run: str | None, storage: str, address: str | None, as_json: bool) ->
               curlora status demo --address http://127.0.0.1:8265
     """
     if address:
-        print_jobs(jobs_cluster(address).jobs(run), as_json)
+        load_object("cluster.cli:job_status")(address, run, as_json)
         return
     from pipelines.runs.status import run_status
 
@@ -46,7 +44,7 @@ def status(run: str | None, storage: str, address: str | None, as_json: bool) ->
         print_summary(directories[0].results(), new_console())
 
 
-@main.command()
+@click.command()
 @click.argument("run")
 @click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
 @click.option("--wait", default=15.0, show_default=True, help="Seconds to wait for its end.")
@@ -59,7 +57,7 @@ def cancel(run: str, storage: str, wait: float, address: str | None) -> None:
               curlora cancel demo --address http://127.0.0.1:8265
     """
     if address:
-        _cancel_job(jobs_cluster(address), run, wait)
+        load_object("cluster.cli:cancel_job")(address, run, wait)
         return
     from pipelines.runs.status import cancel_run
 
@@ -71,15 +69,3 @@ def cancel(run: str, storage: str, wait: float, address: str | None) -> None:
     else:
         click.echo(f"error: asked to stop, but its driver is still there after {wait:g} s", err=True)
         sys.exit(1)
-
-
-def _cancel_job(jobs, run: str, wait: float) -> None:
-    working = [job for job in jobs.jobs(run) if not job.over]
-    if not working:
-        click.echo(f"no job of '{run}' is at work on {jobs.address}")
-    for job in working:
-        job = jobs.stop(job.id, wait)
-        if not job.over:
-            click.echo(f"error: asked {job.id} to stop, but it is still there after {wait:g} s", err=True)
-            sys.exit(1)
-        click.echo(f"{job.id}: {job.status.lower()}; submit the same configuration to go on from there")

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import click
 
-from pipelines.cli.app import main
 from pipelines.cli.helpers import CONFIGS, at_work, new_console, number_list, with_bar
 from pipelines.preflight.hub import split_unreachable
 
 
-@main.command()
+@click.command()
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of demo.yaml.")
 @click.option("--json", "as_json", is_flag=True, help="Print results.json instead of tables.")
 @click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
@@ -40,7 +39,7 @@ def demo(overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
     _run(str(CONFIGS / "demo.yaml"), overrides, as_json, verbose)
 
 
-@main.command()
+@click.command()
 @click.argument("config", type=click.Path())
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print sizes and memory, train nothing.")
@@ -163,7 +162,7 @@ def _print_step_cost(config, console) -> None:
     )
 
 
-@main.command()
+@click.command()
 @click.argument("config", type=click.Path())
 @click.option("--methods", required=True, help="adapter or adapter+strategy, with commas; a/b+c/d: all pairs.")
 @click.option("--seeds", default="0", show_default=True, help="Training seeds, separated by commas.")
@@ -226,7 +225,7 @@ def compare(
     click.echo(json.dumps(result, indent=1) if as_json else markdown(result))
 
 
-@main.command()
+@click.command()
 @click.argument("config", type=click.Path())
 @click.option("--task", help="Search before this task, from what is trained before it; default: the first.")
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field of CONFIG.")

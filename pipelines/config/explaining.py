@@ -7,19 +7,18 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.sections import Section
 from pipelines.config.tasks import TASKS
 from pipelines.errors import Problem, did_you_mean
 
 
-def problem_of(error: dict) -> Problem:
-    """A pydantic error as one line: field, value found, remedy."""
+def problem_of(error: dict, root: type[Section]) -> Problem:
+    """An error of validating `root`, as one line: field, value found, remedy."""
     loc = [part for part in error["loc"] if not _is_union_tag(part)]
     field = ".".join(map(str, loc))
     kind, value = error["type"], error.get("input")
     if kind == "extra_forbidden":
-        section = _section_at(error["loc"][:-1])
+        section = _section_at(error["loc"][:-1], root)
         parent = ".".join(map(str, loc[:-1]))
         return Problem(parent, f"unknown key '{loc[-1]}', {did_you_mean(str(loc[-1]), section.model_fields)}")
     if kind == "missing":
@@ -30,7 +29,7 @@ def problem_of(error: dict) -> Problem:
         found = value.get("kind") if isinstance(value, dict) else value
         return Problem(f"{field}.kind", f"unknown kind {found!r}, {did_you_mean(str(found), TASKS)}")
     if kind == "none_required":
-        reason = _section_at(error["loc"][:-1]).model_fields[error["loc"][-1]].description
+        reason = _section_at(error["loc"][:-1], root).model_fields[error["loc"][-1]].description
         return Problem(field, f"found {_short(value)}, but only null is possible ({reason})")
     if kind == "literal_error":
         valid = re.findall(r"'([^']+)'", error["ctx"]["expected"])
@@ -38,9 +37,9 @@ def problem_of(error: dict) -> Problem:
     return Problem(field, f"found {_short(value)}: {error['msg'][0].lower() + error['msg'][1:]}")
 
 
-def describe_error(error: dict) -> str:
+def describe_error(error: dict, root: type[Section]) -> str:
     """A pydantic error in a few words, for those who validate parts themselves."""
-    return str(problem_of(error))
+    return str(problem_of(error, root))
 
 
 def _short(value: Any) -> str:
@@ -55,9 +54,9 @@ def _is_union_tag(part: Any) -> bool:
     )
 
 
-def _section_at(loc: tuple) -> type[Section]:
+def _section_at(loc: tuple, root: type[Section]) -> type[Section]:
     """The model class that a pydantic error location points into."""
-    section: type[Section] = PipelineConfig
+    section = root
     for part in loc:
         if isinstance(part, str) and part in section.model_fields:
             nested = list(_sections(section.model_fields[part].annotation))

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from pipelines.config.explaining import problem_of
 from pipelines.config.paths import absolute_path, absolute_sqlite, is_uri
 from pipelines.config.pipeline import PipelineConfig
+from pipelines.config.search_space import check_space
 from pipelines.errors import ConfigError, Problem
 
 VARIABLE = re.compile(r"\$\{?(\w+)\}?")
@@ -67,9 +68,12 @@ def parse_config(raw: dict) -> PipelineConfig:
     if unset:
         raise ConfigError(Problem(f"${{{name}}}", "this environment variable is not set") for name in sorted(unset))
     try:
-        return resolve(PipelineConfig.model_validate(raw))
+        config = PipelineConfig.model_validate(raw)
+        if config.search:
+            check_space(config)  # not a validator of the model: it builds configurations itself
+        return resolve(config)
     except ValidationError as error:
-        raise ConfigError([problem_of(item) for item in error.errors()]) from error
+        raise ConfigError([problem_of(item, PipelineConfig) for item in error.errors()]) from error
 
 
 def _strings(value: Any) -> Iterable[str]:

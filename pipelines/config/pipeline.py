@@ -91,14 +91,6 @@ class PipelineConfig(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _search_finds_its_fields(self):
-        if self.search:
-            from pipelines.config.search_space import check_space  # builds configurations itself
-
-            check_space(self)
-        return self
-
     @property
     def run_uri(self) -> str:
         return f"{self.storage.rstrip('/')}/{self.name}"

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from pipelines.config.explaining import describe_error
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.search import CARRIED, SEARCHED, Range, SearchConfig
-from pipelines.errors import did_you_mean
+from pipelines.errors import ConfigError, Problem, did_you_mean
 
 TRIALS = 16
 
@@ -107,7 +107,7 @@ def _draw(space: Range | list, generator: np.random.Generator) -> Any:
 
 # -- rules
 def check_space(config: PipelineConfig) -> None:
-    """Raises ValueError with everything that is wrong with the search of a configuration."""
+    """Raises ConfigError with every problem of a configuration's search."""
     search = config.search
     found = [problem for path in search.paths for problem in _check_path(config, path)]
     if search.algorithm == "optuna" and importlib.util.find_spec("optuna") is None:
@@ -116,7 +116,7 @@ def check_space(config: PipelineConfig) -> None:
     if not found:
         found += list(_check_values(config))
     if found:
-        raise ValueError("; ".join(found))
+        raise ConfigError(Problem(*problem.split(": ", 1)) for problem in found)
 
 
 def _check_path(config: PipelineConfig, path: str) -> Iterator[str]:
@@ -172,7 +172,7 @@ def _impossible(config: PipelineConfig, values: Values, label: str) -> Iterator[
         with_values(config, values)
     except ValidationError as error:
         for item in error.errors():
-            yield f"{label}: {describe_error(item)}"
+            yield f"{label}: {describe_error(item, PipelineConfig)}"
 
 
 def describe(values: Mapping[str, Any]) -> str:

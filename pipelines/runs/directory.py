@@ -33,7 +33,6 @@ import yaml
 from pipelines.config.paths import is_uri
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import RunDirectoryError
-from pipelines.runs.lease import Lease, is_dead
 
 FORMAT = 1
 
@@ -137,9 +136,9 @@ class RunDirectory:
             self.write_json("format.json", {"format": FORMAT})
             self.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
         except OSError as error:
-            raise self._not_writable(error) from error
+            raise self.not_writable(error) from error
 
-    def _not_writable(self, error: OSError) -> RunDirectoryError:
+    def not_writable(self, error: OSError) -> RunDirectoryError:
         return RunDirectoryError(f"storage: {self.uri} is not writable ({error}); choose another storage")
 
     def config(self) -> PipelineConfig:
@@ -234,21 +233,3 @@ class RunDirectory:
         """The reason, or None."""
         request = self.read_json("stop.json")
         return request["reason"] if request else None
-
-    # -- lease: one driver at a time
-
-    def acquire_lease(self) -> Lease:
-        """Raises `LeaseHeld` while another driver is alive (a heartbeat within 15 s; a dead process here is none).
-
-        Raises:
-            RunDirectoryError: storage not writable.
-        """
-        try:
-            return Lease(self)
-        except OSError as error:
-            raise self._not_writable(error) from error
-
-    def driver(self) -> dict | None:
-        """The lease of a driver that may be alive: its `host`, `pid`, `token`; None if surely nobody drives."""
-        holder = self.read_json("lease.json")
-        return holder if holder and not is_dead(holder) else None

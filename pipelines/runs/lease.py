@@ -34,7 +34,7 @@ class Lease:
         self._thread.start()
 
     def _take(self) -> None:
-        holder = self.run.driver()
+        holder = driver_of(self.run)
         if holder and self._beats_on(holder):
             raise LeaseHeld(
                 f"run '{self.run.name}' is being worked on by process {holder['pid']} on {holder['host']}; "
@@ -99,7 +99,26 @@ class Lease:
         self.release()
 
 
-def is_dead(holder: dict) -> bool:
+def acquire_lease(run: RunDirectory) -> Lease:
+    """Takes the lease of a run.
+
+    Raises:
+        LeaseHeld: another driver is alive (a heartbeat within 15 s; a dead process of this host counts as none).
+        RunDirectoryError: storage not writable.
+    """
+    try:
+        return Lease(run)
+    except OSError as error:
+        raise run.not_writable(error) from error
+
+
+def driver_of(run: RunDirectory) -> dict | None:
+    """The lease of a driver that may be alive: its `host`, `pid`, `token`; None if surely nobody drives."""
+    holder = run.read_json("lease.json")
+    return holder if holder and not _is_dead(holder) else None
+
+
+def _is_dead(holder: dict) -> bool:
     """Whether a lease's process was one of this host and is no more."""
     return holder["host"] == socket.gethostname() and not _same_process(holder["pid"], holder["started"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.lease import driver_of
 
 SILENT_SECONDS = 60.0  # a driver of another host that has not written for so long is taken for gone
 
@@ -14,7 +15,7 @@ def run_status(run: RunDirectory) -> dict:
     `interrupted`."""
     results = run.results() or {"status": "new", "steps": []}
     state = results["status"]
-    driver = run.driver()
+    driver = driver_of(run)
     if state == "running" and (driver is None or time.time() - driver["time"] > SILENT_SECONDS):
         state = "interrupted"
     last = _last_event(run)
@@ -30,12 +31,12 @@ def run_status(run: RunDirectory) -> dict:
 
 def cancel_run(run: RunDirectory, wait: float) -> bool | None:
     """Ask a run to stop. True: it has ended within `wait` seconds; None: nobody was working on it."""
-    if run.driver() is None:
+    if driver_of(run) is None:
         return None
     run.request_stop("curlora cancel")
     end = time.monotonic() + wait
     while time.monotonic() < end:
-        if run.driver() is None:
+        if driver_of(run) is None:
             return True
         time.sleep(0.25)
     return False

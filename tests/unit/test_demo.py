@@ -157,7 +157,7 @@ def test_manifest_states_everything_that_was_made(cache):
 
 def test_second_preparation_imports_neither_torch_nor_transformers(cache):
     code = (
-        "import sys; from pathlib import Path; from pipelines.demo import prepare_demo; "
+        "import sys; from pathlib import Path; from pipelines.demo.build import prepare_demo; "
         f"prepare_demo(Path({str(cache)!r}), preset='test'); "
         "sys.exit(bool({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
     )

@@ -43,8 +43,8 @@ def test_only_one_rank_writes(tmp_path):
 def test_a_worker_without_beats_ends_itself_and_says_where_it_hung(tmp_path):
     code = (
         "import sys, time\n"
-        "from pipelines.pulse import Pulse\n"
-        "from pipelines.runs import RunDirectory\n"
+        "from pipelines.workers.heartbeat import Pulse\n"
+        "from pipelines.runs.directory import RunDirectory\n"
         "pulse = Pulse(RunDirectory(sys.argv[1]), False, 0.5)\n"
         "time.sleep(1.5)  # outside of guard: nothing happens\n"
         "def wait_for_a_lost_peer(): time.sleep(60)\n"

@@ -13,6 +13,7 @@ from pipelines.config.loading import parse_config
 from pipelines.errors import LeaseHeld, RunDirectoryError
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import fingerprint
+from pipelines.runs.lease import acquire_lease, driver_of
 from tests.conftest import minimal
 
 
@@ -80,21 +81,22 @@ def test_nan_never_enters_a_json_file(run):
 
 
 def test_second_driver_is_refused_while_the_first_lives(run):
-    with run.acquire_lease(), pytest.raises(LeaseHeld, match="process"):
-        run.acquire_lease()
-    run.acquire_lease().release()
+    with acquire_lease(run), pytest.raises(LeaseHeld, match="process"):
+        acquire_lease(run)
+    acquire_lease(run).release()
 
 
 def test_lease_of_a_dead_process_is_taken_at_once(tmp_path):
     code = (
-        "import os, sys; from pipelines.runs import RunDirectory\n"
-        "RunDirectory(sys.argv[1]).acquire_lease(); os.kill(os.getpid(), 9)"
+        "import os, sys; from pipelines.runs.directory import RunDirectory\n"
+        "from pipelines.runs.lease import acquire_lease\n"
+        "acquire_lease(RunDirectory(sys.argv[1])); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=False)
     run = RunDirectory(str(tmp_path / "run"))
     assert run.read_json("lease.json")["pid"]
-    assert run.driver() is None
-    run.acquire_lease().release()
+    assert driver_of(run) is None
+    acquire_lease(run).release()
 
 
 FOREIGN = {"token": "t", "host": "elsewhere", "pid": 1, "started": 0.0, "beats": 7, "time": 0.0}
@@ -104,7 +106,7 @@ def test_lease_of_another_host_is_taken_after_silence_whatever_the_clocks_say(ru
     monkeypatch.setattr("pipelines.runs.lease.LEASE_SECONDS", 0.6)
     for moment in (0.0, time.time(), time.time() + 1e6):
         run.write_json("lease.json", FOREIGN | {"time": moment})
-        lease = run.acquire_lease()
+        lease = acquire_lease(run)
         assert run.read_json("lease.json")["token"] == lease.token
         lease.release()
 
@@ -114,12 +116,12 @@ def test_lease_of_another_host_that_beats_is_respected(run):
     timer = threading.Timer(0.3, lambda: run.write_json("lease.json", FOREIGN | {"beats": 8}))
     timer.start()
     with pytest.raises(LeaseHeld, match="elsewhere"):
-        run.acquire_lease()
+        acquire_lease(run)
 
 
 def test_a_driver_whose_lease_was_taken_notices(run, monkeypatch):
     monkeypatch.setattr("pipelines.runs.lease.BEAT_SECONDS", 0.05)
-    lease = run.acquire_lease()
+    lease = acquire_lease(run)
     run.write_json("lease.json", FOREIGN)
     lease._thread.join(timeout=5)
     assert lease.lost
@@ -150,7 +152,7 @@ def test_storage_that_cannot_be_written_is_named_with_a_remedy(tmp_path):
     with pytest.raises(RunDirectoryError, match=r"storage: .*file/run is not writable .*choose another storage"):
         run.open_for_writing(parse_config(minimal(tmp_path, tmp_path)))
     with pytest.raises(RunDirectoryError, match=r"file/run is not writable"):
-        run.acquire_lease()
+        acquire_lease(run)
 
 
 def test_other_format_is_recognised(tmp_path):

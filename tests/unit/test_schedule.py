@@ -20,6 +20,7 @@ from pipelines.config.loading import parse_config
 from pipelines.data.sources import digest_of
 from pipelines.errors import ConfigError, Unavailable
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.lease import acquire_lease
 from tests.conftest import minimal, write_jsonl
 from tests.unit.test_start import finish
 
@@ -302,7 +303,7 @@ def test_pause_dry_run_and_two_ticks_at_once(look, config, jobs, add):
     schedule_decisions.pause(config, True)
     assert look() == ["paused; go on with --resume"]
     schedule_decisions.pause(config, False)
-    with schedule_decisions.schedule_folder(config).acquire_lease():
+    with acquire_lease(schedule_decisions.schedule_folder(config)):
         assert look() == ["another tick is at work"]
     assert not jobs.sent
     assert decisions(config) == []

@@ -10,6 +10,7 @@ from rich.console import Console
 from pipelines.preflight.machine import examine
 from pipelines.reporting.progress import ChainProgress
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.lease import acquire_lease
 from pipelines.runs.status import SILENT_SECONDS, cancel_run, run_status
 
 
@@ -25,7 +26,7 @@ def run(tmp_path):
 
 
 def test_running_means_that_somebody_drives_it(run):
-    with run.acquire_lease():
+    with acquire_lease(run):
         found = run_status(run)
     assert (found["status"], found["steps_done"], found["steps"]) == ("running", 1, 2)
     assert found["last"].startswith("training mrpc, step 3/10, loss 0.500")
@@ -42,7 +43,7 @@ def test_a_silent_driver_is_no_driver(run):
 
 def test_cancelling_waits_for_the_end_of_the_driver(run):
     assert cancel_run(run, 0.1) is None
-    lease = run.acquire_lease()
+    lease = acquire_lease(run)
     assert cancel_run(run, 0.3) is False
     assert run.stop_requested() == "curlora cancel"
     threading.Timer(0.5, lease.release).start()
