@@ -25,6 +25,21 @@ class World:
     lockstep: bool = False
     group: Any = None
 
+    def barrier(self) -> None:
+        """Returns once every rank has called it."""
+        if self.size > 1:
+            torch.distributed.barrier(group=self.group)
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of a CPU tensor over the ranks, in place."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def sum(self, value: int) -> int:
+        """Sum of an integer over the ranks, on all of them."""
+        return int(self.total(torch.tensor(value, dtype=torch.int64)))
+
 
 def gather(local: list, world: World) -> list | None:
     """All ranks' lists joined, on rank 0; None elsewhere."""

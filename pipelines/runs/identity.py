@@ -89,6 +89,11 @@ class StepPlan:
         """The folder of its checkpoints, while it is being trained."""
         return f"train/{self.fingerprint[:8]}"
 
+    @property
+    def identity(self) -> dict:
+        """How events and progress name this step."""
+        return {"fingerprint": self.fingerprint, "task": self.label, "position": self.position}
+
     def to_json(self) -> dict:
         return {
             "position": self.position,

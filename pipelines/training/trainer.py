@@ -26,9 +26,8 @@ from pipelines.training.batches import GlobalBatches
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.example_losses import example_losses, losses_alone
 
-LOOK_SECONDS = 1.0  # about so long between two looks at the loss: each look waits for the device and for all ranks
-
-MOST_STEPS_BETWEEN_LOOKS = 50
+SYNCHRONISE_SECONDS = 1.0  # roughly, between two synchronisation points: each waits for the device and for all ranks
+MOST_STEPS_BETWEEN = 50  # of two synchronisation points
 
 
 class DivergedError(RuntimeError):
@@ -40,8 +39,8 @@ class Stopped(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What a rank wants at a look; what one rank wants, all ranks do together."""
+class ControlRequests:
+    """Requests of one rank at a synchronisation point; all ranks act on their union."""
 
     checkpoint: bool = False
     stop: bool = False
@@ -57,7 +56,7 @@ class ContinualTrainer(transformers.Trainer):
         strategy: its hooks are called as `Strategy` documents; when resuming its state must be loaded.
         steps: optimizer steps of the whole step.
         on_points: called on every rank with [(step, loss, learning rate, unix time), …] now and then.
-        wishes: asked on every rank at each look.
+        requests: asked on every rank at each synchronisation point.
         on_checkpoint: called on every rank where a checkpoint is to be kept, with the function that takes it.
         rungs: fractions of the step after which `on_rung` is called on every rank, with the fraction and the
             function that takes a checkpoint; it may raise `Stopped`.
@@ -65,7 +64,7 @@ class ContinualTrainer(transformers.Trainer):
 
     Raises:
         DivergedError: the loss or a weight became NaN or infinite; names the optimizer step and the batch.
-        Stopped: some rank wished to stop; a checkpoint was handed out before.
+        Stopped: some rank asked to stop; a checkpoint was handed out before.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class ContinualTrainer(transformers.Trainer):
         world: World,
         steps: int,
         on_points: Callable[[list[tuple[int, float, float, float]]], None],
-        wishes: Callable[[], Wishes] = Wishes,
+        requests: Callable[[], ControlRequests] = ControlRequests,
         on_checkpoint: Callable[[Callable[[], Checkpoint]], None] = lambda take: None,
         rungs: Sequence[float] = (),
         on_rung: Callable[[float, Callable[[], Checkpoint]], None] = lambda rung, take: None,
@@ -92,17 +91,17 @@ class ContinualTrainer(transformers.Trainer):
         self.world = world
         self.examples = examples
         self.total_steps = steps
-        self.on_points, self.wishes, self.on_checkpoint = on_points, wishes, on_checkpoint
+        self.on_points, self.requests, self.on_checkpoint = on_points, requests, on_checkpoint
         self.rungs = {math.ceil(rung * steps): rung for rung in rungs}
         self.on_rung = on_rung
         self.resume = resume
         self.first_step = resume.step if resume else 0
         self.tokens = 0  # of this rank, since this process began
         self._losses: list[torch.Tensor] = []  # of this step's micro-batches
-        self._step_losses: list[torch.Tensor] = []  # of the steps since the last look
+        self._step_losses: list[torch.Tensor] = []  # of the steps since the last synchronisation
         self._pending: list[tuple[int, float, float]] = []
-        self._next_look = self.first_step + 1
-        self._last_look = time.monotonic()
+        self._next_synchronisation = self.first_step + 1
+        self._last_synchronisation = time.monotonic()
         self.add_callback(_StrategyCallback(self))
 
     @property
@@ -193,32 +192,32 @@ class ContinualTrainer(transformers.Trainer):
         self._learning_rate = float(self.lr_scheduler.get_last_lr()[0])  # Trainer moves it on before the step ends
 
     def end_step(self) -> None:
-        """Book-keeping after an optimizer step; looks at the loss only about once a second."""
+        """Book-keeping after an optimizer step; reads the loss only about once a second."""
         self.strategy.after_step(self.model, self.step)
         self._pending.append((self.step, self._learning_rate, time.time()))
         self._step_losses.append(torch.stack(self._losses).sum())
         self._losses.clear()
         rung = self.rungs.get(self.step)
-        if self.step >= self._next_look or self.step == self.total_steps or rung:
-            self._look()
+        if self.step >= self._next_synchronisation or self.step == self.total_steps or rung:
+            self._synchronise()
         if rung:
             self.on_rung(rung, self.checkpoint)
-            self._last_look = time.monotonic()
+            self._last_synchronisation = time.monotonic()
 
-    def _look(self) -> None:
+    def _synchronise(self) -> None:
         """All ranks together: the losses so far, and whether to keep a checkpoint or to stop."""
-        wishes = self.wishes()
-        # rank 0 chooses the distance to the next look, by its own clock
-        seconds = max(time.monotonic() - self._last_look, 1e-6) / len(self._step_losses)
-        distance = min(max(round(LOOK_SECONDS / seconds), 1), MOST_STEPS_BETWEEN_LOOKS) if self.world.rank == 0 else 0
+        requests = self.requests()
+        # rank 0 chooses the distance to the next one, by its own clock
+        seconds = max(time.monotonic() - self._last_synchronisation, 1e-6) / len(self._step_losses)
+        distance = min(max(round(SYNCHRONISE_SECONDS / seconds), 1), MOST_STEPS_BETWEEN) if self.world.rank == 0 else 0
         losses = torch.stack(self._step_losses)
-        told = torch.cat([losses, losses.new_tensor([wishes.checkpoint, wishes.stop, distance])])
+        shared = torch.cat([losses, losses.new_tensor([requests.checkpoint, requests.stop, distance])])
         if self.world.size > 1:
-            torch.distributed.all_reduce(told)
-        *values, checkpoint, stop, distance = told.tolist()
+            torch.distributed.all_reduce(shared)
+        *values, checkpoint, stop, distance = shared.tolist()
         points = [(s, v, lr, t) for (s, lr, t), v in zip(self._pending, values, strict=True)]
         self._pending, self._step_losses = [], []
-        self._next_look, self._last_look = self.step + int(distance), time.monotonic()
+        self._next_synchronisation, self._last_synchronisation = self.step + int(distance), time.monotonic()
         bad = next((step for step, loss, _, _ in points if not math.isfinite(loss)), None)
         if bad is not None:
             raise DivergedError(f"the loss is not finite at {self._where(bad)}; {_REMEDY}")

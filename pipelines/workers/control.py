@@ -2,19 +2,70 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from pipelines.distributed.world import World
+from pipelines.runs.directory import RunDirectory
+from pipelines.training.trainer import ControlRequests, Stopped
+from pipelines.workers.context import WorkContext
 
-ASK_SECONDS = 2.0  # between two looks at the run directory for a request to stop
+STOP_CHECK_SECONDS = 2.0  # between two reads of the run directory for a request to stop
+SYNCHRONISATIONS_PER_NOTICE = 5  # synchronisation points between two questions to Ray about preemption
 
-NOTICE_LOOKS = 5  # looks between two questions to Ray whether a node is about to be taken away
+
+class Control:
+    """What may end or interrupt the work on an assignment."""
+
+    def __init__(self, work: WorkContext):
+        self.work = work
+        self._synchronisations = 0
+        self._checked = self._checkpointed = time.monotonic()
+
+    def requests(self) -> ControlRequests:
+        """What this rank asks for at a synchronisation point of the trainer; every rank must call it."""
+        self._synchronisations += 1
+        notice = self._synchronisations % SYNCHRONISATIONS_PER_NOTICE == 0 and node_is_leaving(self.work.world)
+        if not self.work.is_writer:
+            return ControlRequests(checkpoint=notice)
+        due = time.monotonic() - self._checkpointed >= self.work.config.durability.checkpoint_seconds
+        return ControlRequests(checkpoint=due or notice, stop=self.stop_requested())
+
+    def checkpoint_written(self) -> None:
+        """The next checkpoint is due `durability.checkpoint_seconds` from now."""
+        self._checkpointed = time.monotonic()
+
+    def stop_requested(self) -> bool:
+        """Whether somebody wants the run to stop, or another driver has taken over (rank 0; reads at intervals)."""
+        if time.monotonic() - self._checked < STOP_CHECK_SECONDS:
+            return False
+        self._checked = time.monotonic()
+        return self._must_stop()
+
+    def stop_if_requested(self) -> None:
+        """Between two parts of the work; every rank must call it."""
+        if self.work.world.sum(int(self.work.is_writer and self._must_stop())):
+            raise Stopped("stopped between two steps")
+
+    def check_lease(self) -> None:
+        """Raises Stopped on every rank if another driver has taken over: this one must not publish any more."""
+        if self.work.world.sum(int(self.work.is_writer and not self._lease_is_ours())):
+            raise Stopped("another driver has taken over this run")
+
+    def _must_stop(self) -> bool:
+        return self.work.run.stop_requested() is not None or not self._lease_is_ours()
+
+    def _lease_is_ours(self) -> bool:
+        token, uri = self.work.assignment.lease, self.work.assignment.lease_uri
+        lease = (RunDirectory(uri) if uri else self.work.run).read_json("lease.json")
+        return not token or (lease is not None and lease["token"] == token)
 
 
 def node_is_leaving(world: World) -> bool:
     """Whether Ray was told that a node of this worker group will be taken away (all ranks must ask together)."""
     if world.size == 1 and not torch.distributed.is_initialized():
         return False
-    import ray.train
+    import ray.train  # slow, and absent where a worker runs without Ray
 
     return ray.train.get_preemption_info() is not None

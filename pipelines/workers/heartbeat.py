@@ -27,8 +27,8 @@ SILENCE_SECONDS = 5.0  # and at least one in so long
 EXIT_CODE = 70
 
 
-class Pulse:
-    """One a worker process; `close` ends it.
+class Heartbeat:
+    """The heartbeat of one worker process; `close` ends it.
 
     Args:
         writes: whether this rank writes progress.json.
@@ -40,15 +40,15 @@ class Pulse:
         self._identity = uuid.uuid4().hex[:8]
         self._serial = 0
         self._news: dict = {"kind": "loading"}
-        self._told: dict | None = None
+        self._written: dict | None = None
         self._guarded = False
         self._last_beat = time.monotonic()
         self._hook = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._loop, daemon=True, name="pulse")
+        self._thread = threading.Thread(target=self._loop, daemon=True, name="heartbeat")
         self._thread.start()
 
-    def say(self, kind: str, **fields) -> None:
+    def report(self, kind: str, **fields) -> None:
         """What is going on now; reaches progress.json within a second."""
         self._news = {"kind": kind, **fields}
 
@@ -83,7 +83,7 @@ class Pulse:
                 self._hang()
             news = self._news
             age = now - written
-            if self.writes and (age > SILENCE_SECONDS or (news is not self._told and age > WRITE_SECONDS)):
+            if self.writes and (age > SILENCE_SECONDS or (news is not self._written and age > WRITE_SECONDS)):
                 self._write(news)
                 written = now
 
@@ -93,7 +93,7 @@ class Pulse:
             self.run.write_json(
                 "progress.json", {**news, "worker": self._identity, "serial": self._serial, "time": time.time()}
             )
-        self._told = news
+        self._written = news
 
     def _hang(self) -> None:
         text = f"no forward pass for {self.hang_timeout:g} s (durability.hang_timeout); the worker ends itself"

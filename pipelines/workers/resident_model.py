@@ -3,7 +3,176 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import hashlib
 import sys
+import tempfile
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from pipelines.config.sections import AdapterConfig, BaseModelConfig
+from pipelines.config.tasks import ClassificationTask
+from pipelines.data.kinds import kind_of
+from pipelines.data.kinds.base import EvaluationSet
+from pipelines.data.sets import evaluation_set
+from pipelines.distributed import engine
+from pipelines.distributed.world import World
+from pipelines.models import adapters, heads
+from pipelines.models.base import load_base, load_tokenizer
+from pipelines.runs.identity import fingerprint
+from pipelines.workers.context import WorkContext
+from pipelines.workers.failures import DamagedStepError
+
+
+class ResidentModel:
+    """The base stays loaded from one assignment to the next where it is the same.
+
+    Attributes:
+        base: the frozen base; None before the first assignment.
+        learned: tasks with a trained head in the step that was attached last.
+        context: tokens that the base can take in.
+    """
+
+    def __init__(self) -> None:
+        self.base: nn.Module | None = None
+        self.tokenizer = None
+        self.context = 0
+        self.learned: frozenset[str] = frozenset()
+        self.work: WorkContext | None = None
+        self._loaded: str | None = None  # identity of the base that is loaded
+        self._adapted: nn.Module | None = None  # the base with an adapter around it, until that is taken off
+        self._classes: dict[str, int] = {}  # task → classes of its head
+        self._encoded: dict[str, EvaluationSet] = {}  # by cell key, of all assignments with this base
+        self._partitioning = None
+
+    def prepare(self, work: WorkContext) -> None:
+        """Load the base of an assignment unless it is there already."""
+        self.work = work
+        identity = fingerprint([work.config.base_model.model_dump(), work.world.lockstep])
+        if self._loaded != identity:
+            self.base = None  # before the next one is loaded
+            self._encoded.clear()
+            loaded = load_frozen_base(work.config.base_model, work.settings, work.world)
+            self.base, self.tokenizer, self._partitioning = loaded
+            self._loaded = identity
+        work.heartbeat.watch(self.base)
+        self.context = int(getattr(self.base.config, "max_position_embeddings", None) or 1024)
+        self._classes = {
+            task.name: len(kind_of(task).classes(task))
+            for task in work.config.tasks
+            if isinstance(task, ClassificationTask) and task.head == "classifier"
+        }
+        if work.start:
+            self._classes = self._inherited_heads() | self._classes
+
+    def forget(self) -> None:
+        """Drop the base, whatever state it is in: the next assignment loads it anew."""
+        self.base = self._loaded = self._adapted = None
+        gc.collect()
+
+    def release(self) -> None:
+        """End of an assignment: whatever adapter is still on stays where its model is garbage."""
+        self._adapted = None
+
+    # -- adapters on and off
+
+    def attach(self, step: str | None, extend: bool = False, adapter: AdapterConfig | None = None) -> nn.Module:
+        """Base, adapter and heads: those of a step (its fingerprint), or new ones; `extend` them for the next task."""
+        work, seed = self.work, self.work.config.training.seed
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.step_files(step, Path(scratch)) if step else None
+            carried = folder / "adapter" if folder else None
+            if carried is not None and not carried.exists():
+                carried = None  # adapter: none has no file
+            model = adapters.attach_adapter(self.base, adapter or work.config.adapter, seed, carried, extend)
+            self._adapted = model
+            heads.attach_heads(model, self._classes, seed)
+            self.learned = frozenset()
+            if folder and (folder / "heads.safetensors").exists():
+                saved = load_file(folder / "heads.safetensors")
+                heads.load_heads(model, saved)
+                self.learned = frozenset(name.rpartition(".")[0] for name in saved)
+        return model if engine.is_partitioned(model) else model.to(work.world.device)
+
+    def detach(self, model: nn.Module | None = None) -> None:
+        """Take the adapter off `model`, or off whatever is adapted now: the bare base stays."""
+        model = self._adapted if model is None else model
+        self._adapted = None
+        if model is not None:
+            self.base = adapters.detach_adapter(model)
+
+    def of_step(self, metrics: dict) -> nn.Module:
+        """The model as a finished step left it (row 0: what the chain starts from, or the bare base)."""
+        if metrics["position"] == 0 and self.work.start is None:
+            heads.attach_heads(self.base, self._classes, self.work.config.training.seed)
+            return self.base
+        # a search may change the adapter on the way; what a chain starts from has no setting
+        setting = metrics.get("setting")
+        trained_as = AdapterConfig.model_validate(setting["adapter"]) if setting else None
+        return self.attach(metrics["fingerprint"], adapter=trained_as)
+
+    # -- what it works with
+
+    def evaluation_set(self, name: str) -> EvaluationSet:
+        """The encoded evaluation set of a task or corpus, kept from one step to the next."""
+        work = self.work
+        key = work.assignment.cell_keys[name]
+        if key not in self._encoded:
+            source = next(s for s in [*work.config.tasks, *work.config.retention] if s.name == name)
+            self._encoded[key] = evaluation_set(source, self.tokenizer, work.config, self.context)
+        return self._encoded[key]
+
+    def _inherited_heads(self) -> dict[str, int]:
+        """Task → classes of the heads that the chain starts with: they stay, whether the tasks are listed or not."""
+        with tempfile.TemporaryDirectory() as scratch:
+            file = self.step_files(self.work.start.fingerprint, Path(scratch)) / "heads.safetensors"
+            if not file.exists():
+                return {}
+            with safe_open(file, "pt") as saved:
+                names = [name for name in saved.keys() if name.endswith(".weight")]  # noqa: SIM118
+                return {name.removesuffix(".weight"): saved.get_slice(name).get_shape()[0] for name in names}
+
+    def step_files(self, step: str, scratch: Path) -> Path:
+        """A local folder with the files of a step (its fingerprint), each the one that was published.
+
+        Raises:
+            DamagedStepError: a file is missing or another one.
+        """
+        run, directory = self.work.finished[step]
+        folder = run.download(directory, scratch)
+        record = run.metrics(directory) or run.read_json(f"{directory}/trained.json")
+        if record is None:
+            raise DamagedStepError(f"{run.uri}/{directory} holds no finished step; restore it")
+        for name, published in record.get("files", {}).items():
+            file = folder / name
+            if not file.exists() or sha256(file) != published["sha256"]:
+                state = "differs from what was published" if file.exists() else "is missing"
+                raise DamagedStepError(
+                    f"{directory}/{name} {state}; restore it, or train that step again: curlora run … --redo "
+                    f"{directory.split('/')[-1].split('-')[0]}"
+                )
+        return folder
+
+
+def load_frozen_base(base: BaseModelConfig, settings: dict, world: World) -> tuple[nn.Module, object, object]:
+    """The base without gradients, its tokenizer, and an object that must stay referenced while the model lives: under
+    ZeRO-3 (`world.lockstep`) it makes Transformers load shards only."""
+    from transformers.integrations import HfDeepSpeedConfig  # imports DeepSpeed, after its environment is set
+
+    partitioning = HfDeepSpeedConfig(settings) if world.lockstep else None
+    returned = engine.freed_memory_returned() if partitioning else contextlib.nullcontext()
+    with stdout_to_stderr(), returned:
+        model = load_base(base, None if partitioning else world.device)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model, load_tokenizer(base), partitioning
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -2,12 +2,83 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 
-SELF_TEST_TOKENS = 32
+import torch
+from torch import nn
 
+from pipelines.distributed import engine
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.training.trainer import DivergedError
+from pipelines.workers.context import WorkContext
+from pipelines.workers.resident_model import ResidentModel
+
+SELF_TEST_TOKENS = 32
 SELF_TEST_LOGITS = 64
 
 
-def is_finite(cell: dict) -> bool:
+class StepScoring:
+    """Evaluates a model on the sets of an assignment; predictions go to the run directory."""
+
+    def __init__(self, work: WorkContext, resident: ResidentModel):
+        self.work, self.resident = work, resident
+
+    def score(self, model: nn.Module, directory: str, names: list[str], training: bool = False) -> list[dict]:
+        """Score the named sets and write their predictions; the cells on rank 0, nothing elsewhere.
+
+        Args:
+            training: the model is in its training engine, through which it can be called.
+
+        Raises:
+            DivergedError: a score is not a number.
+        """
+        work = self.work
+        cells: list[dict] = []
+        for name in names:
+            self.resident.evaluation_set(name)  # reading and encoding may take long; only what follows is guarded
+        ready = contextlib.nullcontext() if training else engine.ready_for_inference(model, work.settings, work.world)
+        with ready, work.heartbeat.guard():
+            for name in names:
+                work.heartbeat.report("evaluating", directory=directory, name=name)
+                cells += self._cell(model, directory, name)
+        bad = [cell["name"] for cell in cells if not _is_finite(cell)]
+        if work.world.sum(len(bad)):  # rank 0 knows, all must hear
+            raise DivergedError(
+                f"the score of {', '.join(bad) or 'a set'} is not finite; lower training.learning_rate or "
+                "training.max_grad_norm"
+            )
+        return cells
+
+    def _cell(self, model: nn.Module, directory: str, name: str) -> list[dict]:
+        work = self.work
+        result = evaluate(
+            model,
+            self.resident.evaluation_set(name),
+            work.world,
+            work.config.evaluation.batch_tokens,
+            role="task" if name in {task.name for task in work.config.tasks} else "retention",
+            key=work.assignment.cell_keys[name],
+        )
+        if result is None:
+            return []
+        cell, outcomes = result
+        lines = "".join(json.dumps(outcome) + "\n" for outcome in outcomes)
+        work.run.write_bytes(f"{directory}/predictions/{name}.jsonl", lines.encode())
+        return [cell.to_json()]
+
+    def self_test(self, model: nn.Module) -> dict:
+        """A few logits as this worker computes them: whoever loads the adapter later can check that it is the same."""
+        work = self.work
+        text = (work.config.retention or work.config.tasks)[0]
+        ids = next(iter(self.resident.evaluation_set(text.name).items)).input_ids[:SELF_TEST_TOKENS]
+        with engine.ready_for_inference(model, work.settings, work.world), torch.no_grad():
+            model.eval()
+            batch = torch.as_tensor(ids, device=work.world.device)[None]
+            logits = model(input_ids=batch, use_cache=False).logits[0, -1, :SELF_TEST_LOGITS]
+        return {"input_ids": [int(i) for i in ids], "last_logits": [float(v) for v in logits]}
+
+
+def _is_finite(cell: dict) -> bool:
     return all(math.isfinite(value) for value in (cell["value"], cell["nll"]) if value is not None)

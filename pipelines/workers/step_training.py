@@ -1,44 +1,311 @@
-"""Trains and publishes one step on a worker."""
+"""Trains and saves one step on a worker."""
 
 from __future__ import annotations
 
-import hashlib
-import resource
-from collections.abc import Sequence
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipelines.config.pipeline import PipelineConfig
-from pipelines.data.kinds import kind_of
-from pipelines.data.sources import digest_of, load_split
+from curlora.continual import Example, Strategy, TaskContext, make_strategy
+from curlora.continual.parameters import swapped
+from pipelines.data.sets import training_examples
+from pipelines.distributed import engine
 from pipelines.distributed.engine import writable
-from pipelines.models import heads
-from pipelines.training.trainer import ContinualTrainer
+from pipelines.evaluation.sampling import write_text
+from pipelines.models import adapters, heads
+from pipelines.runs.identity import StepPlan
+from pipelines.training import checkpoint
+from pipelines.training.arguments import optimizer_steps, training_arguments
+from pipelines.training.checkpoint import Checkpoint
+from pipelines.training.trainer import ContinualTrainer, DivergedError, Stopped
+from pipelines.workers.assignment import rung_file, verdict_file
+from pipelines.workers.context import WorkContext
+from pipelines.workers.control import Control
+from pipelines.workers.resident_model import ResidentModel, sha256, stdout_to_stderr
+from pipelines.workers.step_scoring import StepScoring
+from pipelines.workers.training_log import TrainingLog
+
+VERDICT_SECONDS = 0.1  # between two looks for a trial's verdict
 
 
-def sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+class StepTraining:
+    """Trains steps of one assignment."""
+
+    def __init__(self, work: WorkContext, resident: ResidentModel, scoring: StepScoring, control: Control):
+        self.work, self.resident, self.scoring, self.control = work, resident, scoring, control
+
+    def learn(self, plan: StepPlan) -> tuple[nn.Module, dict]:
+        """Train a step and save what it trained; (model, what metrics.json will say of it)."""
+        work, begun = self.work, time.time()
+        parent = plan.parent if plan.parent != work.assignment.base_fingerprint else None
+        model = self.resident.attach(parent, extend=True)
+        heads.train_heads(model, plan.tasks)
+        counts = {
+            "trainable_parameters": adapters.adapter_parameters(model),
+            "head_parameters": _head_parameters(model),
+        }
+        strategy = self._strategy(parent)
+        resume = self._newest_checkpoint(plan)
+        history = resume.values if resume else {"started": begun, "seconds": 0.0, "curve": [], "resumed_at": []}
+        training = self._train(model, plan, strategy, resume, history)
+        with tempfile.TemporaryDirectory() as scratch:
+            saved = self._save(model, strategy, training.pop("weights"), Path(scratch), plan)
+        train_seconds = training.pop("seconds")
+        trained = {
+            **counts,
+            **saved,
+            "training": training,
+            "started": history["started"],
+            "seconds": {"train": train_seconds, "total": history["seconds"] + time.time() - begun},
+        }
+        if work.is_writer:
+            work.run.write_json(f"{plan.directory}/trained.json", trained)
+            work.run.remove(plan.checkpoints)
+        work.world.barrier()
+        return model, trained
+
+    def _newest_checkpoint(self, plan: StepPlan) -> Checkpoint | None:
+        """The checkpoint to go on from: rank 0 chooses, all load it."""
+        work = self.work
+        found, damaged = checkpoint.newest(work.run, plan) if work.is_writer else (None, [])
+        for reason in damaged:
+            work.event("checkpoint_skipped", plan, reason=reason)
+        step = work.world.sum(found.step if found else 0)
+        if not step:
+            return None
+        work.event("resumed", plan, step=step)
+        return found or checkpoint.load(work.run, plan, step)
+
+    def _strategy(self, parent: str | None) -> Strategy:
+        """The strategy, with the state that it had after the parent step."""
+        strategy = make_strategy(self.work.config.strategy.name, **self.work.config.strategy.options)
+        if parent is not None:
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = self.resident.step_files(parent, Path(scratch)) / "strategy"
+                if (folder / "state.json").exists():
+                    tensors = folder / "state.safetensors"
+                    strategy.load_state(
+                        load_file(tensors) if tensors.exists() else {}, json.loads((folder / "state.json").read_text())
+                    )
+        return strategy
+
+    # -- training
+
+    def _train(
+        self, model: nn.Module, plan: StepPlan, strategy: Strategy, resume: Checkpoint | None, history: dict
+    ) -> dict:
+        """Train the step's tasks; what metrics.json says of it, the full trained weights and the seconds it took."""
+        work = self.work
+        work.heartbeat.report("preparing", task=plan.label)
+        begun = time.time()
+        examples = self._examples(plan)
+        context = self._task_context(plan, examples)
+        strategy.before_task(model, context)
+        if not any(p.requires_grad for p in model.parameters()):
+            nothing = {"steps": 0, "tokens": 0, "tokens_per_second": 0.0, "final_loss": None, "curve": []}
+            return nothing | {"resumed_at": [], "weights": {}, "seconds": time.time() - begun}
+        if resume:
+            strategy.load_state(resume.part("strategy"), resume.values["strategy"])
+            _put_weights(model, resume.part("weight"))
+        steps = optimizer_steps(work.config.training, len(examples), len(plan.tasks))
+        log = TrainingLog(work, self.control, plan, steps, history, resume.step if resume else 0)
+        with tempfile.TemporaryDirectory() as scratch, engine.hooks_restored(model):
+            trainer = self._trainer(model, examples, strategy, steps, scratch, log, resume)
+            self._run_trainer(trainer, log)
+            trainer.end_task(context)
+            weights = trained_weights(model, strategy, self.resident.learned | set(plan.tasks))
+            tokens = work.world.sum(trainer.tokens) + (resume.values["tokens"] if resume else 0)
+            end_engine(trainer)
+        return {
+            "steps": steps,
+            "tokens": tokens,
+            "tokens_per_second": tokens / log.trained,
+            "final_loss": log.points[-1][1],
+            "curve": log.points,
+            "resumed_at": log.resumed_at,
+            "weights": weights,
+            "seconds": history["seconds"] + time.time() - begun - log.scored,
+        }
+
+    def _run_trainer(self, trainer: ContinualTrainer, log: TrainingLog) -> None:
+        log.tokens = lambda: trainer.tokens
+        with stdout_to_stderr(), self.work.heartbeat.guard():
+            started = time.perf_counter()
+            try:
+                trainer.train()
+            except (Stopped, DivergedError):  # on all ranks: the engine can end, and the base live on
+                end_engine(trainer)
+                raise
+            log.trained += time.perf_counter() - started - log.scored
+
+    def _examples(self, plan: StepPlan) -> Sequence[Example]:
+        training = self.work.config.training
+        length = min(training.max_length, self.resident.context)
+        tasks = [self.work.config.task(name) for name in plan.tasks]
+        return training_examples(tasks, self.resident.tokenizer, length, training.max_train_examples, training.seed)
+
+    def _task_context(self, plan: StepPlan, examples: Sequence[Example]) -> TaskContext:
+        world = self.work.world
+        return TaskContext(
+            plan.label,
+            plan.depth,
+            self.work.config.training.seed,
+            examples,
+            write=self._sample_text,
+            rank=world.rank,
+            size=world.size,
+            total=world.total,
+        )
+
+    def _sample_text(self, model: nn.Module, rows: int, length: int) -> list[tuple[int, ...]]:
+        """Unconditional samples from the model, for strategies, before a step is trained."""
+        work, tokenizer = self.work, self.resident.tokenizer
+        work.heartbeat.report("writing", rows=rows)
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
+        start = next(token for token in ends if token is not None)
+        forbidden = [tokenizer.pad_token_id] if tokenizer.pad_token_id not in (None, *ends[:2]) else []
+        length = min(length, work.config.training.max_length, self.resident.context)
+        seed = work.config.training.seed
+        with engine.ready_for_inference(model, work.settings, work.world), work.heartbeat.guard():
+            return write_text(model, rows, length, start, seed, work.world, forbidden)
+
+    def _trainer(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        strategy: Strategy,
+        steps: int,
+        scratch: str,
+        log: TrainingLog,
+        resume: Checkpoint | None,
+    ) -> ContinualTrainer:
+        from accelerate.state import AcceleratorState  # only after DeepSpeed's environment is set
+
+        AcceleratorState._reset_state()  # a process-wide singleton: a second step brings its own DeepSpeed plugin
+        work, training = self.work, self.work.config.training
+        arguments = training_arguments(
+            training,
+            steps,
+            work.settings,
+            scratch,
+            cpu=work.world.device.type == "cpu",
+            bf16=work.config.base_model.dtype == "bfloat16",
+            world_size=work.world.size,
+            done=resume.step if resume else 0,
+        )
+        return ContinualTrainer(
+            model,
+            arguments,
+            examples,
+            strategy,
+            training,
+            work.world,
+            steps,
+            on_points=log.add,
+            requests=self.control.requests,
+            on_checkpoint=log.write_checkpoint,
+            rungs=work.assignment.rungs,
+            on_rung=lambda rung, take: self._rung(model, strategy, log, rung, take()),
+            resume=resume,
+        )
+
+    # -- a trial's rungs
+
+    def _rung(self, model: nn.Module, strategy: Strategy, log: TrainingLog, rung: float, state: Checkpoint) -> None:
+        """Score a trial in the middle of its training, keep its state, and wait for the verdict.
+
+        Raises:
+            Stopped: the trial ends here.
+        """
+        work, begun = self.work, time.perf_counter()
+        path, directory = rung_file(rung), log.plan.directory
+        if not work.world.sum(int(work.is_writer and work.run.exists(path))):
+            with weights_to_evaluate(model, strategy):
+                cells = self.scoring.score(model, directory, work.assignment.missing[directory], training=True)
+            if work.is_writer:
+                progress = {"step": log.points[-1][0], "steps": log.steps, "train_loss": log.recent_loss()}
+                work.run.write_json(path, {"rung": rung, "cells": cells, "time": time.time(), **progress})
+        log.write_checkpoint(lambda: state)
+        goes_on = work.world.sum(int(work.is_writer and self._wait_for_verdict(rung)))
+        log.scored += time.perf_counter() - begun
+        if not goes_on:
+            raise Stopped(f"the trial ends at {rung:.0%} of its training")
+
+    def _wait_for_verdict(self, rung: float) -> bool:
+        """Whether the trial goes on. Rank 0 waits for the driver; the others wait for rank 0 in their collective."""
+        while True:
+            self.work.heartbeat.beat()
+            verdict = self.work.run.read_json(verdict_file(rung))
+            if verdict is not None:
+                return verdict["go_on"]
+            if self.control.stop_requested():
+                return False
+            time.sleep(VERDICT_SECONDS)
+
+    # -- saving
+
+    def _save(
+        self, model: nn.Module, strategy: Strategy, weights: dict[str, torch.Tensor], scratch: Path, plan: StepPlan
+    ) -> dict:
+        """Upload adapter, heads and strategy state; the adapter's bytes and every file's digest (rank 0)."""
+        work = self.work
+        saved: dict = {"adapter_bytes": 0, "files": {}}
+        tensors, values = strategy.state()
+        self.control.check_lease()
+        if work.is_writer:
+            if weights:
+                saved["adapter_bytes"] = adapters.save_adapter(model, weights, scratch)
+            if tensors or values:
+                (scratch / "strategy").mkdir()
+                save_file(tensors, scratch / "strategy" / "state.safetensors")
+                (scratch / "strategy" / "state.json").write_text(json.dumps(values))
+            for file in sorted(path for path in scratch.rglob("*") if path.is_file()):
+                identity = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+                saved["files"][file.relative_to(scratch).as_posix()] = identity
+            work.run.upload(scratch, plan.directory)
+        work.world.barrier()
+        return saved
 
 
-def put_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Trainable weights of a checkpoint into a model that has no engine yet."""
+@contextlib.contextmanager
+def weights_to_evaluate(model: nn.Module, strategy: Strategy) -> Iterator[None]:
+    """Inside, the model has the weights that the strategy evaluates; training goes on with its own."""
+    evaluated = strategy.evaluation_weights(model) or {}
+    with swapped({name: p for name, p in model.named_parameters() if name in evaluated}, evaluated):
+        yield
+
+
+def trained_weights(model: nn.Module, strategy: Strategy, learned: Collection[str]) -> dict[str, torch.Tensor]:
+    """Full fp32 weights to publish, by parameter name, the adapter's buffers included.
+
+    Of the heads only those of the tasks `learned` so far: the others are drawn by their names, wherever they are
+    needed. Where a strategy evaluates other weights than it trained, those are put into the model too.
+    """
+    prefix = adapters.adapter_prefix(model)
+    chosen = {
+        name: p
+        for name, p in model.named_parameters()
+        if (prefix in name or heads.task_of(name) in learned) and "ds_" not in name
+    }
+    _put_weights(model, strategy.evaluation_weights(model) or {})
+    weights = engine.gathered_copy(chosen)
+    buffers = {name: b.detach().cpu().clone() for name, b in model.state_dict().items() if prefix in name}
+    return {**{name: b for name, b in buffers.items() if name not in chosen}, **weights}
+
+
+def _put_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Write whole weights into a model's parameters, partitioned or not."""
     parameters = dict(model.named_parameters())
     for name, tensor in weights.items():
         with writable(parameters[name]):
             parameters[name].data.copy_(tensor)
-
-
-def training_data_identity(config: PipelineConfig, name: str) -> dict:
-    task = config.task(name)
-    return {"train": {"digest": digest_of(task, "train"), "rows": len(load_split(task, "train"))}}
-
-
-def class_names(config: PipelineConfig, names: Sequence[str]) -> dict[str, list[str]]:
-    """Class names of the step's classifications: who uses the adapter elsewhere has no data to read them from."""
-    classes = {name: kind_of(config.task(name)).classes(config.task(name)) for name in names}
-    return {name: list(found) for name, found in classes.items() if found}
 
 
 def end_engine(trainer: ContinualTrainer) -> None:
@@ -48,14 +315,7 @@ def end_engine(trainer: ContinualTrainer) -> None:
     trainer.model.zero_grad(set_to_none=True)
 
 
-def count_head_parameters(model: nn.Module) -> int:
+def _head_parameters(model: nn.Module) -> int:
     return sum(
         getattr(p, "ds_numel", p.numel()) for head in heads.trainable_heads(model).values() for p in head.parameters()
     )
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: this process's peak resident set, or the peak allocated on its GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

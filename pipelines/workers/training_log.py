@@ -10,34 +10,48 @@ from collections.abc import Callable
 from pipelines.runs.identity import StepPlan
 from pipelines.training import checkpoint
 from pipelines.training.checkpoint import Checkpoint
-from pipelines.workers.worker import Worker
+from pipelines.workers.context import WorkContext
+from pipelines.workers.control import Control
 
 
 class TrainingLog:
-    """Curve, progress and checkpoints of one step, over its interruptions."""
+    """What is recorded while a step trains.
 
-    def __init__(self, worker: Worker, plan: StepPlan, steps: int, history: dict, first_step: int):
-        self.worker, self.plan, self.steps, self.first_step = worker, plan, steps, first_step
-        self.history = history
+    Args:
+        history: what the checkpoint that training goes on from says of the time before it.
+        first_step: optimizer steps done before this process began.
+
+    Attributes:
+        points: [optimizer step, loss, learning rate, Unix time] of every step.
+        trained: seconds inside the training loop.
+        scored: of these, seconds at rungs, since this process began.
+        tokens: gives the tokens that this rank has trained on since this process began.
+    """
+
+    def __init__(
+        self, work: WorkContext, control: Control, plan: StepPlan, steps: int, history: dict, first_step: int
+    ):
+        self.work, self.control, self.plan = work, control, plan
+        self.steps, self.first_step, self.history = steps, first_step, history
         self.points: list[list[float]] = list(history["curve"])
-        self.trained: float = history.get("trained", 0.0)  # seconds inside the training loop
-        self.scored = 0.0  # of these, seconds at rungs, since this process began
+        self.trained: float = history.get("trained", 0.0)
+        self.scored = 0.0
         self.resumed_at = [*history["resumed_at"], *([first_step] if first_step else [])]
-        self.tokens: Callable[[], int] = lambda: 0  # of this rank, since this process began
+        self.tokens: Callable[[], int] = lambda: 0
         self.begun = time.time()
 
     def add(self, points: list[tuple[int, float, float, float]]) -> None:
         self.points += [list(point) for point in points]
         step, loss, _, _ = self.points[-1]
         elapsed = max(time.time() - self.begun, 1e-9)
-        self.worker.pulse.say(
+        self.work.heartbeat.report(
             "training",
-            **step_identity(self.plan),
+            **self.plan.identity,
             step=step,
             steps=self.steps,
             loss=loss,
             seconds_left=elapsed / (step - self.first_step) * (self.steps - step),
-            tokens_per_second=self.worker.world.size * self.tokens() / elapsed,
+            tokens_per_second=self.work.world.size * self.tokens() / elapsed,
         )
 
     def recent_loss(self) -> float:
@@ -45,11 +59,11 @@ class TrainingLog:
         losses = [loss for _, loss, _, _ in self.points[len(self.points) // 2 :]]
         return math.fsum(losses) / len(losses)
 
-    def keep(self, take: Callable[[], Checkpoint]) -> None:
+    def write_checkpoint(self, take: Callable[[], Checkpoint]) -> None:
         """Write a checkpoint; `take` gathers it from all ranks."""
         begun = time.perf_counter()
         taken = take()
-        if self.worker.world.rank == 0:
+        if self.work.is_writer:
             elapsed = time.time() - self.begun
             values = {
                 "started": self.history["started"],
@@ -59,11 +73,7 @@ class TrainingLog:
                 "resumed_at": self.resumed_at,
             }
             taken = dataclasses.replace(taken, values=taken.values | values)
-            size = checkpoint.save(self.worker.run_directory, self.plan, taken)
+            size = checkpoint.save(self.work.run, self.plan, taken)
             seconds = time.perf_counter() - begun
-            self.worker._event("checkpoint", self.plan, step=taken.step, bytes=size, seconds=seconds)
-        self.worker._kept = time.monotonic()
-
-
-def step_identity(plan: StepPlan) -> dict:
-    return {"fingerprint": plan.fingerprint, "task": plan.label, "position": plan.position}
+            self.work.event("checkpoint", self.plan, step=taken.step, bytes=size, seconds=seconds)
+        self.control.checkpoint_written()

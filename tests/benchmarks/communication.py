@@ -193,13 +193,12 @@ def train(model: str, case: Case, world, messages: list[Message]) -> Measured:
     from pipelines.models.adapters import attach_adapter
     from pipelines.training.arguments import training_arguments
     from pipelines.training.trainer import ContinualTrainer
+    from pipelines.workers.resident_model import load_frozen_base
     from pipelines.workers.step_training import end_engine
-    from pipelines.workers.worker import Worker
 
-    worker = Worker(world)
-    worker.config = config = configuration(model, case, world.size)
-    worker.settings = zero_settings.complete_settings(config, world.size)
-    base, _ = worker._load_base()
+    config = configuration(model, case, world.size)
+    settings = zero_settings.complete_settings(config, world.size)
+    base, _, _partitioning = load_frozen_base(config.base_model, settings, world)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(3, base.config.vocab_size, (case.batch * STEPS, case.length), generator=generator).tolist()
     examples = [Example("task", tuple(row), tuple(row)) for row in rows]
@@ -207,7 +206,7 @@ def train(model: str, case: Case, world, messages: list[Message]) -> Measured:
     AcceleratorState._reset_state()
     steps = _Steps(messages)
     with tempfile.TemporaryDirectory() as scratch, engine.hooks_restored(adapted):
-        arguments = training_arguments(config.training, STEPS, worker.settings, scratch, True, False, world.size)
+        arguments = training_arguments(config.training, STEPS, settings, scratch, True, False, world.size)
         strategy = make_strategy("sequential")
         trainer = ContinualTrainer(
             adapted, arguments, examples, strategy, config.training, world, STEPS, lambda points: None

@@ -94,21 +94,21 @@ def load(model: str, stage: str, rank: int, port: str) -> None:
     from pipelines.config.pipeline import PipelineConfig
     from pipelines.distributed import engine, zero_settings
     from pipelines.distributed.world import World
-    from pipelines.workers.worker import Worker
+    from pipelines.workers.resident_model import load_frozen_base
 
     engine.prepare_environment()
     task = {"name": "none", "kind": "language-modeling", "data": "."}
     raw = {"name": "loading", "base_model": {"path": model}, "tasks": [task], "deepspeed": stage}
-    worker = Worker(World(rank, WORKERS, torch.device("cpu"), lockstep=stage == "zero3"))
-    worker.config = PipelineConfig.model_validate(raw)
-    worker.settings = zero_settings.complete_settings(worker.config, WORKERS)
+    world = World(rank, WORKERS, torch.device("cpu"), lockstep=stage == "zero3")
+    config = PipelineConfig.model_validate(raw)
+    settings = zero_settings.complete_settings(config, WORKERS)
     import transformers
 
     transformers.AutoModelForCausalLM  # noqa: B018  imported here: that is no part of the loading
     torch.distributed.barrier()
     watch = Watch()
     begun = time.time()
-    base, _ = worker._load_base()
+    base, _, _partitioning = load_frozen_base(config.base_model, settings, world)
     for parameter in base.parameters():  # under ZeRO-2 the weights are a mapped file, which is read at first use
         getattr(parameter, "ds_tensor", parameter).sum()
     found = watch.end()

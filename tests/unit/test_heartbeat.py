@@ -6,7 +6,7 @@ import sys
 import time
 
 from pipelines.runs.directory import RunDirectory
-from pipelines.workers.heartbeat import EXIT_CODE, Pulse
+from pipelines.workers.heartbeat import EXIT_CODE, Heartbeat
 
 
 def read_until(run: RunDirectory, kind: str) -> dict:
@@ -21,11 +21,11 @@ def read_until(run: RunDirectory, kind: str) -> dict:
 
 def test_progress_follows_what_is_said_with_rising_serials(tmp_path):
     run = RunDirectory(str(tmp_path / "run"))
-    pulse = Pulse(run, writes=True, hang_timeout=60)
+    heartbeat = Heartbeat(run, writes=True, hang_timeout=60)
     first = read_until(run, "loading")
-    pulse.say("training", step=3)
+    heartbeat.report("training", step=3)
     second = read_until(run, "training")
-    pulse.close()
+    heartbeat.close()
     assert second["step"] == 3
     assert second["serial"] > first["serial"]
     assert second["worker"] == first["worker"]
@@ -33,24 +33,24 @@ def test_progress_follows_what_is_said_with_rising_serials(tmp_path):
 
 def test_only_one_rank_writes(tmp_path):
     run = RunDirectory(str(tmp_path / "run"))
-    pulse = Pulse(run, writes=False, hang_timeout=60)
-    pulse.say("training")
+    heartbeat = Heartbeat(run, writes=False, hang_timeout=60)
+    heartbeat.report("training")
     time.sleep(1.5)
-    pulse.close()
+    heartbeat.close()
     assert run.list("") == []
 
 
 def test_a_worker_without_beats_ends_itself_and_says_where_it_hung(tmp_path):
     code = (
         "import sys, time\n"
-        "from pipelines.workers.heartbeat import Pulse\n"
+        "from pipelines.workers.heartbeat import Heartbeat\n"
         "from pipelines.runs.directory import RunDirectory\n"
-        "pulse = Pulse(RunDirectory(sys.argv[1]), False, 0.5)\n"
+        "heartbeat = Heartbeat(RunDirectory(sys.argv[1]), False, 0.5)\n"
         "time.sleep(1.5)  # outside of guard: nothing happens\n"
         "def wait_for_a_lost_peer(): time.sleep(60)\n"
-        "with pulse.guard():\n"
+        "with heartbeat.guard():\n"
         "    for _ in range(10):\n"
-        "        pulse.beat(); time.sleep(0.2)\n"
+        "        heartbeat.beat(); time.sleep(0.2)\n"
         "    wait_for_a_lost_peer()\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, timeout=60)

@@ -1,0 +1,62 @@
+"""One assignment as all parts of a worker see it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.distributed import zero_settings
+from pipelines.distributed.world import World
+from pipelines.runs import environment
+from pipelines.runs.directory import RunDirectory
+from pipelines.runs.identity import StepPlan
+from pipelines.runs.start import Start
+from pipelines.workers.assignment import Assignment
+from pipelines.workers.heartbeat import Heartbeat
+
+
+@dataclass
+class WorkContext:
+    """What the parts of a worker share while they work on one assignment.
+
+    Attributes:
+        run: the run directory that is written to.
+        settings: the complete DeepSpeed settings.
+        start: the step of another run that the chain continues from.
+        finished: fingerprint → (run, step directory) of every finished step, that of `start` included.
+        begun: Unix time.
+    """
+
+    assignment: Assignment
+    config: PipelineConfig
+    run: RunDirectory
+    world: World
+    settings: dict
+    heartbeat: Heartbeat
+    start: Start | None
+    finished: dict[str, tuple[RunDirectory, str]]
+    begun: float = field(default_factory=time.time)
+
+    @classmethod
+    def of(
+        cls, assignment: Assignment, config: PipelineConfig, run: RunDirectory, world: World, heartbeat: Heartbeat
+    ) -> WorkContext:
+        settings = zero_settings.complete_settings(config, world.size)
+        start = Start(**assignment.start) if assignment.start else None
+        finished = {name: (run, directory) for name, directory in run.finished_steps().items()}
+        if start:
+            finished[start.fingerprint] = (start.run, start.directory)
+        return cls(assignment, config, run, world, settings, heartbeat, start, finished)
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is rank 0, which alone writes to the run directory."""
+        return self.world.rank == 0
+
+    def event(self, kind: str, plan: StepPlan | None = None, **fields) -> None:
+        if self.is_writer:
+            self.run.event(kind, **(plan.identity if plan else {}), **fields)
+
+    def environment(self) -> dict:
+        return environment.describe(self.world.size, zero_settings.stage_of(self.settings), self.world.device.type)
