@@ -71,3 +71,11 @@ class DataError(ValueError):
 
 class DemoError(RuntimeError):
     """The demo cannot be prepared from this environment; the message says what to do."""
+
+
+class DivergedError(RuntimeError):
+    """The loss, a weight or a score is no longer a number."""
+
+
+class Stopped(RuntimeError):
+    """Work on an assignment ended early because the driver asked for it; a checkpoint was written."""

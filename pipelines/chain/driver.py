@@ -24,11 +24,11 @@ from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
 from pipelines.runs.lease import Lease, acquire_lease
 from pipelines.runs.start import record_start
-from pipelines.workers.failures import GroupLost
+from pipelines.workers.assignment import Assignment
+from pipelines.workers.failures import GroupLost, WorkersFailed, WorkersSilent
 from pipelines.workers.group import WorkerGroup
 from pipelines.workers.ray_cluster import cluster, early_cluster, gpus_per_worker
-
-STOP_SECONDS = 4.0  # for workers to write a checkpoint after a request to stop, before they are ended
+from pipelines.workers.supervision import Supervisor
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Drive:
     """One call of `run_chain`: what its parts share.
 
     Attributes:
-        known: names of the events that were reported already.
         groups: all worker groups; a search uses them side by side, the chain the first one.
+        supervisor: of the chain's own workers.
     """
 
     config: PipelineConfig
@@ -46,12 +46,21 @@ class Drive:
     lease: Lease
     projector: Projector
     on_event: Callable[[dict], None]
-    known: set[str]
     groups: list = field(init=False)
+    supervisor: Supervisor = field(init=False)
 
-    @property
-    def group(self) -> WorkerGroup:
-        return self.groups[0]
+    def supervise(self, groups: list) -> None:
+        self.groups = groups
+        self.supervisor = Supervisor(
+            groups[0], self.run, self.config.durability, lambda: _progress_made(self), self.handle
+        )
+
+    def handle(self, event: dict) -> None:
+        """Report an event; a published step is projected at once."""
+        self.on_event(event)
+        if event["kind"] == "published":
+            _save_results(self.run, self.config, self.plan, "running")
+            self.projector.poke()
 
 
 def run_chain(
@@ -98,17 +107,23 @@ def run_chain(
         projector = Projector(run, config, [step.fingerprint for step in plan.steps])
         ran = bool(plan.missing_steps(run) or any(plan.missing_cells(run).values()) or plan.undecided)
         if ran:
-            known = {name for name, _ in run.events()}
-            drive = Drive(config, plan, run, lease, projector, on_event, known)
-            with _stops_cleanly(drive), _workers(drive, group, verbose, address) as drive.groups:
-                run.event("started", steps=len(plan.steps), done=len(plan.steps) - len(plan.missing_steps(run)))
-                _save_results(run, config, plan, "running")
-                _run_segments(drive, segment_length)
+            drive = Drive(config, plan, run, lease, projector, on_event)
+            with _stops_cleanly(drive), _workers(drive, group, verbose, address) as groups:
+                _train(drive, groups, segment_length)
             plan = drive.plan
-            run.remove("train")
-            run.event("finished")
         results = _save_results(run, config, plan, "finished")
         return _publish(run, config, results, projector, on_event) | {"ran": ran}
+
+
+def _train(drive: Drive, groups: list, segment_length: int | None) -> None:
+    """Train and score what is missing."""
+    run, plan = drive.run, drive.plan
+    drive.supervise(groups)
+    run.event("started", steps=len(plan.steps), done=len(plan.steps) - len(plan.missing_steps(run)))
+    _save_results(run, drive.config, plan, "running")
+    _run_segments(drive, segment_length)
+    run.remove("train")
+    run.event("finished")
 
 
 @contextlib.contextmanager
@@ -220,7 +235,6 @@ def _save_results(run: RunDirectory, config: PipelineConfig, plan: Plan, status:
 def _run_segments(drive: Drive, segment_length: int | None) -> None:
     """Segment after segment; one that breaks off is started again as long as it gets on."""
     length = segment_length or len(drive.plan.steps)
-    failures = 0
     while True:
         missing = drive.plan.missing_steps(drive.run)
         if not missing and not any(drive.plan.missing_cells(drive.run).values()):
@@ -231,15 +245,10 @@ def _run_segments(drive: Drive, segment_length: int | None) -> None:
         setting = drive.plan.setting(missing[0]) if missing else None
         alike = itertools.takewhile(lambda step, setting=setting: drive.plan.setting(step) == setting, missing)
         steps = tuple(itertools.islice(alike, length))
-        begun, before = time.time(), _progress_made(drive)
+        begun = time.time()
         try:
             _run_segment(drive, steps)
-            failures = 0
         except GroupLost as error:
-            failures = failures + 1 if _progress_made(drive) == before else 0
-            if failures > drive.config.durability.max_failures:
-                reason = f"{error} (gave up after {failures} starts without progress: durability.max_failures)"
-                raise RunFailed(and_then(reason)) from error
             drive.run.event("segment_lost", error=str(error))
         finally:
             drive.run.event(
@@ -264,7 +273,7 @@ def _search(drive: Drive) -> None:
     drive.plan = make_plan(drive.config, run, step_search.settings_found(run))
     drive.projector.chain = [step.fingerprint for step in drive.plan.steps]
     step_search.adopt(run, where, drive.plan.steps[step.position - 1])
-    drive.known |= {name for name, _ in run.events()}
+    drive.supervisor.ignore_errors_so_far()
 
 
 def _progress_made(drive: Drive) -> list:
@@ -281,87 +290,55 @@ def _run_segment(drive: Drive, steps: tuple[StepPlan, ...]) -> None:
         RunStopped: somebody asked for it.
         GroupLost: the workers broke off for another reason.
     """
-    plan, run = drive.plan, drive.run
-    setting = plan.setting(steps[0]) if steps else plan.settings[max(len(plan.decided) - 1, 0)]
-    number = drive.group.submit(
-        {
-            "run_uri": run.uri,
-            "config": setting.model_dump(),
-            "steps": [step.to_json() for step in steps],
-            "base_directory": plan.base_directory,
-            "base_fingerprint": plan.base_fingerprint,
-            "start": plan.start.to_json() if plan.start else None,
-            "missing": plan.missing_cells(run),
-            "cell_keys": plan.cell_keys,
-            "lease": drive.lease.token,
-        }
-    )
     try:
-        result = _watch(drive, number)
+        drive.supervisor.submit(_assignment(drive, steps))
+        result = _watch(drive)
+    except WorkersFailed as error:
+        raise RunFailed(and_then(str(error))) from error
+    except WorkersSilent as error:
+        raise RunFailed(and_then(f"{error}; {_room(drive.config)}")) from error
     except GroupLost:
         raise
-    except RunFailed:
-        drive.group.kill()  # its workers have raised, or are silent
-        raise
     except BaseException:
-        _end_workers(drive, number)
+        drive.supervisor.end("the driver ends")
         raise
     if result["stopped"]:
-        raise RunStopped(run.stop_requested() or "another driver has taken over this run")
-    run.remove("progress.json")
+        raise RunStopped(drive.run.stop_requested() or "another driver has taken over this run")
+    drive.run.remove("progress.json")
 
 
-def _watch(drive: Drive, number: int) -> dict:
-    """The result of an assignment; reports what happens meanwhile."""
-    alive, told = time.monotonic(), None
-    result = None
-    while result is None:
-        result = drive.group.wait(number)
-        for name, event in drive.run.events(drive.known):
-            drive.known.add(name)
-            alive = time.monotonic()
-            _handle(drive, event)
-        progress = drive.run.read_json("progress.json")
-        if progress and (mark := (progress["worker"], progress["serial"])) != told:
-            alive, told = time.monotonic(), mark
-            drive.on_event(progress)
-        _check_alive(drive, alive)
-        if result is None and (reason := drive.run.stop_requested()):
+def _assignment(drive: Drive, steps: tuple[StepPlan, ...]) -> Assignment:
+    plan = drive.plan
+    setting = plan.setting(steps[0]) if steps else plan.settings[max(len(plan.decided) - 1, 0)]
+    return Assignment(
+        run_uri=drive.run.uri,
+        config=setting.model_dump(),
+        steps=steps,
+        base_directory=plan.base_directory,
+        base_fingerprint=plan.base_fingerprint,
+        missing=plan.missing_cells(drive.run),
+        cell_keys=plan.cell_keys,
+        start=plan.start.to_json() if plan.start else None,
+        lease=drive.lease.token,
+    )
+
+
+def _watch(drive: Drive) -> dict:
+    """The result of the assignment that was handed out; raises RunStopped if the run is to end before."""
+    while (result := drive.supervisor.look()) is None:
+        if drive.lease.lost:
+            raise RunStopped("another driver has taken over this run")
+        if reason := drive.run.stop_requested():
             raise RunStopped(reason)
     return result
 
 
-def _handle(drive: Drive, event: dict) -> None:
-    drive.on_event(event)
-    if event["kind"] == "worker_error":
-        raise RunFailed(and_then(event["error"]))
-    if event["kind"] == "published":
-        _save_results(drive.run, drive.config, drive.plan, "running")
-        drive.projector.poke()
+def _room(config: PipelineConfig) -> str:
+    """Why workers may not have started."""
+    import ray  # slow; the driver has connected long before
 
-
-def _check_alive(drive: Drive, alive: float) -> None:
-    """Raises if this driver is not in charge any more, or the workers have been silent for too long."""
-    import ray
-
-    if drive.lease.lost:
-        raise RunStopped("another driver has taken over this run")
-    limit = drive.config.durability.start_timeout
-    if time.monotonic() - alive > limit:
-        there = ", ".join(f"{v:g} {k}" for k, v in ray.available_resources().items() if k in ("CPU", "GPU"))
-        raise RunFailed(
-            and_then(
-                f"no sign of life from the workers for {limit:g} s (durability.start_timeout); "
-                f"{drive.config.resources.workers} workers may not fit the cluster (free: {there or 'nothing'}), "
-                "or it is still starting nodes"
-            )
-        )
-
-
-def _end_workers(drive: Drive, number: int) -> None:
-    """Give the workers a moment to write a checkpoint, then end them."""
-    with contextlib.suppress(OSError, GroupLost):
-        if drive.run.stop_requested() is None:
-            drive.run.request_stop("the driver ends")
-        drive.group.wait(number, STOP_SECONDS)
-    drive.group.kill()
+    free = ", ".join(f"{v:g} {k}" for k, v in ray.available_resources().items() if k in ("CPU", "GPU"))
+    return (
+        f"{config.resources.workers} workers may not fit the cluster (free: {free or 'nothing'}), or it is still "
+        "starting nodes"
+    )

@@ -52,7 +52,7 @@ def run(config, overrides, dry_run, address, segment_length, redo, as_json, verb
     """Train the chain of CONFIG, or what is missing of it. Ctrl-C and SIGTERM leave a run that goes on.
 
     \b
-    Example:  curlora run pipelines/configs/paper-tiny.yaml --set deepspeed=zero3 --dry-run
+    Example:  curlora run my.yaml --set deepspeed=zero3 --dry-run
     """
     if dry_run:
         _dry_run(config, overrides, as_json)

@@ -24,12 +24,14 @@ from pipelines.runs.identity import fingerprint
 from pipelines.runs.lease import Lease
 from pipelines.search import objective, table
 from pipelines.search.step_search import Place
-from pipelines.workers.failures import GroupLost
+from pipelines.workers.assignment import Assignment
+from pipelines.workers.failures import GroupLost, WorkersFailed, WorkersSilent
 from pipelines.workers.group import RemoteGroup, groups_that_fit
+from pipelines.workers.supervision import STOP_SECONDS, Supervisor
 
 CHECKED_MODELS = 24  # settings whose adapters are put on the model, without weights, before anything starts
 
-STOP_SECONDS = 4.0  # for workers to write a checkpoint
+LOOK_SECONDS = 1.0  # between two looks at the workers that score what there is to be lost
 
 
 @dataclass
@@ -173,28 +175,25 @@ def _cells(run: RunDirectory, directory: str) -> dict[str, dict]:
     return {cell["name"]: cell for cell in row["cells"]} if row else {}
 
 
-def _work(running: Running, run: RunDirectory, assignment: dict) -> None:
+def _work(running: Running, run: RunDirectory, assignment: Assignment) -> None:
     """Have an assignment done that is no trial."""
-    group, failures = running.groups[0], 0
+    supervisor = Supervisor(running.groups[0], run, running.where.config.durability)
     while True:
-        number = group.submit(assignment)
         try:
-            while (result := group.wait(number, 1.0)) is None:
-                if reason := running.reason_to_stop():
-                    run.request_stop(reason)
-                    group.end(STOP_SECONDS)
-                    raise RunStopped(reason)
-                errors = [event["error"] for _, event in run.events() if event["kind"] == "worker_error"]
-                if errors:
-                    group.kill()
-                    raise RunFailed(errors[-1])
-            if not result["stopped"]:
-                return
-            raise RunStopped(running.reason_to_stop() or "the workers were stopped")
-        except GroupLost as error:
-            failures += 1
-            if failures > running.where.config.durability.max_failures:
-                raise RunFailed(f"{error} (gave up after {failures} starts)") from error
+            if supervisor.is_idle:
+                supervisor.submit(assignment)
+            result = supervisor.look(LOOK_SECONDS)
+        except GroupLost:
+            continue
+        except (WorkersFailed, WorkersSilent) as error:
+            raise RunFailed(and_then(str(error))) from error
+        reason = running.reason_to_stop()
+        if result and not result["stopped"]:
+            return
+        if result or reason:
+            reason = reason or "the workers were stopped"
+            supervisor.end(reason)
+            raise RunStopped(reason)
 
 
 # -- the trials

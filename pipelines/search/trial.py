@@ -8,6 +8,7 @@ scores are told to Tune again.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from pipelines.config.pipeline import PipelineConfig
@@ -16,7 +17,8 @@ from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
 from pipelines.search.trial_spec import Spec
 from pipelines.workers.assignment import rung_file, verdict_file
-from pipelines.workers.failures import GroupLost
+from pipelines.workers.failures import GroupLost, WorkersFailed, WorkersSilent
+from pipelines.workers.supervision import Supervisor
 
 STEP_SECONDS = 5.0  # after which Tune hears from a trial even if there is no news
 
@@ -33,13 +35,18 @@ class Trial:
     """Drives one trial; `advance` is called until it reports `done`, or no more where the scheduler ends it."""
 
     def __init__(self, spec: Spec, number: int, values: Values, group: Any):
-        self.spec, self.number, self.values, self.group = spec, number, values, group
+        self.spec, self.number, self.values = spec, number, values
         self.run, self.config, self.step = spec.run(values), spec.setting(values), spec.step(values)
         self.begun = time.time()
         self._rungs = list(spec.rungs)  # not reported yet
         self._passed: float | None = None  # the rung of the last report
-        self._assignment: int | None = None
-        self._failures = 0
+        self.supervisor = Supervisor(
+            group,
+            self.run,
+            self.config.durability,
+            progress=lambda: self.run.list(self.step.checkpoints),
+            sign_seconds=SIGN_SECONDS,
+        )
 
     def advance(self, seconds: float = STEP_SECONDS) -> dict:
         """What Tune should know next: scores at a rung, the end, or nothing new within `seconds`.
@@ -87,18 +94,20 @@ class Trial:
 
     def _work(self) -> None:
         """Look once at what the workers do; start them if they do nothing."""
-        if self._assignment is None:
-            self._submit()
         try:
-            result = self.group.wait(self._assignment, LOOK_SECONDS)
-        except GroupLost as error:
-            self._lost(str(error))
+            if self.supervisor.is_idle:
+                self._submit()
+            result = self.supervisor.look(LOOK_SECONDS)
+        except GroupLost:
+            return  # others go on from the last checkpoint
+        except WorkersFailed as error:
+            self._fail(str(error))
             return
-        if result is None:
-            self._look_for_signs()
-        elif result.get("error"):
+        except WorkersSilent as error:
+            raise TrialBlocked(str(error)) from error
+        if result and result.get("error"):
             self._fail(result["error"])
-        elif result["stopped"]:
+        elif result and result["stopped"]:
             raise TrialBlocked("the workers were asked to stop")
 
     def _submit(self) -> None:
@@ -107,42 +116,7 @@ class Trial:
         self.spec.bring_parent(self.run)
         missing = {self.step.directory: list(self.spec.names)}
         assignment = self.spec.assignment(self.run, self.config, [self.step], missing)
-        self._known = {name for name, _ in self.run.events()}
-        self._before = self._progress()
-        self._alive = self._looked = time.monotonic()
-        self._mark = None
-        self._assignment = self.group.submit(assignment | {"rungs": list(self.spec.rungs), "trial": True})
-
-    def _progress(self) -> list:
-        return self.run.list(self.step.checkpoints)
-
-    def _lost(self, reason: str) -> None:
-        """The workers are gone: start others, which go on from the last checkpoint."""
-        self._assignment = None
-        self._failures = self._failures + 1 if self._progress() == self._before else 0
-        if self._failures > self.config.durability.max_failures:
-            self._fail(f"{reason} (gave up after {self._failures} starts without progress)")
-
-    def _look_for_signs(self) -> None:
-        now = time.monotonic()
-        if now - self._looked < SIGN_SECONDS:
-            return
-        self._looked = now
-        for name, event in self.run.events(self._known):
-            self._known.add(name)
-            self._alive = now
-            if event["kind"] == "worker_error":
-                self.group.kill()  # its workers have raised
-                self._assignment = None
-                self._fail(event["error"])
-                return
-        progress = self.run.read_json("progress.json")
-        if progress and (mark := (progress["worker"], progress["serial"])) != self._mark:
-            self._alive, self._mark = now, mark
-        limit = self.config.durability.start_timeout
-        if now - self._alive > limit:
-            self.group.kill()
-            raise TrialBlocked(f"no sign of life from the workers for {limit:g} s (durability.start_timeout)")
+        self.supervisor.submit(replace(assignment, rungs=self.spec.rungs, trial=True))
 
     # -- its record
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from pipelines.config.search_space import Values, with_values
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan, fingerprint, step_fingerprint
 from pipelines.search.objective import Assessment, assess
+from pipelines.workers.assignment import Assignment
 
 COPIED = ("adapter/", "heads.safetensors", "strategy/")  # what of a step another one starts from
 
@@ -78,19 +80,21 @@ class Spec:
         train_loss = scored.get("train_loss") if self.train_alike else None
         return assess(scored["cells"], self.tasks, self.reference, self.weight, train_loss)
 
-    def assignment(self, run: RunDirectory, config: PipelineConfig, steps: list[StepPlan], missing: dict) -> dict:
+    def assignment(
+        self, run: RunDirectory, config: PipelineConfig, steps: Sequence[StepPlan], missing: dict
+    ) -> Assignment:
         """Work for a worker group."""
-        return {
-            "run_uri": run.uri,
-            "config": config.model_dump(),
-            "steps": [step.to_json() for step in steps],
-            "base_directory": self.base_directory,
-            "base_fingerprint": self.base_fingerprint,
-            "missing": missing,
-            "cell_keys": self.keys(config),
-            "lease": self.lease,
-            "lease_uri": self.lease_uri,
-        }
+        return Assignment(
+            run_uri=run.uri,
+            config=config.model_dump(),
+            steps=tuple(steps),
+            base_directory=self.base_directory,
+            base_fingerprint=self.base_fingerprint,
+            missing=missing,
+            cell_keys=self.keys(config),
+            lease=self.lease,
+            lease_uri=self.lease_uri,
+        )
 
     def bring_parent(self, run: RunDirectory) -> None:
         """The published parent's files, in a run directory that grows from it; its scores stay behind."""

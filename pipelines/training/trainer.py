@@ -20,6 +20,7 @@ from curlora.continual import Example, Strategy, TaskContext
 from pipelines.config.sections import TrainingConfig
 from pipelines.distributed import optimizer_state
 from pipelines.distributed.world import World
+from pipelines.errors import DivergedError, Stopped
 from pipelines.models.heads import trainable_heads
 from pipelines.training.arguments import taken_for_adapted
 from pipelines.training.batches import GlobalBatches
@@ -28,14 +29,6 @@ from pipelines.training.example_losses import example_losses, losses_alone
 
 SYNCHRONISE_SECONDS = 1.0  # roughly, between two synchronisation points: each waits for the device and for all ranks
 MOST_STEPS_BETWEEN = 50  # of two synchronisation points
-
-
-class DivergedError(RuntimeError):
-    """The loss or a weight is no longer a number."""
-
-
-class Stopped(RuntimeError):
-    """Training ended early because the driver asked for it; a checkpoint was written."""
 
 
 @dataclass(frozen=True)

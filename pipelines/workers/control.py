@@ -7,8 +7,9 @@ import time
 import torch
 
 from pipelines.distributed.world import World
+from pipelines.errors import Stopped
 from pipelines.runs.directory import RunDirectory
-from pipelines.training.trainer import ControlRequests, Stopped
+from pipelines.training.trainer import ControlRequests
 from pipelines.workers.context import WorkContext
 
 STOP_CHECK_SECONDS = 2.0  # between two reads of the run directory for a request to stop

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import errno
 
-import torch
-
-from pipelines.errors import ConfigError
-from pipelines.training.trainer import DivergedError
+from pipelines.errors import ConfigError, DivergedError
 
 
 class GroupLost(RuntimeError):
     """The group's Ray Train job broke off; another start may fare better."""
+
+
+class WorkersFailed(RuntimeError):
+    """The workers met an error that another start would meet again, or were lost too often."""
+
+
+class WorkersSilent(RuntimeError):
+    """The workers gave no sign of life for too long."""
 
 
 def root_cause(error: BaseException) -> str:
@@ -33,7 +38,7 @@ PERMANENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno
 
 def is_permanent(error: Exception) -> bool:
     """Whether trying again cannot help. A lost peer shows as a RuntimeError of the collective operation it left."""
-    if isinstance(error, DivergedError | DamagedStepError | torch.OutOfMemoryError):
+    if isinstance(error, DivergedError | DamagedStepError) or _is_out_of_memory(error):
         return True
     if isinstance(error, OSError) and error.errno in PERMANENT_ERRNOS:
         return True
@@ -43,7 +48,7 @@ def is_permanent(error: Exception) -> bool:
 def explain(error: Exception) -> str:
     """The error as a user should read it, with what to do."""
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, torch.OutOfMemoryError):
+    if _is_out_of_memory(error):
         first = str(error).splitlines()[0]
         return (
             f"out of GPU memory ({first}); raise training.gradient_accumulation (smaller passes, same batch), lower "
@@ -53,3 +58,9 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{text}: the storage is full; free some space, then run the same command again"
     return text
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch  # slow, and drivers import this module too
+
+    return isinstance(error, torch.OutOfMemoryError)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipelines.config.pipeline import PipelineConfig
-from pipelines.workers.assignment import Queue
+from pipelines.workers.assignment import Assignment, Queue
 from pipelines.workers.failures import GroupLost, root_cause
 
 POLL_SECONDS = 0.25
@@ -35,11 +35,11 @@ class WorkerGroup:
         self._reference: Any = None
         self._number = 0
 
-    def submit(self, assignment: dict) -> int:
+    def submit(self, assignment: Assignment) -> int:
         """Hand out an assignment; returns its number."""
         self.start()
         number, self._number = self._number, self._number + 1
-        self.queue.put(number, assignment)
+        self.queue.put(number, assignment.to_json())
         return number
 
     def wait(self, number: int, seconds: float = POLL_SECONDS) -> dict | None:
@@ -133,7 +133,7 @@ class RemoteGroup:
         remote = ray.remote(num_cpus=0, max_restarts=-1)(WorkerGroup)
         self._actor = remote.remote(config, uri, gpus_per_worker, verbose)
 
-    def submit(self, assignment: dict) -> int:
+    def submit(self, assignment: Assignment) -> int:
         return self._call("submit", assignment)
 
     def wait(self, number: int, seconds: float = POLL_SECONDS) -> dict | None:

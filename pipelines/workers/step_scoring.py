@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from pipelines.distributed import engine
+from pipelines.errors import DivergedError
 from pipelines.evaluation.evaluate import evaluate
-from pipelines.training.trainer import DivergedError
 from pipelines.workers.context import WorkContext
 from pipelines.workers.resident_model import ResidentModel
 

@@ -18,13 +18,14 @@ from curlora.continual.parameters import swapped
 from pipelines.data.sets import training_examples
 from pipelines.distributed import engine
 from pipelines.distributed.engine import writable
+from pipelines.errors import DivergedError, Stopped
 from pipelines.evaluation.sampling import write_text
 from pipelines.models import adapters, heads
 from pipelines.runs.identity import StepPlan
 from pipelines.training import checkpoint
 from pipelines.training.arguments import optimizer_steps, training_arguments
 from pipelines.training.checkpoint import Checkpoint
-from pipelines.training.trainer import ContinualTrainer, DivergedError, Stopped
+from pipelines.training.trainer import ContinualTrainer
 from pipelines.workers.assignment import rung_file, verdict_file
 from pipelines.workers.context import WorkContext
 from pipelines.workers.control import Control

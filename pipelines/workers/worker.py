@@ -26,9 +26,9 @@ from pipelines.data.kinds import kind_of
 from pipelines.data.sources import digest_of, load_split
 from pipelines.distributed import engine, zero_settings
 from pipelines.distributed.world import World, current_world
+from pipelines.errors import Stopped
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan, setting
-from pipelines.training.trainer import Stopped
 from pipelines.workers.assignment import Assignment, Queue
 from pipelines.workers.context import WorkContext
 from pipelines.workers.control import Control

@@ -138,7 +138,7 @@ def test_sequences_are_in_their_published_orders():
 
 
 def test_the_ten_lines_of_the_readme_are_valid(tmp_path):
-    readme = (Path(__file__).parents[2] / "pipelines" / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "pipelines" / "docs" / "tasks.md").read_text()
     lines = readme.split("```yaml\n")[1].split("```")[0]
     assert len(lines.strip().splitlines()) <= 10
     (tmp_path / "mine.yaml").write_text(lines)
