@@ -321,9 +321,7 @@ def _send_step(known: _Known, directory: str, metrics: StepRecord) -> str:
     send_inputs(to, known.parent_id, metrics)
     row = score_points(metrics)
     send_metrics(to, run_id, row, known.models.send(child, directory, metrics), metric_datasets(metrics))
-    send_metrics(
-        to, run_id, [*cost_points(metrics), *curve_points(metrics.training.curve if metrics.training else ())]
-    )
+    send_metrics(to, run_id, [*cost_points(metrics), *curve_points(metrics.curve)])
     send_metrics(to, known.parent_id, row)
     upload_folder(to, run_id, directory, "")
     to.client.set_terminated(run_id, "FINISHED", milliseconds(metrics.finished))

@@ -115,7 +115,7 @@ def _curve(run: RunDirectory, directory: str, record: dict) -> list[Point]:
     """The losses of a trial: those of the finished step, or up to its last checkpoint."""
     metrics = run.metrics(f"{directory}/{record['directory']}")
     if metrics is not None:
-        return curve_points(metrics.training.curve if metrics.training else ())
+        return curve_points(metrics.curve)
     folder = f"{directory}/train/{record['fingerprint'][:8]}"
     names = [name for name in run.list(folder) if name.endswith(".json")]
     return curve_points(run.read_json(f"{folder}/{names[-1]}")["curve"] if names else ())

@@ -188,3 +188,8 @@ class StepRecord(Record):
     @property
     def label(self) -> str:
         return step_label(self.tasks) if self.position else "base"
+
+    @property
+    def curve(self) -> list[list[float]]:
+        """`Training.curve`; empty in row 0."""
+        return self.training.curve if self.training else []

@@ -79,16 +79,16 @@ def make_run(
 
 def make_grown_run(folder: Path, origin: RunDirectory, task: str, **options) -> RunDirectory:
     """A run whose only step grew from the last one of another run (`start_from`), which lists the tasks of both."""
-    tasks = origin.results()["tasks"]
+    tasks = origin.results().tasks
     config = make_config(folder, tasks=(*tasks, task), **options)
     run = RunDirectory(config.run_uri)
     run.open_for_writing(config)
     _event(run, START, "started", name=config.name)
-    last = origin.results()["steps"][-1]
-    start = origin.metrics(last["directory"])
+    last = origin.results().steps[-1]
+    start = origin.metrics(last.directory).to_json()
     row = start | {"position": 0, "tasks": [], "parent": None, "parent_run": origin.uri, "data": {}}
-    run.write_json(f"steps/0-start-{last['fingerprint'][:8]}/metrics.json", row)
-    step = write_step(run, config, 1, [task], last["fingerprint"], depth=len(tasks) + 1)
+    run.write_json(f"steps/0-start-{last.fingerprint[:8]}/metrics.json", row)
+    step = write_step(run, config, 1, [task], last.fingerprint, depth=len(tasks) + 1)
     directory = run.find_step(step["fingerprint"])
     step |= {"parent_run": origin.uri}
     run.write_json(f"{directory}/metrics.json", step)
