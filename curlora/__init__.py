@@ -11,8 +11,10 @@ from peft.mapping import (
 )
 
 from .config import PEFT_TYPE, CurloraConfig
-from .layer import BaseMismatchError, CurloraCore, CurloraLayer, Linear
-from .model import CurloraModel, seal
+from .core import CurloraCore
+from .layer import CurloraLayer, Linear
+from .model import CurloraModel
+from .record import BaseMismatchError, seal
 
 # peft.utils.register_peft_method accepts only members of its own enum; these are the tables it would fill.
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = CurloraConfig

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import CurloraConfig
-from .layer import CoreSettings, CurloraCore, CurloraLayer, Linear, checksum, gathered
+from .core import CoreSettings, CurloraCore
+from .layer import CurloraLayer, Linear
+from .record import check_state, seal
+from .zero import gathered, set_master_copy
 
 
 class CurloraModel(BaseTuner):
@@ -120,7 +123,7 @@ class CurloraModel(BaseTuner):
                 with gathered(core.U, modifier_rank=0):
                     core.project_()
                     projected = core.U.detach().clone()
-                _set_master_copy(core.U, projected)
+                set_master_copy(core.U, projected)
 
     def calibrate(self, batches: Iterable[Any], adapter_name: str | None = None) -> None:
         """Choose rows and columns for ``selection="activation"`` from what the base computes on some batches.
@@ -226,7 +229,8 @@ class CurloraModel(BaseTuner):
         cls, model: nn.Module, config: CurloraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_state(model, adapter_name, remapped)
+        found = {key: value for key, value in remapped.items() if ".curlora_core." in key}
+        check_state(adapter_name, _adapter_entries(model, adapter_name), found)
         return remapped
 
 
@@ -271,65 +275,8 @@ class Activations:
         return tuple((total / self.count).cpu() for total in self.sums)
 
 
-def _set_master_copy(parameter: nn.Parameter, value: Tensor) -> None:
-    """Tell DeepSpeed's optimizer, if one holds an fp32 copy of the parameter, its new value."""
-    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer"):
-        from deepspeed.utils import safe_set_full_fp32_param  # only under DeepSpeed: the import takes a second
-
-        safe_set_full_fp32_param(parameter, value.float())
-
-
-# -------------------------------------------------------------------------------------------- adapter state dicts
-
-
-def seal(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of an adapter's state dict whose records carry a checksum of its U: what is written to a file.
-
-    Raises ValueError where U is an empty shard of ZeRO-3: such a file would look valid and hold nothing.
-    """
-    sealed = dict(state)
-    for key in state:
-        if not key.endswith(".record"):
-            continue
-        stem = key.removesuffix("record")
-        current, frozen = state.get(stem + "U"), state.get(stem + "frozen")
-        if current is None or current.dim() != 2 or current.numel() == 0:
-            shape = None if current is None else tuple(current.shape)
-            raise ValueError(
-                f"{stem}U has shape {shape}: ZeRO-3 has partitioned or dropped it. Save through Trainer.save_model, "
-                "or pass a state_dict with the gathered parameters to save_pretrained."
-            )
-        record = state[key].clone()
-        if not record.is_meta:
-            record[-1] = checksum(current, frozen)
-        sealed[key] = record
-    return sealed
-
-
-def check_state(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:
-    """Refuse a state dict (with the model's keys) that is incomplete, foreign, of another rank, or damaged."""
-    expected = _adapter_entries(model, adapter_name)
-    found = {key: value for key, value in state.items() if ".curlora_core." in key}
-    _refuse(adapter_name, "lacks", [key for key in expected if key not in found])
-    _refuse(adapter_name, "has no layer in this model for", [key for key in found if key not in expected])
-    for key, tensor in found.items():
-        if tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"{key} has shape {tuple(tensor.shape)} in the file, but adapter_config.json says "
-                f"{tuple(expected[key].shape)}: the file was saved with another r, rank_pattern or number of blocks."
-            )
-    for key, record in found.items():
-        if not key.endswith(".record") or record.is_meta or record[-1] == 0:
-            continue
-        stem = key.removesuffix("record")
-        if int(record[-1]) != checksum(found[stem + "U"], found.get(stem + "frozen")):
-            raise ValueError(
-                f"{stem}U does not match the checksum that was saved with it: the adapter file is damaged. Restore it "
-                "from a copy (or, if you changed U on purpose, pass the state dict through curlora.seal)."
-            )
-
-
 def _adapter_entries(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Keys and shapes of what a file of the adapter must hold."""
     entries = {}
     for name, module in model.named_modules():
         if isinstance(module, CurloraLayer) and adapter_name in module.curlora_core:
@@ -339,11 +286,3 @@ def _adapter_entries(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
             entries[stem + "U"] = torch.empty(r, r, device="meta")
             entries.update({stem + n: b for n, b in core.named_buffers() if n in ("record", "frozen")})
     return entries
-
-
-def _refuse(adapter_name: str, problem: str, keys: list[str]) -> None:
-    if keys:
-        raise ValueError(
-            f"The file of adapter {adapter_name!r} {problem} {len(keys)} entries, such as {keys[0]!r}: it is "
-            "truncated or was saved with other target_modules; load the file that belongs to this adapter_config.json."
-        )

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from curlora.layer import gathered
+from curlora.zero import gathered
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
