@@ -11,7 +11,7 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .cur import RULES, SCALES
+from curlora_names import CARRY_MODES, SCALES, SELECTION_RULES
 
 PEFT_TYPE = "CURLORA"
 
@@ -36,7 +36,7 @@ class CurloraConfig(PeftConfig):
     )
     selection: str = field(
         default="inverse",
-        metadata={"help": f"How columns and rows of W are chosen: one of {', '.join(RULES)}."},
+        metadata={"help": f"How columns and rows of W are chosen: one of {', '.join(SELECTION_RULES)}."},
     )
     whiten: bool = field(
         default=True,
@@ -102,9 +102,9 @@ class CurloraConfig(PeftConfig):
         self._check_patterns()
 
     def _check_choices(self) -> None:
-        _one_of("selection", self.selection, tuple(RULES))
+        _one_of("selection", self.selection, tuple(SELECTION_RULES))
         _one_of("scale", self.scale, SCALES)
-        _one_of("carry", self.carry, ("continue", "stack"))
+        _one_of("carry", self.carry, CARRY_MODES)
         _one_of("bias", self.bias, ("none",))
 
     def _check_numbers(self) -> None:

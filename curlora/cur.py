@@ -8,11 +8,14 @@ columns of the matrix that is passed; rows of W are selected by passing ``W.T``.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from curlora_names import SELECTION_RULES
 
 MAX_CONDITION = 1e4
 """A factor worse conditioned than this is drawn again: its whitening would amplify rounding errors."""
@@ -22,8 +25,6 @@ ATTEMPTS = 8
 
 EXACT_SVD_LIMIT = 512
 """Up to this smaller dimension singular vectors are exact; above it a randomised range finder is used."""
-
-SCALES = ("adam", "rsqrt", "none")
 
 
 class SelectionError(ValueError):
@@ -66,18 +67,13 @@ class Factor:
 
 
 Rule = Callable[[Candidates, int, torch.Generator], torch.Tensor]
-RULES: dict[str, Rule] = {}
-"""Selection rules by name. A rule maps (candidates, rank, generator) to `rank` distinct allowed indices."""
+"""A selection rule: maps (candidates, rank, generator) to `rank` distinct allowed indices."""
 
 
-def rule(name: str) -> Callable[[Rule], Rule]:
-    """Register a selection rule under ``name``."""
-
-    def register(function: Rule) -> Rule:
-        RULES[name] = function
-        return function
-
-    return register
+def rule_named(name: str) -> Rule:
+    """The selection rule that the registry has under ``name``."""
+    module, _, function = SELECTION_RULES[name].partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 # ---------------------------------------------------------------------------------------------- probabilities
@@ -122,35 +118,30 @@ def sample(p: torch.Tensor, rank: int, generator: torch.Generator) -> torch.Tens
 # --------------------------------------------------------------------------------------------- selection rules
 
 
-@rule("inverse")
-def _inverse(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+def select_inverse(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
     """The paper's rule: columns of small norm are likelier, so that ΔW starts in rarely used directions."""
     energy = torch.where(candidates.allowed, candidates.energy, 0.0)
     return sample(inverted(probabilities(energy)), rank, generator)
 
 
-@rule("uniform")
-def _uniform(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+def select_uniform(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
     """Every non-zero column alike: the control that shows whether a rule matters."""
     return sample(candidates.allowed.double(), rank, generator)
 
 
-@rule("importance")
-def _importance(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+def select_importance(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
     """Columns of large norm are likelier: the classical CUR sampling."""
     return sample(torch.where(candidates.allowed, candidates.energy, 0.0), rank, generator)
 
 
-@rule("leverage")
-def _leverage(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+def select_leverage(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
     """Columns that matter for the best rank-r approximation are likelier (Mahoney & Drineas, 2009)."""
     vectors = right_singular_vectors(_remaining(candidates), rank, generator)
     scores = vectors.square().sum(dim=1).clamp_min(1e-12)
     return sample(torch.where(candidates.allowed, scores, 0.0), rank, generator)
 
 
-@rule("deim")
-def _deim(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+def select_deim(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
     """Greedy interpolation points of the leading singular vectors (Sorensen & Embree, 2016, algorithm 1).
 
     Each index is where the next vector is worst interpolated at the indices chosen before it.
@@ -168,8 +159,7 @@ def _deim(candidates: Candidates, rank: int, generator: torch.Generator) -> torc
     return torch.tensor(chosen)
 
 
-@rule("activation")
-def _activation(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+def select_activation(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
     """The quietest indices on a calibration batch: what z = (W x)[I] is small on, the update hardly changes."""
     if candidates.activation is None:
         raise SelectionError("it needs a calibration batch, call model.calibrate([batch, ...])")
@@ -246,7 +236,7 @@ def select(
     head = torch.empty(0, dtype=torch.int64) if previous is None else previous.cpu()
     condition = math.inf
     for attempt in range(ATTEMPTS):
-        drawn = RULES[selection](candidates, rank, generator_for(seed, key, attempt, len(head)))
+        drawn = rule_named(selection)(candidates, rank, generator_for(seed, key, attempt, len(head)))
         indices = torch.cat([head, drawn.to(torch.int64)])
         factor = Factor(indices, triangle_of(matrix[:, indices.to(matrix.device)]))
         condition = min(condition, factor.condition)
