@@ -1,34 +1,31 @@
-"""CoMA (arXiv 2312.08977): after each task, stop on the way between the weights before it and the trained ones.
+"""CoMA (arXiv 2312.08977): after each task, average the trained weights with those before the task.
 
     published ← before + weight · (trained − before)
 
-It costs nothing: no pass, no row, no penalty. Where it helps, the first part of that line brings most of what is
-learned and the last part costs most of what is forgotten; `curlora connectivity` draws it for a chain. Between a base
-and one fine-tune of it this is WiSE-FT (arXiv 2109.01903).
+It needs no pass, no row and no penalty. Where it helps, the first part of this line brings most of the learning and
+the last part costs most of the forgetting; `curlora connectivity` plots it for a chain. Between a base and one
+fine-tuned model this is WiSE-FT (arXiv 2109.01903).
 
-CURLoRA's ΔW is linear in U, so that this is the average of the *models*; LoRA's factors are averaged one by one.
+CURLoRA's ΔW is linear in U, so that this averages the *models*; LoRA's two factors are averaged one by one.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from curlora.continual.options import option
 from curlora.continual.parameters import adapter_parameters, read, require_adapter
-from curlora.continual.rehearsal import Rehearsal
-from curlora.continual.strategy import Requires, TaskContext, require
+from curlora.continual.state import pack, unpack
+from curlora.continual.strategies.rehearsal import Rehearsal
+from curlora.continual.strategy import Requires, TaskContext
 
 
 class CoMA(Rehearsal):
-    """Average each task's adapter with the one before it; the next task starts from that average.
+    """Average each task's adapter with the one before it; the next task starts from the average.
 
-    Args:
-        weight: of the trained adapter in the average, in (0, 1]; 1 keeps what was trained. Default 0.5.
-        share, base_share: as in `Rehearsal`, here 0: nothing is rehearsed unless asked for.
-        options: the others of `Rehearsal`.
-
-    The classifier heads are not averaged: a head belongs to one task.
+    Classifier heads are not averaged, because each belongs to one task. Nothing is rehearsed by default.
     """
 
     name = "coma"
@@ -37,21 +34,13 @@ class CoMA(Rehearsal):
         "adapter.carry": Requires(("continue",), "it averages one and the same adapter before and after a task")
     }
 
-    def __init__(
-        self,
-        weight: float = 0.5,
-        share: float = 0.0,
-        base_share: float = 0.0,
-        base_rows: int = 500,
-        base_length: int = 128,
-        memory: int = 500,
-        distill: float = 3.0,
-        lwf: float = 0.0,
-    ):
-        super().__init__(share, base_share, base_rows, base_length, memory, distill, lwf)
-        require(0 < weight <= 1, f"weight is {weight}; use a number in (0, 1], e.g. 0.5")
-        self.weight = weight
-        self.requirements = type(self).requirements
+    weight: float = option(0.5, "weight of the trained adapter in the average; 1 keeps it", above=0, at_most=1)
+    share: float = option(0.0, "part of a batch drawn from earlier tasks", at_least=0, below=1)
+    base_share: float = option(0.0, "part of a batch that the base has generated", at_least=0, below=1)
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.requirements = type(self).requirements  # stricter than those of rehearsal
         self.before: dict[str, Tensor] = {}
 
     def check(self, model: nn.Module) -> None:
@@ -68,8 +57,8 @@ class CoMA(Rehearsal):
 
     def state(self):
         tensors, values = super().state()
-        return tensors | {f"before.{name}": tensor.cpu() for name, tensor in self.before.items()}, values
+        return tensors | pack(before=self.before), values
 
     def load_state(self, tensors, values) -> None:
         super().load_state(tensors, values)
-        self.before = {k.removeprefix("before."): t for k, t in tensors.items() if k.startswith("before.")}
+        self.before = unpack(tensors, "before")

@@ -1,7 +1,10 @@
-"""Joint (multi-task) training: one step on the union of all tasks. The upper bound; the chain makes it one step."""
+"""Joint (multi-task) training in one step on the union of all tasks: the upper bound. The chain merges the tasks."""
 
 from curlora.continual.strategy import Strategy
+from curlora_names import JOINT
 
 
 class Joint(Strategy):
-    name = "joint"
+    """No hook overridden: to the trainer, the union is one task."""
+
+    name = JOINT
