@@ -1,7 +1,7 @@
-"""The core of an adapter on one layer: the trainable U, the record of where it sits, and the middle matrix M.
+"""The core of an adapter on one layer: the trainable U, the record of its rows and columns, and the middle matrix M.
 
-The core is a module, not a bare parameter, because DeepSpeed ZeRO-3 gathers the parameters of a module when that
-module is *called*: the layer's forward calls the core to get the middle matrix.
+The core is a module rather than a parameter because DeepSpeed ZeRO-3 gathers the parameters of a module when that
+module is *called*: the layer's forward pass calls the core to get M.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .functional import without_autocast
 
 @dataclass(frozen=True)
 class CoreSettings:
-    """What the configuration says about one layer."""
+    """The configuration as it applies to one layer: patterns for rank and alpha are resolved."""
 
     key: str
     r: int
@@ -30,15 +30,14 @@ class CoreSettings:
 
 
 class CurloraCore(nn.Module):
-    """One adapter on one layer: the trainable U, the record of where it sits, and what is derived from the base.
+    """One adapter on one layer: the trainable U, its record, and tensors derived from the base.
 
-    State: ``U`` (r, r) float32, trained; ``frozen`` (blocks−1, r, r), only in a stack; ``record`` int32 with rows (k),
-    columns (k), fingerprint (blocks, 3) as float bits and a checksum, k = blocks·r. One integer tensor, because a
-    header entry costs more bytes than the numbers and because casting a model to bf16 leaves integers alone.
+    Saved: ``U`` (r, r) float32, trained; ``frozen`` (blocks−1, r, r), only in a stack; ``record`` int32 (see
+    `record`).
 
-    Derived, not saved: ``rows`` I and ``cols`` J (k), ``columns`` C (m, k), ``bias_rows`` b[I] (k), and in fp32
-    whatever the dtype of the model ``left``, ``right`` (M = left · U · right) and ``norm_left``, ``norm_right``
-    (‖ΔW‖_F = ‖norm_left · U · norm_right‖_F).
+    Derived, not saved, k = blocks·r: ``rows`` I and ``cols`` J (k), ``columns`` C (m, k), ``bias_rows`` b[I] (k), and,
+    in fp32 whatever the dtype of the model, ``left``, ``right`` (M = left · U · right) and ``norm_left``,
+    ``norm_right`` (‖ΔW‖_F = ‖norm_left · U · norm_right‖_F).
     """
 
     DERIVED = ("rows", "cols", "columns", "bias_rows", "left", "right", "norm_left", "norm_right")
@@ -61,12 +60,12 @@ class CurloraCore(nn.Module):
 
     @property
     def size(self) -> int:
-        """k: the number of chosen rows and of chosen columns in all blocks."""
+        """k: the number of rows, and of columns, of all blocks together."""
         return self.settings.r * self.settings.blocks
 
     @property
     def ready(self) -> bool:
-        """Whether rows and columns are chosen and derived."""
+        """Whether rows and columns are selected and the factors derived."""
         return self.rows is not None
 
     # ------------------------------------------------------------------------------------------- the record
@@ -86,10 +85,10 @@ class CurloraCore(nn.Module):
     # ---------------------------------------------------------------------------------------------- factors
 
     def derive(self, rows: cur.Factor, columns: cur.Factor, weight: Tensor, bias: Tensor | None) -> None:
-        """Set everything that is derived from the base weight (m, n) and bias (m) for the chosen factors."""
+        """Set all derived tensors from the base weight (m, n) and bias (m) for the selected factors."""
         device = weight.device
         self.rows, self.cols = rows.indices.to(device), columns.indices.to(device)
-        # (m, k) over contiguous columns: both skinny products with C run faster that way than over contiguous rows.
+        # (m, k) with contiguous columns, which makes both products with C faster than contiguous rows.
         self.columns = weight[:, self.cols].detach().t().contiguous().t()
         self.bias_rows = None if bias is None else bias[self.rows].detach().clone()
         scales = torch.diag(self._scales(rows, columns, weight.shape[0]))
@@ -109,7 +108,7 @@ class CurloraCore(nn.Module):
         self.stale = False
 
     def derive_on_meta(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Shapes only, for a model on the meta device: nothing is read, the indices mean nothing."""
+        """Set shapes only, for a model on the meta device; the indices are meaningless."""
         k = self.size
         self.rows = self.cols = torch.empty(k, dtype=torch.int64, device="meta")
         self.columns = torch.empty(weight.shape[0], k, dtype=weight.dtype, device="meta")
@@ -122,8 +121,10 @@ class CurloraCore(nn.Module):
         setattr(self, name, matrix.to(device=device, dtype=torch.float32).contiguous())
 
     def _scales(self, rows: cur.Factor, columns: cur.Factor, out_features: int) -> Tensor:
-        """s for every chosen index (k) float64; raw factors are rescaled block by block, so that a new block never
-        changes the scale of an old one."""
+        """s per selected index (k) float64.
+
+        Raw factors are rescaled per block, so that a new block leaves the scale of earlier ones unchanged.
+        """
         settings, r = self.settings, self.settings.r
         scales = []
         for start in range(0, self.size, r):
@@ -135,8 +136,8 @@ class CurloraCore(nn.Module):
         return torch.tensor(scales, dtype=torch.float64).repeat_interleave(r)
 
     def _apply(self, fn, recurse: bool = True):
-        # bf16 factors are orthonormal only to 7e-3, and a frozen block is a finished task: they follow the device of
-        # the model, never its dtype.
+        # These follow the device of the model but not its dtype: bf16 factors are orthonormal only to 7e-3, and a
+        # frozen block belongs to a finished task.
         exact = {name: getattr(self, name, None) for name in (*self.EXACT, "frozen")}
         super()._apply(fn, recurse)
         for name, tensor in exact.items():
@@ -158,14 +159,14 @@ class CurloraCore(nn.Module):
             return middle if self.right is None else middle @ self.right.to(stacked.dtype)
 
     def _stacked(self) -> Tensor:
-        """All blocks of U on the diagonal of a (k, k) matrix, at least fp32."""
+        """Block diagonal (k, k) matrix of all U, at least fp32."""
         current = self.U.to(torch.promote_types(self.U.dtype, torch.float32))
         if self.settings.blocks == 1:
             return current
         return torch.block_diag(*self.frozen.to(current.dtype), current)
 
     def _bounded(self, stacked: Tensor) -> Tensor:
-        """``stacked`` with its last block shrunk until ‖ΔW‖_F ≤ max_update_norm · ‖W‖_F."""
+        """``stacked`` with its last block scaled down so that ‖ΔW‖_F ≤ max_update_norm · ‖W‖_F."""
         if self.settings.config.max_update_norm is None:
             return stacked
         start = self.size - self.settings.r
@@ -175,16 +176,16 @@ class CurloraCore(nn.Module):
 
     @torch.no_grad()
     def shrinkage(self, stacked: Tensor | None = None) -> Tensor:
-        """The largest c in [0, 1], as a 0-dim tensor, for which c · (last block) keeps the bound on ‖ΔW‖_F.
+        """The largest c in [0, 1], as a 0-dim tensor, for which c · (last block) satisfies the bound on ‖ΔW‖_F.
 
-        Root of ‖A + c B‖² = bound², where A is the update of the frozen blocks and B that of the last one.
+        Root of ‖A + c B‖² = bound², with A the update of the frozen blocks and B that of the last one.
         """
         stacked = self._stacked() if stacked is None else stacked
         left, right = self.norm_left.to(stacked.dtype), self.norm_right.to(stacked.dtype)
         start = self.size - self.settings.r
         old = left[:, :start] @ stacked[:start] @ right
         new = left[:, start:] @ stacked[start:] @ right
-        # A hair below the bound: rounding of the products must not lift the norm over it.
+        # Slightly below the bound, so that rounding of the products cannot exceed it.
         bound = self.settings.config.max_update_norm * self.weight_norm * (1 - 1e-6)
         a, b, c = new.square().sum(), (old * new).sum(), old.square().sum() - bound**2
         root = (-b + (b * b - a * c).clamp_min(0).sqrt()) / a.clamp_min(torch.finfo(a.dtype).tiny)
@@ -193,19 +194,19 @@ class CurloraCore(nn.Module):
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Shrink U itself to the bound, so that the optimizer goes on from a point inside it."""
+        """Scale U itself down to the bound, so that the optimizer continues from inside it."""
         if self.settings.config.max_update_norm is not None:
             self.U.mul_(self.shrinkage().to(self.U.dtype))
 
     @torch.no_grad()
     def update_norm(self) -> float:
-        """‖ΔW‖_F, from r×r matrices only."""
+        """‖ΔW‖_F, computed from (k, k) matrices only."""
         stacked = self._bounded(self._stacked())
         update = self.norm_left.to(stacked.dtype) @ stacked @ self.norm_right.to(stacked.dtype)
         return float(torch.linalg.matrix_norm(update))
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """Dropout for z, (..., k) with entries 0 or 1/(1−p); None where nothing is dropped."""
+        """Dropout mask for z, (..., k) with entries 0 or 1/(1−p); None if nothing is dropped."""
         p = self.settings.config.dropout
         if not (self.training and p > 0):
             return None

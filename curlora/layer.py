@@ -1,4 +1,4 @@
-"""The adapted layer: a frozen base layer, and for each adapter a `CurloraCore` that owns U and the chosen factors.
+"""The adapted layer: a frozen base layer, and per adapter a `CurloraCore` with U and the selected factors.
 
 C and the r×r whitening matrices are derived from the base and never saved; R is not stored at all (see `functional`).
 """
@@ -24,7 +24,7 @@ from .zero import gathered
 
 
 class CurloraLayer(BaseTunerLayer):
-    """What all adapted layers share: the cores by adapter name, and access to the base weight as (m, n)."""
+    """Base of adapted layers: the cores by adapter name, and access to the base weight as (m, n)."""
 
     adapter_layer_names = ("curlora_core",)
     other_param_names = ()
@@ -42,14 +42,14 @@ class CurloraLayer(BaseTunerLayer):
         self.merged_adapters = []
         self._merged_factors: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.shares_weight = False
-        """Set by the model where another module uses the same weight: a merge must then untie it."""
+        """Set by the model if another module uses the same weight, which a merge must then untie."""
         self._tied_weight: nn.Parameter | None = None
 
     # ------------------------------------------------------------------------------------------- base weight
 
     @contextlib.contextmanager
     def base_tensors(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Weight as (m, n) and bias of the base layer for reading: gathered, dequantised, turned the right way."""
+        """Weight as (m, n) and bias of the base layer for reading: gathered, dequantised, transposed if necessary."""
         base = self.get_base_layer()
         bias = getattr(base, "bias", None)
         with gathered(base.weight, bias), torch.no_grad():
@@ -57,14 +57,14 @@ class CurloraLayer(BaseTunerLayer):
             yield (weight.t() if self.fan_in_fan_out else weight), bias
 
     def get_base_weight(self) -> Tensor:
-        """The base weight as it is stored, dequantised if it is quantised."""
+        """The base weight in its stored orientation, dequantised if necessary."""
         self._unpack()
         return super().get_base_weight()
 
     def _unpack(self) -> None:
-        """Undo bitsandbytes' repacking of a 4 bit weight for evaluation on a CPU with AVX512.
+        """Undo the repacking of a 4 bit weight by bitsandbytes, for evaluation on a CPU with AVX512.
 
-        A packed weight dequantises to noise and its product has no gradient; writing the state dict turns it back.
+        A packed weight dequantises to noise and its product has no gradient; building the state dict unpacks it.
         """
         base = self.get_base_layer()
         if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
@@ -73,7 +73,10 @@ class CurloraLayer(BaseTunerLayer):
     # ---------------------------------------------------------------------------------------------- adapters
 
     def update_layer(self, adapter_name: str, settings: CoreSettings, inference_mode: bool = False) -> None:
-        """Add an adapter: check that it fits, choose rows and columns, derive the factors."""
+        """Add an adapter: check that it fits, select rows and columns, derive the factors.
+
+        Raises ValueError if it does not fit, RuntimeError while another adapter is merged.
+        """
         self.check_fit(settings)
         if self.merged:
             raise RuntimeError(
@@ -86,7 +89,7 @@ class CurloraLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def check_fit(self, settings: CoreSettings) -> None:
-        """Raise ValueError where the weight is too small for the rank or for the number of blocks."""
+        """Raise ValueError if the weight is too small for the rank or the number of blocks."""
         limit = min(self.out_features, self.in_features)
         shape = f"({self.out_features}, {self.in_features})"
         if settings.r > limit:
@@ -105,9 +108,9 @@ class CurloraLayer(BaseTunerLayer):
         if core.U.is_meta:
             if base.weight.is_meta and not hasattr(base.weight, "ds_id"):
                 core.derive_on_meta(_meta_like(self), getattr(base, "bias", None))
-            return  # otherwise peft's low_cpu_mem_usage: the loaded file brings the indices
+            return  # otherwise PEFT's low_cpu_mem_usage: the indices come from the file
         if core.settings.config.load_only or core.settings.config.selection == "activation":
-            return  # the file, or `calibrate`, brings what is needed to choose
+            return  # indices come from the file, or from `calibrate`
         self.choose(core)
 
     def choose(
@@ -118,8 +121,8 @@ class CurloraLayer(BaseTunerLayer):
     ) -> None:
         """Select rows and columns of the last block by the configured rule and derive the factors.
 
-        ``previous``: rows and columns of the earlier blocks of a stack, which are avoided. ``activations``: mean
-        squares of the layer's outputs (m) and inputs (n), for the rule that ranks by them.
+        ``previous``: rows and columns of the earlier blocks of a stack, which are excluded. ``activations``: mean
+        squares of the layer's outputs (m) and inputs (n), for ``selection="activation"``.
         """
         settings = core.settings
         with self.base_tensors() as (weight, bias):
@@ -147,7 +150,7 @@ class CurloraLayer(BaseTunerLayer):
     # ------------------------------------------------------------------------------------------------ blocks
 
     def add_block(self, adapter_name: str, activations: tuple[Tensor | None, Tensor | None] = (None, None)) -> None:
-        """Freeze the trained block and put a new one, starting at zero, on rows and columns not used before."""
+        """Freeze the trained block and append a new one, starting at zero, on unused rows and columns."""
         old = self.curlora_core[adapter_name]
         new = self._resized(old, old.settings.blocks + 1)
         with gathered(old.U), torch.no_grad():
@@ -159,7 +162,7 @@ class CurloraLayer(BaseTunerLayer):
         self.curlora_core[adapter_name] = new
 
     def remove_block(self, adapter_name: str) -> None:
-        """Drop the last block; the one before it is trainable again and the layer computes what it did before."""
+        """Remove the last block: the one before it is trainable again, and the layer computes what it did before."""
         old = self.curlora_core[adapter_name]
         new = self._resized(old, old.settings.blocks - 1)
         rows, columns, fingerprints = old.read_record()
@@ -182,7 +185,7 @@ class CurloraLayer(BaseTunerLayer):
     def rebuild(self, core: CurloraCore) -> None:
         """Derive the factors from the indices in the record and check that the base is the adapter's own.
 
-        Raises ValueError for impossible indices and BaseMismatchError for another base.
+        Raises ValueError for invalid indices and BaseMismatchError for another base.
         """
         settings = core.settings
         if self.merged:
@@ -205,7 +208,7 @@ class CurloraLayer(BaseTunerLayer):
             core.derive(rows, columns, weight, bias)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # peft's own version also casts to the dtype of the base, which would round a trained U to bf16.
+        # PEFT's own version also casts to the dtype of the base, which would round a trained U to bf16.
         if adapter_name not in self.curlora_core:
             return
         core = self.curlora_core[adapter_name]
@@ -218,7 +221,7 @@ class CurloraLayer(BaseTunerLayer):
 
 
 class Linear(nn.Module, CurloraLayer):
-    """A dense layer (Linear, transformers' Conv1D, quantised) with CURLoRA adapters."""
+    """A dense layer (Linear, Conv1D of Transformers, quantised) with CURLoRA adapters."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, settings: CoreSettings, **kwargs) -> None:
         super().__init__()
@@ -237,7 +240,7 @@ class Linear(nn.Module, CurloraLayer):
         cores = [self.curlora_core[name] for name in self.active_adapters if name in self.curlora_core]
         if self.merged or not cores:
             return self.base_layer(x, *args, **kwargs)
-        # Called before the base layer, and through __call__, so that ZeRO-3's hooks gather each U.
+        # Before the base layer, and through __call__, so that ZeRO-3's hooks gather each U.
         middles = [core() for core in cores]
         rows, cols, bias_rows, middle, columns = _joined(cores, middles)
         mask = _joined_mask(cores, x)
@@ -252,13 +255,13 @@ class Linear(nn.Module, CurloraLayer):
     # ------------------------------------------------------------------------------------------------- merge
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW in the shape in which the base stores its weight, at least fp32."""
+        """ΔW in the orientation of the stored base weight, at least fp32."""
         delta = _product(self.factors(adapter))
         return delta.t() if self.fan_in_fan_out else delta
 
     @torch.no_grad()
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
-        """C (m, k), M (k, k), R (k, n), at least fp32, of an adapter whose base may have others merged into it."""
+        """C (m, k), M (k, k), R (k, n) of an adapter, at least fp32; other adapters may be merged into the base."""
         if adapter in self._merged_factors:
             return self._merged_factors[adapter]
         core = self.curlora_core[adapter]
@@ -273,7 +276,7 @@ class Linear(nn.Module, CurloraLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates of the adapters (default: the active ones) to the base weight.
 
-        ``safe_merge`` checks that the result is finite before anything is changed (ValueError).
+        ``safe_merge`` raises ValueError, before anything changes, if the result is not finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.curlora_core:
@@ -285,7 +288,7 @@ class Linear(nn.Module, CurloraLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Subtract the merged updates again; exact up to the rounding of the base's dtype."""
+        """Subtract the merged updates; exact up to rounding in the dtype of the base."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -296,7 +299,7 @@ class Linear(nn.Module, CurloraLayer):
             self.get_base_layer().weight, self._tied_weight = self._tied_weight, None
 
     def _untie(self) -> None:
-        """Give the layer a weight of its own, so that merging into lm_head does not change the embedding."""
+        """Give the layer its own weight, so that merging into lm_head does not change the embedding."""
         base = self.get_base_layer()
         if self.shares_weight and self._tied_weight is None:
             self._tied_weight = base.weight
@@ -309,7 +312,7 @@ class Linear(nn.Module, CurloraLayer):
             weight = self.get_base_weight()
             delta = _product(factors)
             delta = delta.t() if self.fan_in_fan_out else delta
-            # Added in fp32 and rounded once: a bf16 sum of a bf16 update would round twice.
+            # Added in fp32 and rounded once; a bf16 sum with a bf16 update would round twice.
             result = weight.to(delta.dtype).add(delta, alpha=sign).to(weight.dtype)
             if check is not None and not torch.isfinite(result).all():
                 raise ValueError(f"Merging adapter {check!r} gives weights that are not finite; nothing was changed.")
@@ -326,7 +329,7 @@ class Linear(nn.Module, CurloraLayer):
 
 
 def _rebuild_loaded(layer: Linear, incompatible_keys) -> None:
-    """After `load_state_dict`: derive the factors of every core whose indices came from the file."""
+    """After `load_state_dict`: derive the factors of each core whose indices were loaded."""
     for core in layer.curlora_core.values():
         if core.stale:
             layer.rebuild(core)
@@ -339,7 +342,7 @@ def _features(base: nn.Module) -> tuple[int, int]:
 
 
 def _stored_transposed(base: nn.Module, fan_in_fan_out: bool) -> bool:
-    """Whether the weight is stored as (n, m): the type decides where it is known, also for square layers."""
+    """Whether the weight is stored as (n, m). Known types decide, also for square layers; then ``fan_in_fan_out``."""
     if isinstance(base, Conv1D):
         return True
     if isinstance(base, nn.Linear):
@@ -367,7 +370,7 @@ def _product(factors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 
 def _joined(cores: list[CurloraCore], middles: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """I, J, b[I], M and C of all active adapters side by side: one gather serves them all, before any update."""
+    """I, J, b[I], M and C of all active adapters concatenated: one gather, before any update, serves them all."""
     if len(cores) == 1:
         core = cores[0]
         return core.rows, core.cols, core.bias_rows, middles[0], core.columns
@@ -386,9 +389,9 @@ def _joined_mask(cores: list[CurloraCore], x: Tensor) -> Tensor | None:
 
 
 def _plain(base: nn.Module, x: Tensor) -> bool:
-    """Whether base and update may run as one function: a frozen, whole, unhooked dense layer in the dtype of x."""
+    """Whether base and update can run as one function: a frozen, unpartitioned, unhooked dense layer in x's dtype."""
     if base._forward_hooks or base._forward_pre_hooks:
-        return False  # not even a look at the weight: ZeRO-3 would gather it with the layer that looked, and once more
+        return False  # before the weight is accessed: under ZeRO-3 that would gather it once more
     weight = getattr(base, "weight", None)
     return (
         type(base) in (nn.Linear, Conv1D)

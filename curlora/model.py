@@ -1,4 +1,4 @@
-"""The tuner: finds the layers, wraps them, and guards what is saved and loaded."""
+"""The tuner: wraps the target layers and validates adapter files when they are saved and loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .zero import gathered, set_master_copy
 
 
 class CurloraModel(BaseTuner):
-    """A model whose chosen layers compute W x + s · C U R x with C, R from W and only U trained."""
+    """A model whose target layers compute W x + s · C U R x with C and R from W; only U is trained."""
 
     prefix = "curlora_"
     tuner_layer_cls = CurloraLayer
@@ -73,7 +73,7 @@ class CurloraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _create_new_module(self, target: nn.Module, adapter_name: str, settings: CoreSettings) -> Linear:
-        kwargs = get_quantization_kwargs(self.model)  # torchao needs them to quantise again after a merge
+        kwargs = get_quantization_kwargs(self.model)  # torchao needs them to requantise after a merge
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
         if not isinstance(base, (nn.Linear, Conv1D)) and not hasattr(base, "in_features"):
             raise ValueError(
@@ -83,21 +83,21 @@ class CurloraModel(BaseTuner):
         return Linear(target, adapter_name, settings, **kwargs)
 
     def layers(self) -> list[tuple[str, Linear]]:
-        """All adapted layers with their names in the base model."""
+        """Name in the base model and layer, for all adapted layers."""
         return [(name, module) for name, module in self.model.named_modules() if isinstance(module, Linear)]
 
     def cores(self, adapter_name: str) -> list[tuple[str, Linear, CurloraCore]]:
-        """Name, layer and core of every layer that has the adapter."""
+        """Name, layer and core of each layer that has the adapter."""
         return [
             (name, layer, layer.curlora_core[adapter_name])
             for name, layer in self.layers()
             if adapter_name in layer.curlora_core
         ]
 
-    # ------------------------------------------------------------------------------------------ what users call
+    # ----------------------------------------------------------------------------------------------- public API
 
     def describe(self, adapter_name: str | None = None) -> list[dict[str, Any]]:
-        """One record a layer: rank, blocks, norms and condition numbers of C and R, ‖ΔW‖_F."""
+        """One dict per layer: rank, blocks, norms and condition numbers of C and R, ‖ΔW‖_F."""
         return [
             {
                 "module": name,
@@ -113,10 +113,10 @@ class CurloraModel(BaseTuner):
         ]
 
     def project(self, adapter_name: str | None = None) -> None:
-        """Bring every U back inside ``max_update_norm``; call it after an optimizer step.
+        """Scale every U down to ``max_update_norm``; call it after an optimizer step.
 
-        The forward pass keeps the bound in any case; this keeps the optimizer from running away beyond it. Under
-        DeepSpeed the fp32 master copy is moved too, and all ranks have to call it.
+        The forward pass keeps the bound in any case; this keeps the optimizer's own values within it. Under DeepSpeed
+        it also updates the fp32 master copy, and all ranks must call it.
         """
         for _, _, core in self._ready_cores(adapter_name):
             if core.settings.config.max_update_norm is not None:
@@ -126,10 +126,10 @@ class CurloraModel(BaseTuner):
                 set_master_copy(core.U, projected)
 
     def calibrate(self, batches: Iterable[Any], adapter_name: str | None = None) -> None:
-        """Choose rows and columns for ``selection="activation"`` from what the base computes on some batches.
+        """Select rows and columns for ``selection="activation"`` from the activations of the base on some batches.
 
-        ``batches``: mappings of model inputs or single tensors; padding is ignored where an attention_mask says so.
-        In a distributed run the statistics of all ranks are summed.
+        ``batches``: mappings of model inputs, or single tensors; tokens that an attention_mask excludes are ignored.
+        In a distributed run the statistics of all ranks are summed. Raises RuntimeError if they are selected already.
         """
         adapter_name = adapter_name or self.active_adapters[0]
         for name, _, core in self.cores(adapter_name):
@@ -140,9 +140,9 @@ class CurloraModel(BaseTuner):
             layer.choose(core, activations=statistics[name].means(name))
 
     def add_block(self, adapter_name: str | None = None, batches: Iterable[Any] | None = None) -> None:
-        """Freeze what is trained and append a block for the next task (``carry="stack"``); make a new optimizer after.
+        """Freeze the trained block and append one for the next task (``carry="stack"``); then create a new optimizer.
 
-        ``batches`` are only needed for ``selection="activation"``. Raises ValueError where a layer is full.
+        ``batches`` are only needed for ``selection="activation"``. Raises ValueError if a layer has no room.
         """
         adapter_name = adapter_name or self.active_adapters[0]
         config = self.peft_config[adapter_name]
@@ -157,7 +157,7 @@ class CurloraModel(BaseTuner):
         config.blocks += 1
 
     def remove_block(self, adapter_name: str | None = None) -> None:
-        """Drop the last block of a stack: the model computes exactly what it did before `add_block`."""
+        """Remove the last block of a stack: the model computes exactly what it did before `add_block`."""
         adapter_name = adapter_name or self.active_adapters[0]
         config = self.peft_config[adapter_name]
         if config.blocks == 1:
@@ -174,7 +174,7 @@ class CurloraModel(BaseTuner):
         return cores
 
     def _measure(self, batches: Iterable[Any], adapter_name: str) -> dict[str, Activations]:
-        """Run the base alone over the batches and sum up what enters and leaves each layer."""
+        """Run the base without adapters over the batches and accumulate the activations of each layer."""
         layers = {name: layer for name, layer, _ in self.cores(adapter_name)}
         statistics = {name: Activations(layer) for name, layer in layers.items()}
         was_training, was_disabled = self.model.training, {n: x._disable_adapters for n, x in layers.items()}
@@ -207,10 +207,10 @@ class CurloraModel(BaseTuner):
     # ------------------------------------------------------------------------------------------------- merge
 
     def _check_tied_modules(self, model: nn.Module, peft_config: CurloraConfig) -> None:
-        """Nothing to warn about: an adapter on a tied layer changes only that layer, and a merge unties it."""
+        """No warning: an adapter on a tied layer changes only that layer, and a merge unties it."""
 
     def _check_merge_allowed(self) -> None:
-        # peft's own check only warns about tied weights; here the layers learn of the tie and undo it when merging.
+        # PEFT's own check only warns about tied weights; here each layer learns of the tie and undoes it in a merge.
         users = Counter(
             id(parameter) for module in self.model.modules() for parameter in module.parameters(recurse=False)
         )
@@ -235,7 +235,7 @@ class CurloraModel(BaseTuner):
 
 
 class Activations:
-    """Sums of squares of what enters (n) and leaves (m, without bias) one base layer, over all unmasked tokens."""
+    """Sums of squared inputs (n) and outputs (m, without bias) of one base layer over all unmasked tokens."""
 
     def __init__(self, layer: Linear) -> None:
         self.base = layer.get_base_layer()
@@ -276,7 +276,7 @@ class Activations:
 
 
 def _adapter_entries(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """Keys and shapes of what a file of the adapter must hold."""
+    """Keys and shapes that a file of the adapter must contain."""
     entries = {}
     for name, module in model.named_modules():
         if isinstance(module, CurloraLayer) and adapter_name in module.curlora_core:

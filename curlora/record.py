@@ -1,8 +1,8 @@
-"""The record that every adapted layer saves: which rows and columns it sits on, of which base, and a checksum of U.
+"""The record that every adapted layer saves: its rows and columns, a fingerprint of its base, and a checksum of U.
 
 On disk it is one int32 tensor with rows (k), columns (k), fingerprint (blocks, 3) as float bits and the checksum,
-k = blocks·r. One integer tensor, because a header entry costs more bytes than the numbers and because casting a model
-to bf16 leaves integers alone.
+k = blocks·r. It is a single tensor because a header entry takes more bytes than its content, and an integer one
+because casting a model to bf16 leaves integers unchanged.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 from . import cur
 
 EXACT_TOLERANCE = 0.01
-"""Largest relative deviation of the base fingerprint that another float dtype explains."""
+"""Largest relative deviation of the base fingerprint that another float dtype can cause."""
 
 QUANTISED_TOLERANCE = 0.20
-"""Largest relative deviation that an 8 or 4 bit base explains."""
+"""Largest relative deviation that an 8 or 4 bit base can cause."""
 
 
 class BaseMismatchError(ValueError):
@@ -33,7 +33,7 @@ def length(k: int, blocks: int) -> int:
 
 
 def pack(rows: Tensor, columns: Tensor, fingerprint: Tensor) -> Tensor:
-    """Indices (k) int64 and fingerprint (blocks, 3) float32 as one record; the checksum is added when saving."""
+    """Indices (k) int64 and fingerprint (blocks, 3) float32 as one record; `seal` adds the checksum when saving."""
     bits = fingerprint.float().contiguous().view(torch.int32).flatten()
     return torch.cat([rows.int(), columns.int(), bits, torch.zeros(1, dtype=torch.int32)])
 
@@ -50,7 +50,7 @@ def check_indices(key: str, kind: str, indices: Tensor, limit: int) -> None:
     inside = bool(((indices >= 0) & (indices < limit)).all())
     if not inside or len(indices.unique()) != len(indices):
         raise ValueError(
-            f"{key}: the {kind} indices of the adapter are not {len(indices)} different numbers below {limit}; the "
+            f"{key}: the {kind} indices of the adapter are not {len(indices)} different integers below {limit}; the "
             "file is damaged or was made for another base model."
         )
 
@@ -89,8 +89,8 @@ def block_norms(weight: Tensor, rows: cur.Factor, columns: cur.Factor, r: int) -
 def _deviation(expected: Tensor, found: Tensor, block_norms: Tensor) -> float:
     """Largest relative deviation between two fingerprints (blocks, 3).
 
-    A sum of r² numbers of both signs may be near zero, so its deviation is measured against twice ‖W[I, J]‖_F: that is
-    what rounding moves little (bf16: 0.1 %, 4 bit: 5 %) and other weights move by about 70 %.
+    A sum of r² entries of both signs may be near zero, so its deviation is relative to twice ‖W[I, J]‖_F, which
+    rounding changes little (bf16: 0.1 %, 4 bit: 5 %) and other weights change by about 70 %.
     """
     scale = torch.stack([found[:, 0], found[:, 1], torch.maximum(2 * block_norms, found[:, 2].abs())], dim=1)
     deviation = (expected - found).abs() / scale.clamp_min(torch.finfo(torch.float32).tiny)
@@ -101,7 +101,7 @@ def check_base(key: str, expected: Tensor, found: Tensor, block_norms: Tensor, q
     """Raise BaseMismatchError if the base is not the one that the adapter was made for.
 
     ``expected`` is the saved fingerprint, ``found`` that of the base at hand, both (blocks, 3). What another float
-    dtype explains passes silently, what quantisation explains with a warning.
+    dtype can cause passes silently, what quantisation can cause passes with a warning.
     """
     deviation = _deviation(expected, found, block_norms)
     if deviation <= EXACT_TOLERANCE:
@@ -124,7 +124,7 @@ def check_base(key: str, expected: Tensor, found: Tensor, block_norms: Tensor, q
 
 
 def checksum(*tensors: Tensor | None) -> int:
-    """A non-zero signed 32 bit CRC of the values of the tensors, the same for a bf16 tensor and its fp32 copy."""
+    """A non-zero signed 32 bit CRC of the values of the tensors, equal for a bf16 tensor and its fp32 copy."""
     crc = 0
     for tensor in tensors:
         if tensor is not None:
@@ -133,9 +133,9 @@ def checksum(*tensors: Tensor | None) -> int:
 
 
 def seal(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of an adapter's state dict whose records carry a checksum of its U: what is written to a file.
+    """A copy of an adapter's state dict, ready to be saved: each record includes a checksum of its U.
 
-    Raises ValueError where U is an empty shard of ZeRO-3: such a file would look valid and hold nothing.
+    Raises ValueError if U is an empty shard of ZeRO-3: such a file would look valid and contain nothing.
     """
     sealed = dict(state)
     for key in state:
@@ -157,9 +157,9 @@ def seal(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_state(adapter_name: str, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Refuse the entries of an adapter's file that are incomplete, foreign, of another rank, or damaged.
+    """Raise ValueError if an adapter's file is incomplete, damaged, or belongs to other layers or another rank.
 
-    ``expected``: what the model holds for this adapter, of which only keys and shapes are looked at.
+    ``expected``: the tensors of this adapter in the model, of which only keys and shapes matter.
     """
     _refuse(adapter_name, "lacks", [key for key in expected if key not in found])
     _refuse(adapter_name, "has no layer in this model for", [key for key in found if key not in expected])

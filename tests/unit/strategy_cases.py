@@ -56,7 +56,7 @@ def context(name: str, position: int, examples) -> TaskContext:
 
 
 def write_(model, count: int, length: int) -> list[tuple[int, ...]]:
-    """What a model writes by itself, in a small way: its likeliest tokens after each of the first ones."""
+    """Stands in for sampling from a model: the most likely continuation of each start token."""
     tokens = torch.arange(3, 3 + count)[:, None]
     with torch.no_grad():
         while tokens.shape[1] < length:
@@ -65,7 +65,7 @@ def write_(model, count: int, length: int) -> list[tuple[int, ...]]:
 
 
 def train(model, strategy, task: TaskContext, steps: int = 6, on_step=lambda step: None) -> None:
-    """A plain loop, the hooks in their order."""
+    """A plain training loop that calls the hooks in their order."""
     strategy.before_task(model, task)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(1, steps + 1):

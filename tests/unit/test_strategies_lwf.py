@@ -10,7 +10,7 @@ from curlora.continual.parameters import adapter_parameters, read, swapped, writ
 
 @pytest.fixture
 def head():
-    """The head of an earlier task: what it says of the last real token."""
+    """The head of an earlier task, which classifies the last real token."""
     layer = torch.nn.Linear(16, 3)
     torch.nn.init.normal_(layer.weight, std=3.0, generator=torch.Generator().manual_seed(0))
 
@@ -25,7 +25,7 @@ def classes(task: str, count: int, seed: int = 0) -> list[Example]:
 
 
 def moved_on(wrapped, strategy, name: str = "new"):
-    """The strategy in the middle of a second task, the adapter away from where it began; and where it began."""
+    """Put the strategy into a second task and move the adapter; returns the weights at the start of the task."""
     strategy.before_task(wrapped, context("old", 1, classes("old", 4)))
     strategy.after_task(wrapped, context("old", 1, classes("old", 4)))
     strategy.before_task(wrapped, context(name, 2, classes(name, 4)))
