@@ -2,35 +2,33 @@
 
     penalty = strength · Σ_layers ½ (‖A P_in‖_F² + ‖Bᵀ P_out‖_F²)
 
-A (r, n), B (m, r); P_in (n, k) and P_out (m, k) are orthonormal, random and frozen, one pair a layer. Only their seed
-is kept: they are drawn anew by (seed, layer name), the same on every rank and in every task.
+A (r, n), B (m, r); P_in (n, k) and P_out (m, k) are orthonormal, random and frozen, one pair per layer. They are not
+saved but drawn again from (seed, layer name), identically on every rank and in every task.
 """
 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from curlora.continual.options import option
 from curlora.continual.parameters import adapter_parameters, differentiable
 from curlora.continual.strategy import Example, StepOutput, Strategy, TaskContext, require
 
 
 class CLora(Strategy):
-    """The subspace penalty over any kind of LoRA.
-
-    Args:
-        strength: λ of the paper.
-        k: columns of each P; below the smallest side of the adapted layers (at the full side it is weight decay).
-    """
+    """The subspace penalty over any kind of LoRA."""
 
     name = "clora"
 
-    def __init__(self, strength: float = 1.0, k: int = 128):
-        require(strength >= 0, f"strength is {strength}; use 0 or more, e.g. 1.0")
-        require(k > 0, f"k is {k}; use a positive number of columns, e.g. 128")
-        self.strength, self.k = strength, k
+    strength: float = option(1.0, "λ of the paper", at_least=0)
+    k: int = option(128, "columns of each P, fewer than the smallest side of an adapted layer", at_least=1)
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
         self._subspaces: dict[str, Tensor] = {}
 
     def check(self, model: nn.Module) -> None:
@@ -61,14 +59,14 @@ class CLora(Strategy):
 
 
 def subspace(seed: int, name: str, side: int, k: int) -> Tensor:
-    """(side, k) orthonormal columns, uniform among all such, by (seed, parameter name)."""
+    """(side, k) with orthonormal columns, uniformly distributed, determined by (seed, parameter name)."""
     salt = hashlib.sha256(f"{seed}|{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(salt[:8], "big") >> 1)
     return torch.linalg.qr(torch.randn(side, k, generator=generator))[0]
 
 
 def _factors(model: nn.Module) -> dict[str, int]:
-    """Parameter name → the side that P belongs to: n of each A (r, n), m of each B (m, r)."""
+    """Parameter name → number of rows of its P: n for each A (r, n), m for each B (m, r)."""
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in adapter_parameters(model).items()}
     inputs = {name: shape[1] for name, shape in shapes.items() if ".lora_A." in name}
     return inputs | {name: shape[0] for name, shape in shapes.items() if ".lora_B." in name}

@@ -1,39 +1,37 @@
-"""O-LoRA (arXiv 2310.14152): every task gets an adapter of its own, which stays out of the earlier ones' row spaces.
+"""O-LoRA (arXiv 2310.14152): every task gets an adapter of its own, kept orthogonal to the row spaces of earlier ones.
 
     penalty = strength · Σ_layers Σ |A_old A_newᵀ|
 
-Earlier adapters are frozen and summed (`carry: stack`). For LoRA, A is its first factor. For CURLoRA, ΔW = C U R, it
-is U R, in coordinates of an orthonormal basis of R's rows. Whitened blocks of a stack are orthogonal by construction:
-their penalty is exactly zero and is skipped; it acts on raw factors (`whiten: false`).
+Earlier adapters are frozen and summed (`carry: stack`). For LoRA, A is its first factor. For CURLoRA, ΔW = C U R, A is
+U R in coordinates of an orthonormal basis of R's rows. Whitened blocks of a stack are orthogonal by construction, so
+that their penalty is exactly zero and is skipped; it applies to raw factors (`whiten: false`).
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from curlora.continual.options import option
 from curlora.continual.parameters import adapter_parameters, differentiable, read
 from curlora.continual.strategy import Example, Requires, StepOutput, Strategy, TaskContext, require
 
 
 class OLora(Strategy):
-    """The orthogonality penalty over a stack of LoRA or CURLoRA adapters.
-
-    Args:
-        strength: λ₁ of the paper.
-    """
+    """The orthogonality penalty over a stack of LoRA or CURLoRA adapters."""
 
     name = "olora"
     plain_at_first = True
     requirements: ClassVar = {
-        "adapter.carry": Requires(("stack",), "it holds a task's adapter against those of earlier tasks")
+        "adapter.carry": Requires(("stack",), "its penalty compares a task's adapter with those of earlier tasks")
     }
 
-    def __init__(self, strength: float = 0.5):
-        require(strength >= 0, f"strength is {strength}; use 0 or more, e.g. 0.5")
-        self.strength = strength
+    strength: float = option(0.5, "λ₁ of the paper", at_least=0)
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
         self._against: dict[str, Tensor] = {}
 
     def check(self, model: nn.Module) -> None:
@@ -63,7 +61,7 @@ def _is_curlora(model: nn.Module) -> bool:
 
 
 def _lora_rows(model: nn.Module) -> dict[str, Tensor]:
-    """Name of each trainable A (r, n) → A_oldᵀ (n, r_old) of the frozen adapters on its layer, side by side."""
+    """Name of each trainable A (r, n) → A_oldᵀ (n, r_old) of all frozen adapters on its layer, concatenated."""
     frozen = {name: p for name, p in model.named_parameters() if ".lora_A." in name and not p.requires_grad}
     rows: dict[str, list[Tensor]] = {}
     for name, value in read(frozen).items():
@@ -74,13 +72,13 @@ def _lora_rows(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _curlora_rows(model: nn.Module) -> dict[str, Tensor]:
-    """Name of each U (r, r) → R_new (U_old R_old)ᵀ (r, r_old), so that U times it is A_new A_oldᵀ."""
+    """Name of each U (r, r) → R_new (U_old R_old)ᵀ (r, r_old), which U multiplies to A_new A_oldᵀ."""
     names = {id(p): name for name, p in adapter_parameters(model).items()}
     against = {}
     for _, _, core in model.base_model.cores(model.active_adapters[0]):
         if core.settings.blocks == 1:
             continue
-        # rows of R in an orthonormal basis; whitened rows are that basis themselves
+        # Rows of R in an orthonormal basis; whitened rows are that basis.
         basis, old = core.norm_right.float(), core.size - core.settings.r
         against[names[id(core.U)]] = basis[old:] @ (torch.block_diag(*core.frozen.float()) @ basis[:old]).t()
     return against

@@ -1,49 +1,48 @@
-"""Elastic weight consolidation (arXiv 1612.00796), online: stay where earlier tasks' losses are curved.
+"""Elastic weight consolidation (arXiv 1612.00796), online: stay where the losses of earlier tasks are curved.
 
     penalty = strength / 2 · Σ_i F_i (θ_i − θ*_i)²,    F ← decay · F + F_task after each task
 
-θ are the adapter's trained numbers (classifier heads are not part of it: each serves its own task), θ* their values
+θ are the trainable parameters of the adapter (not of classifier heads, each of which serves one task), θ* their values
 after the last task. F_task is the diagonal of the empirical Fisher information: the mean over examples of the squared
 gradient of one example's loss, estimated *after* the task, on the task's own loss without the penalty.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from curlora.continual.options import option
 from curlora.continual.parameters import adapter_parameters, differentiable, read, require_adapter
-from curlora.continual.strategy import Example, Requires, StepOutput, Strategy, TaskContext, require
+from curlora.continual.state import pack, unpack
+from curlora.continual.strategy import Example, Requires, StepOutput, Strategy, TaskContext
 
 
 class EWC(Strategy):
-    """The quadratic penalty over any adapter.
-
-    Args:
-        strength: λ; squared gradients are small, so useful values are large (1e2 … 1e6).
-        examples: of a task, on which its Fisher information is estimated, one forward and backward pass each.
-        decay: what is kept of the earlier tasks' Fisher information when a task is added, in [0, 1].
-    """
+    """The quadratic penalty over any adapter."""
 
     name = "ewc"
     plain_at_first = True
     requirements: ClassVar = {
-        "adapter.carry": Requires(("continue",), "it holds one and the same adapter where it was")
+        "adapter.carry": Requires(("continue",), "its penalty holds one and the same adapter in place")
     }
 
-    def __init__(self, strength: float = 1000.0, examples: int = 256, decay: float = 1.0):
-        require(strength >= 0, f"strength is {strength}; use 0 or more, e.g. 1000")
-        require(examples > 0, f"examples is {examples}; use a positive number, e.g. 256")
-        require(0 <= decay <= 1, f"decay is {decay}; use a number in [0, 1], e.g. 1.0")
-        self.strength, self.examples, self.decay = strength, examples, decay
+    strength: float = option(
+        1000.0, "λ; squared gradients are small, so useful values are large (1e2 … 1e6)", at_least=0
+    )
+    examples: int = option(256, "examples per task for the Fisher information, one pass each", at_least=1)
+    decay: float = option(1.0, "factor on earlier Fisher information after each task", at_least=0, at_most=1)
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
         self.fisher: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}
 
     def check(self, model: nn.Module) -> None:
-        require_adapter(model, "its penalty is on an adapter's numbers")
+        require_adapter(model, "its penalty is on the parameters of an adapter")
 
     def before_task(self, model: nn.Module, task: TaskContext) -> None:
         self.check(model)
@@ -52,10 +51,10 @@ class EWC(Strategy):
         return output.loss + output.weight * self.penalty(model) if self.strength and self.fisher else output.loss
 
     def penalty(self, model: nn.Module) -> Tensor:
-        """Scalar; zero where nothing moved since the last task."""
+        """Scalar; zero if no parameter has moved since the last task."""
         total = 0.0
         for name, value in differentiable(adapter_parameters(model)).items():
-            # to the device once; later calls find them there
+            # Moved to the device once; later calls find them there.
             self.fisher[name], self.anchor[name] = (t[name].to(value.device) for t in (self.fisher, self.anchor))
             total = total + (self.fisher[name] * (value.float() - self.anchor[name]).square()).sum()
         return self.strength / 2 * total
@@ -69,19 +68,17 @@ class EWC(Strategy):
         self.anchor = read(adapter_parameters(model))
 
     def state(self):
-        named = {f"fisher.{k}": t for k, t in self.fisher.items()} | {f"anchor.{k}": t for k, t in self.anchor.items()}
-        return {name: tensor.cpu() for name, tensor in named.items()}, {}
+        return pack(fisher=self.fisher, anchor=self.anchor), {}
 
     def load_state(self, tensors, values) -> None:
-        self.fisher = {k.removeprefix("fisher."): t for k, t in tensors.items() if k.startswith("fisher.")}
-        self.anchor = {k.removeprefix("anchor."): t for k, t in tensors.items() if k.startswith("anchor.")}
+        self.fisher, self.anchor = unpack(tensors, "fisher"), unpack(tensors, "anchor")
 
 
 def fisher_information(model: nn.Module, task: TaskContext, at_most: int) -> dict[str, Tensor]:
-    """Mean squared per-example gradient by parameter name, fp32, over a seeded sample of the task; all ranks call it.
+    """Mean squared per-example gradient by parameter name, fp32, over a seeded sample of the task; a collective call.
 
-    Gradients are taken by `torch.autograd.grad`, which leaves DeepSpeed's reduction and `.grad` alone. Examples are
-    dealt out to the ranks and summed in fp64, so the worker count shows only in the last bits of fp32, if at all.
+    `torch.autograd.grad` leaves DeepSpeed's gradient reduction and `.grad` alone. Examples are divided among the ranks
+    and summed in fp64, so that the number of workers changes at most the last bits of the fp32 result.
     """
     if task.losses is None:
         raise ValueError("EWC needs TaskContext.losses, a function (model, examples) → loss of each example")
@@ -92,7 +89,7 @@ def fisher_information(model: nn.Module, task: TaskContext, at_most: int) -> dic
     model.eval()  # without dropout
     for start in range(0, len(chosen), task.size):
         mine = start + task.rank
-        # a rank without an example repeats one and throws the result away: under ZeRO-3 all must run the pass
+        # A rank without an example repeats one and discards the result: under ZeRO-3 all ranks must run the pass.
         example = task.examples[chosen[mine if mine < len(chosen) else start]]
         loss = task.losses(model, [example]).sum()
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

@@ -1,35 +1,31 @@
-"""I-LoRA (arXiv 2402.18865): a fast adapter learns, a slow one, its moving average, remembers and is what is kept.
+"""I-LoRA (arXiv 2402.18865): a fast adapter learns; a slow one, its moving average, remembers and is published.
 
     loss = CE(batch ∪ replayed) + consistency · MSE(h(replayed; fast), stopgrad h(replayed; slow))
     slow ← λ slow + (1 − λ) fast    after every step, λ = min(1 − 1/(steps + 1), decay)
 
-h are the last layer's hidden states, padding left out. Nothing in it is about LoRA: over CURLoRA's U the slow copy
-costs r² numbers a layer. Both copies go from task to task; the slow one is evaluated and published.
+h are the hidden states of the last layer without padding. The method is not tied to LoRA: over CURLoRA's U the slow
+copy costs r² parameters per layer. Both copies continue into the next task; the slow one is evaluated and published.
 
-Here the slow copy moves, its target carries no gradient and no dropout, and replayed rows are never inserted again;
-in the authors' code none of this holds.
+Unlike the authors' code, this follows the paper: the slow copy moves, its target has neither gradient nor dropout, and
+replayed rows never enter the memory again.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from curlora.continual.options import option
 from curlora.continual.parameters import adapter_parameters, read, require_adapter, write
 from curlora.continual.passes import hidden_with
-from curlora.continual.replay import Replay
-from curlora.continual.strategy import Example, Requires, StepOutput, TaskContext, require
+from curlora.continual.state import pack, unpack
+from curlora.continual.strategies.replay import Replay
+from curlora.continual.strategy import Example, Requires, StepOutput, TaskContext
 
 
 class ILora(Replay):
-    """Fast and slow weights over any adapter.
-
-    Args:
-        decay: upper limit of λ, in [0, 1); λ grows towards it over the first steps of the chain. Long tasks: 0.999.
-        consistency: weight γ of the hidden-state term; 0 saves its second forward pass.
-        share, size, memory: as in `Replay`; by default a replayed row for every new one.
-    """
+    """Fast and slow weights over any adapter; λ is counted over the whole chain."""
 
     name = "ilora"
     plain_at_first = False
@@ -37,18 +33,12 @@ class ILora(Replay):
         "adapter.carry": Requires(("continue",), "its slow copy is an average over tasks of one and the same adapter")
     }
 
-    def __init__(
-        self,
-        decay: float = 0.99,
-        consistency: float = 1.0,
-        share: float | None = None,
-        size: int | None = None,
-        memory: int = 500,
-    ):
-        super().__init__(0.5 if share is None and size is None else share, size, memory)
-        require(0 <= decay < 1, f"decay is {decay}; use a number in [0, 1), e.g. 0.99")
-        require(consistency >= 0, f"consistency is {consistency}; use 0 or more, e.g. 1.0")
-        self.decay, self.consistency = decay, consistency
+    decay: float = option(0.99, "upper limit of λ; use 0.999 for long tasks", at_least=0, below=1)
+    consistency: float = option(1.0, "weight of the hidden-state term; 0 saves a forward pass", at_least=0)
+    share: float = option(0.5, "replayed part of a batch", at_least=0, below=1)
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
         self.slow: dict[str, Tensor] = {}
         self.fast: dict[str, Tensor] = {}  # only between tasks, when the model holds the slow weights
         self.steps = 0
@@ -69,7 +59,7 @@ class ILora(Replay):
     def loss(self, model: nn.Module, examples: list[Example], output: StepOutput) -> Tensor:
         if not (self.consistency and output.replayed):
             return output.loss
-        # a rank without a replayed row goes along with its first one: under ZeRO-3 all must run the pass
+        # A rank without a replayed row uses its first one: under ZeRO-3 all ranks must run the pass.
         rows = [i for i, example in enumerate(examples) if example.replayed and output.present]
         chosen = rows or [0]
         mask = output.attention_mask[chosen]
@@ -82,7 +72,7 @@ class ILora(Replay):
         return output.loss + self.consistency * output.weight * output.ranks / output.replayed * errors.sum()
 
     def _on(self, model: nn.Module) -> dict[str, Tensor]:
-        """The slow weights, moved once to where the model is."""
+        """The slow weights, moved once to the device of the model."""
         device = next(iter(adapter_parameters(model).values())).device
         self.slow = {name: tensor.to(device) for name, tensor in self.slow.items()}
         return self.slow
@@ -102,11 +92,9 @@ class ILora(Replay):
 
     def state(self):
         tensors, values = super().state()
-        copies = {f"slow.{k}": t for k, t in self.slow.items()} | {f"fast.{k}": t for k, t in self.fast.items()}
-        return tensors | {k: t.cpu() for k, t in copies.items()}, values | {"steps": self.steps}
+        return tensors | pack(slow=self.slow, fast=self.fast), values | {"steps": self.steps}
 
     def load_state(self, tensors, values) -> None:
         super().load_state(tensors, values)
-        self.slow = {k.removeprefix("slow."): t for k, t in tensors.items() if k.startswith("slow.")}
-        self.fast = {k.removeprefix("fast."): t for k, t in tensors.items() if k.startswith("fast.")}
+        self.slow, self.fast = unpack(tensors, "slow"), unpack(tensors, "fast")
         self.steps = values["steps"]
