@@ -5,12 +5,14 @@ Says whether the adapters of these three runs have the same bits, or how far apa
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ RUNS = ("first", "second", "resumed")
 def run(plan: Plan, result: Result) -> None:
     require(*NEEDED)
     with tempfile.TemporaryDirectory() as scratch:
-        chain = Chain.make(Path(scratch), plan, 60 if plan.tiny else STEPS)
+        chain = Chain.make(Path(scratch), plan, 240 if plan.tiny else STEPS)
         done = result.table(
             "Runs of the chain",
             ["ZeRO", "run", "code", "seconds", "resumed at step", "training tokens/s, task by task", "says"],
@@ -37,33 +39,33 @@ def run(plan: Plan, result: Result) -> None:
             "Adapters of the same configuration",
             ["ZeRO", "task", "runs", "same bits", "largest difference", "‖difference‖ / ‖U‖"],
         )
-        for stage in ("zero2",) if plan.tiny else ("zero2", "zero3"):
-            stage_of_zero(plan, result, chain, stage, done, apart)
+        stages = ("zero2",) if plan.tiny else ("zero2", "zero3")
+        with ThreadPoolExecutor(at_once()) as pool:
+            # the longest ones first
+            futures = {(stage, "resumed"): pool.submit(resumed, chain, stage, plan) for stage in stages}
+            for stage, run in product(stages, RUNS[:2]):
+                futures[stage, run] = pool.submit(straight, chain, stage, run, plan)
+            for stage in stages:
+                for run in RUNS:
+                    report_run(result, done, chain, stage, run, futures[stage, run].result())
+                compare(result, apart, chain, stage)
 
 
-def stage_of_zero(plan: Plan, result: Result, chain: Chain, stage: str, done: Table, apart: Table) -> None:
-    names = {run: f"{stage}-{run}" for run in RUNS}
-    with ThreadPoolExecutor(at_once()) as pool:
-        ways = {run: resumed if run == "resumed" else straight for run in RUNS}
-        futures = {run: pool.submit(ways[run], chain, names[run], stage, plan) for run in RUNS}
-        for run in RUNS:
-            report_run(result, done, chain, stage, run, futures[run].result())
-    compare(result, apart, chain, stage, names)
+def straight(chain: Chain, stage: str, run: str, plan: Plan) -> Finished:
+    return chain.run(f"{stage}-{run}", plan.left(), deepspeed=stage)
 
 
-def straight(chain: Chain, name: str, stage: str, plan: Plan) -> Finished:
-    return chain.run(name, plan.left(), deepspeed=stage)
-
-
-def resumed(chain: Chain, name: str, stage: str, plan: Plan) -> Finished:
+def resumed(chain: Chain, stage: str, plan: Plan) -> Finished:
     """Ended by SIGTERM in the middle of its first task, then the same command again."""
+    name = f"{stage}-resumed"
     process = chain.start(name, deepspeed=stage)
     while process.poll() is None and plan.left() > 0 and chain.training_step(name) < AFTER:
         time.sleep(0.02)
     if process.poll() is None:
         os.kill(process.pid, signal.SIGTERM)
-    finish(process, plan.left())
-    return chain.run(name, plan.left(), deepspeed=stage)
+    stopped = finish(process, plan.left())
+    again = straight(chain, stage, "resumed", plan)
+    return again if stopped.code else dataclasses.replace(again, remark="it was done before it could be stopped")
 
 
 def report_run(result: Result, table: Table, chain: Chain, stage: str, run: str, found: Finished) -> None:
@@ -77,12 +79,12 @@ def report_run(result: Result, table: Table, chain: Chain, stage: str, run: str,
     pace = ", ".join(
         f"{each['tokens_per_second']:,.0f}" if each.get("tokens_per_second") else "–" for each in training
     )
-    result.row(table, stage, run, found.code, found.seconds, ", ".join(map(str, at)) or None, pace, "")
+    result.row(table, stage, run, found.code, found.seconds, ", ".join(map(str, at)) or None, pace, found.remark)
 
 
-def compare(result: Result, table: Table, chain: Chain, stage: str, names: dict[str, str]) -> None:
+def compare(result: Result, table: Table, chain: Chain, stage: str) -> None:
     """Each step's adapter against that of the first run."""
-    adapters = {run: adapters_of(chain.directory(name)) for run, name in names.items()}
+    adapters = {run: adapters_of(chain.directory(f"{stage}-{run}")) for run in RUNS}
     for run in RUNS[1:]:
         for task, expected in adapters["first"].items():
             other = adapters[run].get(task)

@@ -29,12 +29,13 @@ def require(*modules: str) -> None:
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that ended: exit code, standard output and error, seconds."""
+    """A command that ended: exit code, standard output and error, seconds, and what else is to be said of it."""
 
     code: int
     out: str
     err: str
     seconds: float
+    remark: str = ""
 
     @property
     def last_words(self) -> str:
@@ -174,4 +175,4 @@ def _write_rows(path: Path, rows: list[dict]) -> None:
 
 def at_once() -> int:
     """How many commands may run side by side: they share one GPU, but each has processes of its own."""
-    return min(3, max((os.cpu_count() or 1) // 4, 1)) if GPU else 1
+    return min(4, max((os.cpu_count() or 1) // 4, 1)) if GPU else 1
