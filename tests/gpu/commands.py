@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -95,7 +94,7 @@ def start(arguments: list[str], directory: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "pipelines", *arguments]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, cwd=directory, env=environment, start_new_session=True, **streams)
+    return subprocess.Popen(command, cwd=directory, env=environment, **streams)  # ends with this part's process group
 
 
 def finish(process: subprocess.Popen, seconds: float) -> Finished:
@@ -104,7 +103,7 @@ def finish(process: subprocess.Popen, seconds: float) -> Finished:
     try:
         out, err = process.communicate(timeout=max(seconds, 1.0))
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()  # Ray's processes share the fate of the one that started them
         out, err = process.communicate()
         err += f"\nended after {seconds:.0f} s"
     return Finished(process.returncode, out, err, time.monotonic() - begun)
@@ -160,12 +159,12 @@ def save_reviews(folder: Path) -> Path:
     return folder
 
 
-def save_text(folder: Path) -> Path:
+def save_text(folder: Path, rows: dict[str, int] | None = None, words: int = 48) -> Path:
     chance = random.Random(1)
     folder.mkdir(parents=True)
-    for split, count in (("train", 256), ("test", 32)):
-        rows = [{"text": " ".join(chance.choice(NOUNS) for _ in range(48))} for _ in range(count)]
-        _write_rows(folder / f"{split}.jsonl", rows)
+    for split, count in (rows or {"train": 256, "test": 32}).items():
+        texts = [{"text": " ".join(chance.choices(NOUNS, k=words))} for _ in range(count)]
+        _write_rows(folder / f"{split}.jsonl", texts)
     return folder
 
 

@@ -135,7 +135,7 @@ def measure_case(plan: Plan, result: Result, table: Table, case: Case) -> tuple[
         memory[variant], kept[variant] = memory_of(model, functions[variant], case.x)
     rounds = 5 if plan.tiny else ROUNDS
     eager = interleaved(functions, rounds, plan)
-    queued = interleaved({v: graphed(f) for v, f in functions.items()}, rounds, plan) if GPU else {}
+    queued = interleaved(as_graphs(functions, result), rounds, plan) if GPU else {}
     for variant in case.models:
         ratio = Ratio.of(eager[variant], eager[FROZEN])
         graph = Ratio.of(queued[variant], queued[FROZEN]) if queued else None
@@ -148,6 +148,15 @@ def measure_case(plan: Plan, result: Result, table: Table, case: Case) -> tuple[
         )
     found = queued or eager
     return {v: Ratio.of(found[v], found[FROZEN]) for v in found}, statistics.median(found[FROZEN])
+
+
+def as_graphs(functions: dict[Variant, Function], result: Result) -> dict[Variant, Function]:
+    """The functions as CUDA graphs; none at all if one of them cannot be captured, because ratios need all."""
+    try:
+        return {variant: graphed(function) for variant, function in functions.items()}
+    except RuntimeError as error:
+        result.note(f"no CUDA graph: {first_line(error)}")
+        return {}
 
 
 def judge(result: Result, table: Table, case: tuple, ratios: dict[Variant, Ratio], floor: float | None) -> None:

@@ -33,6 +33,7 @@ class One(nn.Module):
             self.lin = bnb.nn.Linear8bitLt(inputs, outputs, bias=False, has_fp16_weights=False)
             self.lin.weight = bnb.nn.Int8Params(dense.weight.data, requires_grad=False, has_fp16_weights=False)
         self.to(DEVICE)
+        self.is_loaded_in_4bit, self.is_loaded_in_8bit = bits == 4, bits == 8  # as Transformers tells PEFT
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lin(x)

@@ -23,7 +23,7 @@ from pathlib import Path
 from results import PARTS, Result, SkipPart, end_abandoned, read
 
 ROOT = Path(__file__).resolve().parents[2]
-WEIGHTS = {"layers": 6, "model7b": 6, "worker": 5, "domains": 3, "quantised": 2, "faults": 2, "cost": 1}
+WEIGHTS = {"layers": 7, "model7b": 6, "worker": 5, "domains": 3, "quantised": 2, "faults": 2, "cost": 1}
 GRACE = 25.0  # seconds after its share that a part has for the measurement under way
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     parts = list(arguments.parts)
     while parts:
         left = end - time.monotonic()
-        share = left * WEIGHTS[parts[0]] / sum(WEIGHTS[part] for part in parts)
+        share = (left - GRACE) * WEIGHTS[parts[0]] / sum(WEIGHTS[part] for part in parts)
         part = parts.pop(0)
         start_part(part, arguments, max(share, 1.0), min(share + GRACE, left))
     print((arguments.out / "results.md").read_text())
