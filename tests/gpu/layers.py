@@ -1,7 +1,4 @@
-"""One adapted layer and a stack of 12 decoder layers at 7B shapes: what an adapter adds to the frozen base.
-
-CURLoRA aims at ≤ 1.02 of the frozen base's time from 2048 on, and below LoRA everywhere.
-"""
+"""One adapted layer at 7B shapes and a stack of 12: what an adapter adds to the frozen base, and where time goes."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 
 import torch
-from layer import saved_bytes  # of tests/benchmarks
+from goal import GOAL, GOAL_COLUMNS, judge
 from measure import (
     DEVICE,
     DTYPE,
@@ -23,27 +20,20 @@ from measure import (
     graphed,
     interleaved,
     kernels,
+    memory_of,
     mib,
     milliseconds,
-    own_grads,
-    peak_bytes,
     product_flops,
     step,
-    unless_out_of_memory,
 )
-from models import CURLORA, FROZEN, LINEAR, LORA, QKV, VARIANTS, Decoder, Variant, adapted, mistral
+from models import CURLORA, FROZEN, LINEAR, LORA, VARIANTS, Variant, adapted
 from results import Result, Table
+from stack import LAYERS, Stack, measure_stacks
 from torch import Tensor, nn
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (2048, 2048), (1024, 4096)]  # outputs, inputs
 TOKENS = [4096, 16384]
-GOAL = 1.02
-LENGTH = 2048
 ROUNDS = 25
-STACK_ROUNDS = 7
-LAYERS = 12
-COLUMNS = ["time, ms", "/ frozen base", "quartiles", "bytes kept", "peak MiB"]
-GOAL_COLUMNS = ["layer", "tokens", "CURLoRA / frozen", "goal met", "quickest LoRA / frozen", "below it", "floor"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +50,7 @@ def run(plan: Plan, result: Result) -> None:
     reached = f"copy {ceilings.bandwidth / 1e12:.3g} TB/s, product {ceilings.flops / 1e12:.3g} TFLOP/s"
     result.note(f"ceilings measured here: {reached}")
     one_layer(plan, result, ceilings)
-    stack(plan, result)
+    measure_stacks(plan, result)
     for describe in (layer_kernels, stack_kernels, compiled):
         if plan.left() < 0:
             result.note(f"no time was left for {describe.__name__}")
@@ -109,7 +99,8 @@ def one_layer(plan: Plan, result: Result, ceilings: Ceilings) -> None:
         "launches included; *graph* replays the same kernels as a CUDA graph: the time of the GPU alone, which counts "
         "in a model whose kernels queue up. Ratios to the frozen base of the same round, medians."
     )
-    columns = ["layer", "tokens", "variant", "eager, ms", "/ frozen", "graph, ms", "/ frozen", *COLUMNS[2:]]
+    columns = ["layer", "tokens", "variant", "eager, ms", "/ frozen", "graph, ms", "/ frozen"]
+    columns += ["quartiles", "bytes kept", "peak MiB"]
     table = result.table(f"One layer, {DTYPE}, outputs × inputs", columns, note)
     goals = result.table(
         f"CURLoRA against its goal: at most {GOAL} of the frozen base, below LoRA everywhere (graph times)",
@@ -157,84 +148,6 @@ def as_graphs(functions: dict[Variant, Function], result: Result) -> dict[Varian
     except RuntimeError as error:
         result.note(f"no CUDA graph: {first_line(error)}")
         return {}
-
-
-def judge(result: Result, table: Table, case: tuple, ratios: dict[Variant, Ratio], floor: float | None) -> None:
-    """One row: whether CURLoRA keeps its goal in this case."""
-    mine = ratios[CURLORA].median
-    loras = [ratio.median for variant, ratio in ratios.items() if variant.adapter == "lora"]
-    if not loras:
-        return
-    result.row(table, *case, mine, mine <= GOAL, min(loras), mine < min(loras), floor)
-
-
-# -- a stack of decoder layers
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Decoder layers with every adapter on them, all on the same weights."""
-
-    models: dict[Variant, nn.Module]
-
-    @classmethod
-    def of(cls, plan: Plan, targets: list[str], variants: tuple[Variant, ...]) -> Stack:
-        torch.manual_seed(0)
-        base = mistral(LAYERS, plan.tiny, head=False)
-        return cls({v: Decoder(adapted(base, v, targets)) for v in variants})
-
-    def inputs(self, plan: Plan, tokens: int) -> tuple[Tensor, Tensor]:
-        """Embeddings that take a gradient, and the gradient of the output."""
-        hidden = next(iter(self.models.values())).model.config.hidden_size
-        length = 16 if plan.tiny else LENGTH
-        shape = (max(tokens // length, 1), length, hidden)
-        x, grad = (torch.randn(shape, dtype=DTYPE, device=DEVICE) for _ in range(2))
-        return x.requires_grad_(), grad
-
-
-def stack(plan: Plan, result: Result) -> None:
-    columns = ["adapted", "tokens", "variant", *COLUMNS]
-    note = "Forward + backward from embeddings that take a gradient to the last hidden state, sequences of 2048."
-    table = result.table(f"A stack of {LAYERS} Mistral-7B layers, {DTYPE}", columns, note)
-    goals = result.table("The stack against the goal", GOAL_COLUMNS[:-1])
-    for targets, label, variants in ((LINEAR, "all linear", VARIANTS), (QKV, "q/k/v", (FROZEN, CURLORA, LORA))):
-        found = Stack.of(plan, targets, variants)
-        for tokens in [32] if plan.tiny else TOKENS:
-            ratios = measure_stack(plan, result, table, found, label, tokens)
-            if {CURLORA, LORA} <= set(ratios):
-                judge(result, goals, (f"stack, {label}", tokens), ratios, None)
-                goals.rows[-1].pop()
-                result.save()
-        del found
-        free()
-
-
-def measure_stack(
-    plan: Plan, result: Result, table: Table, layers: Stack, label: str, tokens: int
-) -> dict[Variant, Ratio]:
-    x, grad = layers.inputs(plan, tokens)
-    functions, memory, kept = {}, {}, {}
-    for variant, model in layers.models.items():
-        run_once = step(model, x, grad)
-        found, said = unless_out_of_memory(lambda model=model, run_once=run_once: memory_of(model, run_once, x))
-        if found is None:
-            result.row(table, label, tokens, variant.name, None, None, said, None, None)
-            continue
-        memory[variant], kept[variant] = found
-        functions[variant] = run_once
-    seconds = interleaved(functions, 3 if plan.tiny else STACK_ROUNDS, plan)
-    ratios = {variant: Ratio.of(values, seconds[FROZEN]) for variant, values in seconds.items()}
-    for variant, ratio in ratios.items():
-        cells = (milliseconds(seconds[variant]), ratio.median, ratio.spread, kept[variant], mib(memory[variant]))
-        result.row(table, label, tokens, variant.name, *cells)
-    return ratios
-
-
-def memory_of(model: nn.Module, function: Function, x: Tensor) -> tuple[int | None, int]:
-    """(bytes at the peak of a warm pass, bytes kept for the backward pass)."""
-    with own_grads(model):
-        function()
-        return peak_bytes(function), saved_bytes(model, x)
 
 
 # -- where the time goes

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from layer import saved_bytes  # of tests/benchmarks
 from torch import Tensor, nn
 
 Function = Callable[[], None]
@@ -167,6 +168,13 @@ def peak_bytes(function: Function) -> int | None:
     function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def memory_of(model: nn.Module, function: Function, x: Tensor) -> tuple[int | None, int]:
+    """(bytes at the peak of a warm pass, bytes kept for the backward pass)."""
+    with own_grads(model):
+        function()
+        return peak_bytes(function), saved_bytes(model, x)
 
 
 def mib(size: int | None) -> float | None:

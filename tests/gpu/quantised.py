@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import torch
-from layer import saved_bytes  # of tests/benchmarks
-from measure import DEVICE, DTYPE, Plan, Ratio, free, interleaved, mib, milliseconds, own_grads, peak_bytes, step
+from measure import DEVICE, DTYPE, Plan, Ratio, free, interleaved, memory_of, mib, milliseconds, step
 from models import CURLORA, FROZEN, LORA, LORA_STOCK, Variant, adapted
 from results import Result, SkipPart, Table
 from torch import Tensor, nn
@@ -70,9 +69,7 @@ def measure(plan: Plan, result: Result, table: Table, case: tuple, models: dict,
     functions = {variant: step(model, x, grad) for variant, model in models.items()}
     memory, kept = {}, {}
     for variant, model in models.items():
-        with own_grads(model):
-            functions[variant]()
-            memory[variant], kept[variant] = peak_bytes(functions[variant]), saved_bytes(model, x)
+        memory[variant], kept[variant] = memory_of(model, functions[variant], x)
     seconds = interleaved(functions, 5 if plan.tiny else ROUNDS, plan)
     for variant, values in seconds.items():
         ratio = Ratio.of(values, seconds[FROZEN])
