@@ -66,7 +66,7 @@ def hardware() -> str:
 def peak_flops() -> tuple[float, str] | None:
     """(dense bf16 FLOP/s of this card by its datasheet, the name it goes by), or None for an unknown one."""
     name = torch.cuda.get_device_name() if GPU else ""
-    fitting = [card for card in PEAKS if all(word in name.split() or word in name for word in card.split())]
+    fitting = [card for card in PEAKS if all(word in name for word in card.split())]
     card = max(fitting, key=len, default=None)
     return (PEAKS[card], card) if card else None
 
