@@ -1,14 +1,16 @@
 # make demo    a whole chain on this machine, from nothing
 # make test    all tests (heavy ones included); make unit: the fast ones
 # PIP_FLAGS    e.g. "--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA from PyTorch's index
+# make gpu     what only a GPU can show, in 8 minutes (GPU_FLAGS: more options of tests/gpu/run.py)
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
+GPU_FLAGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test unit lint format ui clean
+.PHONY: setup demo test unit gpu lint format ui clean
 
 setup: $(READY)
 
@@ -26,6 +28,9 @@ test: unit
 
 unit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n auto --dist loadfile
+
+gpu: $(READY)
+	$(BIN)/python tests/gpu/run.py --minutes 8 $(GPU_FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
