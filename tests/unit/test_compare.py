@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 
 import numpy as np
 import pytest
@@ -95,6 +96,15 @@ def test_bootstrap_covers_the_truth_about_nineteen_times_in_twenty():
         interval = bootstrap(parts, seed=trial)
         hits += interval["low"] <= 0.3 <= interval["high"]
     assert 88 <= hits <= 100
+
+
+def test_interval_of_many_examples_is_that_of_the_normal_distribution():
+    generator = np.random.default_rng(0)
+    parts = [(generator.normal(0.3, 1.0, 2000), np.ones(2000)) for _ in range(3)]
+    error = math.sqrt(sum(values.var(ddof=1) / len(values) for values, _ in parts)) / 3
+    interval = bootstrap(parts)
+    assert interval["low"] == pytest.approx(interval["mean"] - 1.96 * error, abs=0.2 * error)
+    assert interval["high"] == pytest.approx(interval["mean"] + 1.96 * error, abs=0.2 * error)
 
 
 def test_bootstrap_weighs_examples_and_counts_tasks_alike():

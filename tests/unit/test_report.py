@@ -122,7 +122,7 @@ def test_page_is_made_for_phone_and_print(mixed):
 
 def test_text_from_configuration_and_data_is_escaped(tmp_path):
     evil = '<script>alert("x")</script>'
-    run = make_run(tmp_path, tasks=("mrpc", "sst2"), base_model={"path": f"/models/{evil}"})
+    run = make_run(tmp_path, tasks=("mrpc", "sst2"), base_model={"path": str(tmp_path / evil)})
     results = run.results()
     # names have a safe alphabet in a configuration, but the page must not rely on it
     results["tasks"] = [evil, "sst2"]
@@ -231,12 +231,7 @@ def test_long_sequence_stays_readable_in_terminal_and_page(tmp_path):
 
 def test_half_done_run_has_a_page(tmp_path):
     run = make_run(tmp_path, finished=1, status="failed")
-    results = run.results()
-    undone = {"task": "sst2", "fingerprint": "f" * 32, "mlflow_run_id": None, "seconds": {}}
-    results["steps"] += [undone | {"peak_memory_bytes": None}, {**undone, "task": "biomed", "fingerprint": "e" * 32}]
-    results["scores"] += [[None] * 3] * 2
-    results["perplexity"]["wikitext2"] += [None, None]
-    run.write_json("results.json", results)
+    assert run.results()["scores"][2:] == [[None] * 3] * 2
     assert "1 of 3 steps are done so far" in page_of(run).text
     assert len(write_figures(run)) == 4
 
