@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
+
 NONE = "–"
 
 
@@ -40,3 +42,13 @@ def duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def probability(value: float | None) -> str:
+    """Two significant digits: a p-value may be very small."""
+    return NONE if value is None else f"{value:.2g}"
+
+
+def moment(seconds: float) -> str:
+    """Unix seconds as a UTC date and time."""
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

@@ -116,6 +116,42 @@ def _cost_headlines(results: dict) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def story(results: dict) -> str:
+    """The run in a few plain sentences."""
+    count, done = len(results["tasks"]), sum(1 for step in results["steps"] if step["seconds"])
+    how = "together, in one step" if is_joint(results) else "one after another"
+    text = [f"{count} task{'s' if count > 1 else ''}, trained {how}." if count > 1 else "One task."]
+    if results.get("start_from"):
+        earlier = sum(row == 0 for row in results["learned_at"].values())
+        text.append(f"The chain goes on from an earlier run, which had learned {earlier} of them.")
+    if done < len(results["steps"]):
+        text.append(f"{done} of {len(results['steps'])} steps are done so far.")
+    if results["learning_accuracy"] is not None:
+        text.append(f"Right after its own training a task scored {number(results['learning_accuracy'])} on average.")
+    if results["nll_learning"] is not None:
+        verb = "lowered" if results["nll_learning"] >= 0 else "raised"
+        gain = number(abs(results["nll_learning"]))
+        text.append(f"Training on a text task {verb} its loss by {gain} nats a token on average.")
+    kept = [
+        _kept(results["backward_transfer"], "the earlier tasks", "points of score"),
+        _kept(results["nll_backward_transfer"], "the earlier text tasks", "nats a token"),
+    ]
+    if any(kept):
+        text.append(f"By the end {' and '.join(filter(None, kept))}, on average.")
+    ratio = results["perplexity_ratio"]
+    if ratio is not None:
+        change = 100 * (ratio - 1)
+        verb = "rose" if change >= 0 else "fell"
+        text.append(f"Perplexity on text that no task trains on {verb} by {abs(change):.1f}\u00a0%.")
+    return " ".join(text)
+
+
+def _kept(transfer: float | None, who: str, unit: str) -> str:
+    if transfer is None:
+        return ""
+    return f"{who} had {'lost' if transfer < 0 else 'gained'} {number(abs(transfer))} {unit}"
+
+
 def row_labels(results: dict) -> list[str]:
     """`base`, then one label for every trained row."""
     first = "start" if results.get("start_from") else "base"
