@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from pipelines.config.sections import GateConfig
-from pipelines.metrics.paired import worse
+from pipelines.metrics.paired import paired_p_value
 from pipelines.metrics.score_matrix import higher_is_better, perplexity
 
 SIGNIFICANT = 0.05
@@ -135,7 +135,7 @@ def _compare(name: str, before: dict, after: dict, champion: Side, candidate: Si
     loss, limit = _loss(before, after, gate)
     p, test = None, None
     if limit is not None and loss > limit:
-        p, test = worse(champion.outcomes(name), candidate.outcomes(name))
+        p, test = paired_p_value(champion.outcomes(name), candidate.outcomes(name))
     field = "perplexity" if before["role"] == "retention" else "value"
     return Comparison(
         name=name,
