@@ -17,7 +17,7 @@ RESAMPLES_PER_BATCH = 100
 
 
 def paired_p_value(champion: Sequence[dict], candidate: Sequence[dict]) -> tuple[float, str]:
-    """(one-sided p-value that the candidate is not worse than the champion, name of the test).
+    """(p-value against the null hypothesis that the candidate is no worse than the champion, name of the test).
 
     Args:
         champion, candidate: outcomes on the same examples in the same order. Those with `nll` (per example, in nats)

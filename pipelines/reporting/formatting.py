@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers, sizes and times as text for people."""
 
 from __future__ import annotations
 
@@ -21,6 +21,28 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 def whole(value: float | None) -> str:
     return NONE if value is None else f"{value:,.0f}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{share:.{digits}%}"
+
+
+def compact(value: float) -> str:
+    """As short as it can be said, as in a configuration: a limit, a learning rate."""
+    return f"{value:g}"
+
+
+def with_error(mean: float | None, error: float | None, digits: int) -> str:
+    """A mean with its standard error; without it for one run, and for whole numbers such as bytes."""
+    if mean is None:
+        return NONE
+    text = f"{mean:,.{digits}f}"
+    return text if error is None or not digits else f"{text} ± {error:.{digits}f}"
+
+
+def interval(value: dict[str, float] | None) -> str:
+    """`mean`, `low` and `high` of an interval."""
+    return NONE if value is None else f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
 
 
 def size(count: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What the report page shows, as plain values: the templates only lay them out and format numbers."""
+"""Prepares what the report page shows as plain values; the templates only lay them out and format numbers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pipelines.reporting.formatting import number, whole
 from pipelines.reporting.summary import MANY, direction, headlines, histories, row_labels, story, trained_row
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import current_steps, label_of
+from pipelines.runs.verdict import Verdict
 
 HEADLINE_GROUPS = {"learned": "What was learned", "forgotten": "What was forgotten", "cost": "What it cost"}
 SECONDS = ("total", "train", "evaluate", "overhead")
@@ -47,7 +48,7 @@ def page_values(run: RunDirectory, results: dict, steps: Sequence[dict], configu
         "row_labels": row_labels(results),
         "histories": histories(results),
         "extras": _extras(results),
-        "gate": gate and {"against": None, "notes": [], "comparisons": []} | gate | {"verdict": verdict_of(gate)},
+        "gate": gate and {"against": None, "notes": [], "comparisons": []} | gate | {"verdict": Verdict.of(gate)},
         "registered": registered and {"hook_failure": None} | registered,
         "configuration": configuration,
         **_matrix(results),
@@ -55,10 +56,6 @@ def page_values(run: RunDirectory, results: dict, steps: Sequence[dict], configu
         **_costs(results, steps),
         **_ancestry(run, results, steps),
     }
-
-
-def verdict_of(gate: dict) -> str:
-    return {True: "passed", False: "refused", None: "undecided"}[gate["passed"]]
 
 
 def _grouped_headlines(results: dict) -> list[tuple[str, list]]:
@@ -75,7 +72,7 @@ def _image(figure: Any, alt: str) -> Image:
 # -- score matrix
 @dataclass(frozen=True)
 class MatrixCell:
-    """A score, its colours, and whether it is the one right after the task's own training."""
+    """A score with its colours; `own`: right after the task's own training."""
 
     value: float | None
     own: bool
@@ -84,10 +81,10 @@ class MatrixCell:
 
 
 def _matrix(results: dict) -> dict[str, Any]:
-    """The matrix as a table, or as a heat map where its columns are too many to read."""
+    """The matrix as a table, or as a heat map where it has too many columns to read."""
     tasks, metric = results["tasks"], results["metric"]
     if len(tasks) > 4 * MANY:
-        alt = f"Heat map of {len(results['scores'])} rows by {len(tasks)} tasks; the numbers are in results.json."
+        alt = f"Heat map of {len(results['scores'])} rows by {len(tasks)} tasks; all numbers are in results.json."
         return {"matrix_image": _image(draw_matrix(results, []), alt)}
     shades = shading(results)
     return {
@@ -111,7 +108,7 @@ def _matrix_cells(results: dict, row: int, shades: Sequence[float | None]) -> li
 
 
 def _extras(results: dict) -> list[dict[str, Any]]:
-    """Generated answers in every metric, the chosen one among them, after each step."""
+    """Scores of generated answers after each step, one entry per task and metric."""
     return [
         {
             "task": task,
@@ -201,7 +198,7 @@ def _title(step: dict, first: str) -> str:
 # -- ancestry
 @dataclass(frozen=True)
 class Recipe:
-    """A step with what it was made from; `data`: (task, its training split's `rows` and `digest`)."""
+    """What a step was trained from; `data`: (task, `rows` and `digest` of its training split)."""
 
     position: int
     label: str
@@ -214,7 +211,7 @@ class Recipe:
 
 
 def _ancestry(run: RunDirectory, results: dict, steps: Sequence[dict]) -> dict[str, Any]:
-    """The last finished step's ancestors; without a figure before the first step, or where an earlier run is gone."""
+    """The last finished step's ancestors; no figure before the first step, or where an earlier run was deleted."""
     values = {
         "ancestry_image": None,
         "ancestry_missing": None,
