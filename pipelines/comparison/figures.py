@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from pipelines.comparison.methods import EXAMPLES_MARK
-from pipelines.reporting.drawing import new_figure, render
+from pipelines.reporting.drawing import new_figure, render, series_style
 
 METRIC_GROUPS = (  # learning, its key; forgetting, its key; the sign that makes forgetting positive
     ("learning accuracy", "learning_accuracy", "forgetting", "forgetting", 1),
@@ -66,15 +66,15 @@ def examples_figure(result: dict) -> bytes:
             base, _, examples = name.partition(EXAMPLES_MARK)
             if summary[key][0] is not None:
                 lines.setdefault(base, []).append((int(examples), *summary[key]))
-        for base, points in lines.items():
+        for index, (base, points) in enumerate(lines.items()):
             x, y, errors = zip(*sorted(points), strict=True)
-            axis.errorbar(x, y, yerr=[e or 0 for e in errors], marker="o", capsize=2, label=base)
+            axis.errorbar(x, y, yerr=[e or 0 for e in errors], capsize=2, label=base, **series_style(index))
         axis.set(xscale="log", xlabel="training examples per task", ylabel=f"{learning} →")
         if lines:
             counts = sorted({point[0] for points in lines.values() for point in points})
             axis.set_xticks(counts, [f"{count:,}" for count in counts])
             axis.minorticks_off()
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, frameon=False)
 
     return _panels(result, draw)
 

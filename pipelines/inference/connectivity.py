@@ -18,7 +18,7 @@ from pipelines.errors import ConfigError, Problem
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.inference.predict import load_trained
 from pipelines.models.adapters import adapter_prefix
-from pipelines.reporting.drawing import new_figure, render
+from pipelines.reporting.drawing import new_figure, render, series_style
 from pipelines.runs.directory import RunDirectory
 
 
@@ -77,10 +77,11 @@ def figure(found: Sequence[dict]) -> bytes:
     """PNG: one panel per line, the loss of every task relative to the beginning of the line."""
     drawing, axes = new_figure(4.5 * len(found), 4, columns=len(found), share_y=True)
     for axis, line in zip(axes, found, strict=True):
-        for name, values in line["loss"].items():
-            axis.plot(line["at"], [value - values[0] for value in values], marker="o", markersize=3, label=name)
+        for index, (name, values) in enumerate(line["loss"].items()):
+            change = [value - values[0] for value in values]
+            axis.plot(line["at"], change, markersize=4, label=name, **series_style(index))
         axis.set_xlabel(f"{line['from']} → {line['to']}")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=8, frameon=False)
     axes[0].set_ylabel("change of loss (nats per token; error rate)")
     return render(drawing)
 

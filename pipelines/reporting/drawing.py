@@ -16,6 +16,15 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#00
 MARKERS = "osD^vPX"
 
 
+LINES = ("-", "--", ":")
+
+
+def series_style(index: int) -> dict:
+    """Colour, marker and line of a chart's series; the first 21 all differ."""
+    line = LINES[index // len(COLORS) % len(LINES)]
+    return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)], "linestyle": line}
+
+
 def new_figure(
     width: float, height: float, rows: int = 1, columns: int = 1, share_y: bool = False
 ) -> tuple[Figure, list[Axes]]:

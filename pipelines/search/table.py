@@ -48,7 +48,7 @@ def figure(result: dict) -> bytes:
     axis.set_xscale("log")
     axis.set_xlabel("learning rate")
     axis.set_ylabel(f"{result['task']}: learning on validation")
-    axis.legend(fontsize=8, title="open: ended at a rung", title_fontsize=8)
+    axis.legend(fontsize=8, frameon=False, title="open: ended at a rung", title_fontsize=8)
     return render(drawing)
 
 
