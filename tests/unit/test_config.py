@@ -9,6 +9,8 @@ from pipelines.config.tasks import TASKS
 from pipelines.errors import ConfigError
 from tests.conftest import minimal
 
+SEQUENCES = Path(__file__).parents[1] / "configs"  # over ../shared
+
 
 def problems_of(raw) -> list[str]:
     with pytest.raises(ConfigError) as error:
@@ -107,7 +109,7 @@ def test_shipped_configurations_are_valid(monkeypatch):
     from pipelines.cli.helpers import CONFIGS
 
     monkeypatch.setenv("CURLORA_DEMO", "/somewhere")
-    files = sorted(CONFIGS.glob("*.yaml"))
+    files = sorted([*CONFIGS.glob("*.yaml"), *SEQUENCES.glob("*.yaml")])
     assert {file.stem for file in files} >= {
         "demo",
         "paper-tiny",
@@ -124,8 +126,6 @@ def test_shipped_configurations_are_valid(monkeypatch):
 
 
 def test_sequences_are_in_their_published_orders():
-    from pipelines.cli.helpers import CONFIGS
-
     orders = {
         "standard-cl-order1": "dbpedia amazon yahoo agnews",
         "standard-cl-order2": "dbpedia amazon agnews yahoo",
@@ -133,8 +133,8 @@ def test_sequences_are_in_their_published_orders():
         "long-15": "mnli cb wic copa qqp boolq rte imdb yelp amazon sst2 dbpedia agnews multirc yahoo",
     }
     for name, order in orders.items():
-        assert " ".join(task.name for task in load_config(CONFIGS / f"{name}.yaml").tasks) == order
-    assert {task.kind for task in load_config(CONFIGS / "mixed.yaml").tasks} == set(TASKS)
+        assert " ".join(task.name for task in load_config(SEQUENCES / f"{name}.yaml").tasks) == order
+    assert {task.kind for task in load_config(SEQUENCES / "mixed.yaml").tasks} == set(TASKS)
 
 
 def test_the_ten_lines_of_the_readme_are_valid(tmp_path):

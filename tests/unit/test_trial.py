@@ -9,7 +9,7 @@ from pipelines.config.loading import parse_config
 from pipelines.search import trial as trials
 from pipelines.search.trial import Trial, prune
 from pipelines.search.trial_spec import Spec
-from pipelines.workers.assignment import rung_file, verdict_file
+from pipelines.workers.assignment import Assignment, rung_file, verdict_file
 from pipelines.workers.failures import GroupLost
 from tests.conftest import minimal
 
@@ -54,8 +54,8 @@ class Workers:
         self.assignments: list[dict] = []
         self.killed = 0
 
-    def submit(self, assignment: dict) -> int:
-        self.assignments.append(assignment)
+    def submit(self, assignment: Assignment) -> int:
+        self.assignments.append(assignment.to_json())
         return len(self.assignments) - 1
 
     def wait(self, number: int, seconds: float) -> dict | None:
