@@ -21,6 +21,7 @@ from pipelines.lineage.ancestry import Ancestry, Link
 from pipelines.lineage.mlflow_records import PREFIX, TAG_LENGTH, where_tags
 from pipelines.lineage.projection import gate_tags
 from pipelines.lineage.store import connect, errors, quiet
+from pipelines.runs.verdict import Verdict
 
 CHAMPION, CANDIDATE = "champion", "candidate"
 
@@ -260,10 +261,9 @@ def describe(ancestry: Ancestry, verdict: Mapping[str, Any] | None = None) -> st
     scores = [f"- {name}: {value:.4f}" for name, value in last.scores.items()]
     lines += ["", "Scores on the test splits after the last step:", "", *scores]
     if verdict:
-        word = {True: "passed", False: "refused", None: "undecided"}[verdict["passed"]]
         lines += [
             "",
-            f"**Gate: {word}**",
+            f"**Gate: {Verdict.of(verdict)}**",
             "",
             *(f"- {text}" for text in verdict["reasons"] or ["no reason against it"]),
         ]

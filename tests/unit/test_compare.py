@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.comparison.compare import tuning_config
 from pipelines.comparison.figures import examples_figure, pareto_front, tradeoff_figure
-from pipelines.comparison.intervals import paired
+from pipelines.comparison.intervals import paired_intervals
 from pipelines.comparison.methods import Comparison, merged, read_methods
 from pipelines.comparison.tables import as_csv, markdown
 from pipelines.errors import ConfigError
@@ -124,14 +124,14 @@ def run_with(folder, correct: list[int], step: str = "task") -> RunDirectory:
 def test_pairs_are_of_one_seed_also_where_a_run_is_missing(tmp_path):
     reference = {0: run_with(tmp_path / "r0", [1, 1, 1, 1]), 1: run_with(tmp_path / "r1", [0, 1, 0, 1])}
     ours = {1: run_with(tmp_path / "o1", [0, 1, 0, 1])}  # its run with seed 0 failed
-    assert paired(ours, reference)["learning"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
-    assert paired(ours, {0: reference[0]}) is None
+    assert paired_intervals(ours, reference)["learning"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert paired_intervals(ours, {0: reference[0]}) is None
 
 
 def test_joint_training_has_no_difference_right_after_a_task(tmp_path):
     sequential = {0: run_with(tmp_path / "sequential", [0, 1])}
     joint = {0: run_with(tmp_path / "joint", [1, 1], step="joint")}
-    assert paired(joint, sequential) == {"learning": None, "forgetting": None}
+    assert paired_intervals(joint, sequential) == {"learning": None, "forgetting": None}
 
 
 def result() -> dict:
