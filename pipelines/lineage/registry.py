@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.lineage.ancestry import Ancestry, Link
@@ -223,7 +223,7 @@ def set_champion(uri: str, version: Version, why: str) -> Version | None:
         LineageError: MLflow is away or refuses.
     """
     before = champion(uri, version.name)
-    moment = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    moment = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     change = {"version": version.version, "before": before.version if before else None, "time": moment, "why": why}
     with errors(uri, REMEDY), quiet():
         client = connect(uri)

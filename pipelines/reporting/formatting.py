@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 NONE = "–"
 
@@ -73,4 +73,4 @@ def probability(value: float | None) -> str:
 
 def moment(seconds: float) -> str:
     """Unix seconds as a UTC date and time."""
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
