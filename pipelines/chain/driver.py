@@ -18,7 +18,6 @@ from pipelines.chain.results import build_results
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import ConfigError, Problem, RunDirectoryError, RunFailed, RunStopped, and_then
 from pipelines.lineage.background import Projector
-from pipelines.preflight.model import check_fits
 from pipelines.promotion.publish import already_published, publish
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.event import Event
@@ -135,6 +134,8 @@ def _workers(drive: Drive, group: WorkerGroup | None, verbose: bool, address: st
     Raises:
         ConfigError: the adapter does not fit the model, or the workers the cluster.
     """
+    from pipelines.preflight.model import check_fits  # imports torch and PEFT: workers start meanwhile
+
     config = drive.config
     if group:
         check_fits(config)

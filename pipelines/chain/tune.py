@@ -10,7 +10,6 @@ from pipelines.data import held_out
 from pipelines.errors import ConfigError, Problem, did_you_mean
 from pipelines.lineage.background import Projector
 from pipelines.preflight import data
-from pipelines.preflight.model import check_fits
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.event import Event
 from pipelines.runs.identity import StepPlan
@@ -54,6 +53,8 @@ def tune(
         run.remove("stop.json")  # it was meant for an earlier driver
         found = where.found(run)
         if found is None:
+            from pipelines.preflight.model import check_fits  # imports torch and PEFT
+
             check_fits(config)
             parent = plan.steps[step.position - 2].directory if step.position > 1 else None
             with (

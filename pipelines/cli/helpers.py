@@ -7,11 +7,8 @@ import importlib
 import os
 import sys
 import time
-from pathlib import Path
 
 import click
-
-CONFIGS = Path(__file__).parents[1] / "configs"
 
 LINE_SECONDS = 10.0
 

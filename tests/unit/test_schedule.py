@@ -326,7 +326,7 @@ import sys, yaml
 opened = []
 sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
 from click.testing import CliRunner
-from pipelines.cli import main
+from pipelines.cli.app import main
 result = CliRunner().invoke(main, ["tick", sys.argv[1]])
 assert result.exit_code == 0, result.output
 slow = [m for m in ("torch", "ray", "mlflow", "datasets", "transformers", "pandas", "pyarrow") if m in sys.modules]
