@@ -53,14 +53,6 @@ class Record:
                 found[name] = _plain(value)
         return found | {name: _plain(value) for name, value in self.other.items()}
 
-    # TEMPORARY: mapping access for reporting, comparison and the gate
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name) if name in {n for n, _ in _written(type(self))} else self.other[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        value = getattr(self, name, self.other.get(name))
-        return default if value is None else value
-
 
 def _unnamed(value: Any) -> Any:
     return value
