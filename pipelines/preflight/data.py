@@ -80,6 +80,8 @@ def _context(config: PipelineConfig) -> int:
     """Tokens of the base's context, as the workers see it."""
     import transformers
 
+    from pipelines.models.base import context_length
+
     base = config.base_model
     try:
         found = transformers.AutoConfig.from_pretrained(
@@ -87,7 +89,7 @@ def _context(config: PipelineConfig) -> int:
         )
     except (OSError, ValueError):
         return config.training.max_length + 10**6  # unknown: no limit to hold anything against
-    return int(getattr(found, "max_position_embeddings", None) or 1024)
+    return context_length(found)
 
 
 class _Check:
