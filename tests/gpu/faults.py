@@ -31,7 +31,9 @@ def explained(result: Result, table: Table) -> None:
     from pipelines.workers.failures import explain
 
     text = explain(out_of_memory())
-    result.row(table, "out of memory", "pipelines.workers.failures.explain", None, text, "gradient_accumulation" in text)
+    result.row(
+        table, "out of memory", "pipelines.workers.failures.explain", None, text, "gradient_accumulation" in text
+    )
 
 
 def out_of_memory() -> torch.OutOfMemoryError:
