@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import shlex
+import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -149,8 +150,6 @@ class Cluster:
 
     def is_this_machine(self) -> bool:
         """Whether the cluster is one node, and that node is here: then every path is shared."""
-        import socket
-
         with _errors(self.address):
             answer = self._client._do_request("GET", "/nodes?view=summary").json()
         nodes = [node for node in answer["data"]["summary"] if node["raylet"].get("state") == "ALIVE"]
@@ -238,7 +237,7 @@ def _job(details) -> Job:
 @contextlib.contextmanager
 def _errors(address: str):
     """What the client or the network raise, as one line that says what to do."""
-    import aiohttp
+    import aiohttp  # slow
     import requests
     from ray.exceptions import AuthenticationError
 

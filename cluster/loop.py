@@ -23,7 +23,7 @@ SKIP_SECONDS = 60  # how late a tick may begin under `catch_up: skip`
 
 def cron_trigger(domains: DomainsConfig):
     """Raises ConfigError if `cron` or `timezone` mean nothing."""
-    from apscheduler.triggers.cron import CronTrigger
+    from apscheduler.triggers.cron import CronTrigger  # slow
 
     try:
         return CronTrigger.from_crontab(domains.cron, timezone=domains.timezone)
@@ -50,7 +50,7 @@ class Loop:
     """
 
     def __init__(self, config: PipelineConfig, arguments: Sequence[str], say: Callable[[str], None]):
-        from apscheduler.executors.pool import ThreadPoolExecutor
+        from apscheduler.executors.pool import ThreadPoolExecutor  # slow
         from apscheduler.schedulers.blocking import BlockingScheduler
 
         self.config, self.arguments, self.say = config, list(arguments), say

@@ -21,10 +21,15 @@ from dataclasses import dataclass, field
 
 from cluster.decisions import NAME_LENGTH, Decision, Ledger, schedule_folder
 from cluster.inbox import Domain, copy_domain, scan
+from pipelines.chain.start import find_start
 from pipelines.config.domains import DomainsConfig
 from pipelines.config.loading import parse_config
 from pipelines.config.pipeline import PipelineConfig
-from pipelines.errors import ConfigError, LeaseHeld, Problem, Unavailable
+from pipelines.data.sources import digest_of
+from pipelines.errors import ConfigError, DataError, LeaseHeld, LineageError, Problem, Unavailable
+from pipelines.lineage import registry
+from pipelines.preflight.hub import hub_available
+from pipelines.preflight.portability import open_secrets, unshared
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.lease import acquire_lease
 
@@ -169,11 +174,8 @@ class _Look:
         self._submit(domain.key, domain.stamp, chain)
 
     def _champion(self):
-        from pipelines.errors import LineageError
-        from pipelines.lineage.registry import champion  # imports mlflow
-
         try:
-            return champion(self.config.tracking.uri, self.config.tracking.register_as)
+            return registry.champion(self.config.tracking.uri, self.config.tracking.register_as)
         except LineageError as error:
             raise Unavailable(str(error)) from error
 
@@ -204,13 +206,9 @@ class _Look:
 
     def _judge(self, domain: Domain, chain: PipelineConfig, champion) -> tuple[str, list[str]]:
         """Why this domain is not trained: (kind of decision, reasons); no reasons: it is."""
-        from pipelines.preflight.hub import hub_available
+        from pipelines.preflight.data import check_data  # imports numpy; a tick without news needs none
 
         hub_available(chain)
-        from pipelines.data.sources import digest_of
-        from pipelines.errors import DataError
-        from pipelines.preflight.data import check_data  # imports datasets, after the hub was asked for
-
         taken = {"base", *(source.name for source in [*self.config.tasks, *self.config.retention])}
         if domain.name in taken:
             return "refused", [f"the name '{domain.name}' is taken in the configuration; rename the folder"]
@@ -226,9 +224,6 @@ class _Look:
 
     def _check_chain(self, chain: PipelineConfig) -> None:
         """Raises ConfigError where not the domain but the schedule's own configuration is at fault."""
-        from pipelines.chain.start import find_start
-        from pipelines.preflight.portability import open_secrets, unshared
-
         one_machine = self.domains.shared_paths or self.cluster.is_this_machine()
         problems = [*unshared(chain, one_machine), *open_secrets(chain)]
         if problems:

@@ -7,6 +7,7 @@ from pipelines.config.pipeline import PipelineConfig
 from pipelines.metrics import score_matrix
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
+from pipelines.search.step_search import summaries
 
 
 def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status: str) -> dict:
@@ -47,8 +48,6 @@ def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status:
         "steps": [_step_summary(step, row) for step, row in zip(plan.steps, rows[1:], strict=True)],
     }
     if config.search:
-        from pipelines.search.step_search import summaries
-
         results["searches"] = summaries(config, run, plan.steps, plan.base_fingerprint)
     return results
 

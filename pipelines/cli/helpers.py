@@ -11,6 +11,8 @@ from pathlib import Path
 
 import click
 
+from pipelines.errors import RunFailed, RunStopped
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 LINE_SECONDS = 10.0
@@ -50,8 +52,6 @@ def at_work(as_json: bool):
     Args:
         as_json: whatever libraries print (Ray tells of lost nodes) goes to stderr: a script reads stdout.
     """
-    from pipelines.errors import RunFailed, RunStopped
-
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             yield

@@ -81,7 +81,7 @@ def examples_figure(result: dict) -> bytes:
 
 def _panels(result: dict, draw: Callable) -> bytes:
     """A figure with a panel, drawn by `draw(axis, *kind)`, for each kind of metric that a method has learned by."""
-    import matplotlib
+    import matplotlib  # slow
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

@@ -74,7 +74,7 @@ def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def figure(found: Sequence[dict]) -> bytes:
     """PNG: a panel a line, the loss of every task relative to where the line begins."""
-    import matplotlib
+    import matplotlib  # slow
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

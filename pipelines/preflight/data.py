@@ -65,7 +65,7 @@ def check_data(config: PipelineConfig, warn: Warn = lambda text: None) -> list[P
 
 def _tokenizer(config: PipelineConfig):
     """The base's tokenizer; None where it cannot be had: that is the model's problem, reported with it."""
-    import transformers
+    import transformers  # slow
 
     base = config.base_model
     try:
@@ -78,7 +78,7 @@ def _tokenizer(config: PipelineConfig):
 
 def _context(config: PipelineConfig) -> int:
     """Tokens of the base's context, as the workers see it."""
-    import transformers
+    import transformers  # slow
 
     base = config.base_model
     try:

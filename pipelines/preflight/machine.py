@@ -71,7 +71,7 @@ def _processors() -> Finding:
 
 
 def _memory() -> Finding:
-    import psutil
+    import psutil  # slow
 
     free = psutil.virtual_memory().available / 2**30
     level = "ok" if free >= MIN_MEMORY_GIB else "warning"
@@ -87,7 +87,7 @@ def _disk() -> Finding:
 
 
 def _accelerator() -> Finding:
-    import torch
+    import torch  # slow
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(count))
@@ -98,7 +98,7 @@ def _ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return Finding("ray cluster", "ok", "RAY_ADDRESS is not set; each run starts a local cluster")
-    import ray
+    import ray  # slow
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -132,7 +132,10 @@ def _jobs_api(address: str | None) -> Finding:
 
 def _places(path: str) -> list[Finding]:
     """What a configuration names and the nodes of a cluster would not see."""
-    from pipelines.config.loading import parse_config, read_config
+    from pipelines.config.loading import (  # a broken environment is reported before this fails
+        parse_config,
+        read_config,
+    )
     from pipelines.config.pipeline import PipelineConfig
     from pipelines.preflight.portability import unshared
 

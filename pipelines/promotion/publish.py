@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import LineageError, RunDirectoryError
+from pipelines.lineage.projection import project
+from pipelines.promotion import promotion
+from pipelines.promotion.promotion import settle
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import fingerprint
 
@@ -36,8 +39,6 @@ def publish(run: RunDirectory, config: PipelineConfig, results: dict, send: Send
     Args:
         send: brings MLflow up to the run directory.
     """
-    from pipelines.promotion import promotion
-
     results |= {"registry": None}
     if not results["gate"] or results["gate"]["passed"] is None:
         results["gate"] = promotion.decide(run, config, results)
@@ -76,8 +77,6 @@ def sync(run: RunDirectory, uri: str | None = None) -> tuple[dict[str, str], str
     Raises:
         LineageError: MLflow is away or refuses.
     """
-    from pipelines.lineage.projection import project
-
     config, results = run.config(), run.results()
     tracking = config.tracking
     target = uri or (tracking.uri if tracking else "sqlite:///mlflow.db")
@@ -88,8 +87,6 @@ def sync(run: RunDirectory, uri: str | None = None) -> tuple[dict[str, str], str
         return run.read_json(STAMP)["runs"], target, warnings
     ids = project(run, target, experiment)
     if finished:
-        from pipelines.promotion.promotion import settle
-
         settle(run, config, results, ids, target)
     return ids, target, []
 

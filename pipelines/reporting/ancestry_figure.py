@@ -101,7 +101,7 @@ def _dot(ancestry: Ancestry, link: Link, size: float) -> dict:
 
 def _draw_grid(ancestry: Ancestry) -> Figure:
     """Column by column, a line each; a link's number is its place in the whole ancestry."""
-    from matplotlib.collections import LineCollection
+    from matplotlib.collections import LineCollection  # slow
 
     count = len(ancestry.links)
     rows = max(GRID_ROWS, math.ceil(count / GRID_COLUMNS))

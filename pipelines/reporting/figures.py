@@ -52,7 +52,7 @@ def draw_matrix(results: dict, _steps: list[dict]) -> Figure:
 
 
 def _write_numbers(ax: Axes, results: dict, shades: list[list[float | None]]) -> None:
-    from matplotlib.patches import Rectangle
+    from matplotlib.patches import Rectangle  # slow
 
     for t, row in enumerate(results["scores"]):
         for i, value in enumerate(row):

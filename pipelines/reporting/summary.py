@@ -200,7 +200,7 @@ def histories(results: dict) -> list[TaskHistory]:
 # -- the terminal
 def summary_table(results: dict) -> Table:
     """The score matrix; for a long sequence one line a task, which fits any terminal."""
-    from rich.table import Table
+    from rich.table import Table  # slow
 
     if len(results["tasks"]) > MANY // 2:
         return _history_table(results)
@@ -221,7 +221,7 @@ def summary_table(results: dict) -> Table:
 
 
 def _history_table(results: dict) -> Table:
-    from rich.table import Table
+    from rich.table import Table  # slow
 
     table = Table(title="Each task on its test split", title_justify="left")
     table.add_column("task", no_wrap=True)
@@ -234,7 +234,7 @@ def _history_table(results: dict) -> Table:
 
 
 def headline_table(results: dict) -> Table:
-    from rich.table import Table
+    from rich.table import Table  # slow
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)

@@ -61,6 +61,6 @@ def _rate(record: dict) -> float:
 
 
 def _colors(count: int) -> list:
-    import matplotlib
+    import matplotlib  # slow
 
     return [matplotlib.colormaps["viridis"](i / max(count, 2)) for i in range(count)]

@@ -325,10 +325,11 @@ import sys, yaml
 opened = []
 sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
 from click.testing import CliRunner
-from pipelines.cli import main
+from pipelines.cli.app import main
 result = CliRunner().invoke(main, ["tick", sys.argv[1]])
 assert result.exit_code == 0, result.output
-slow = [m for m in ("torch", "ray", "mlflow", "datasets", "transformers", "pandas", "pyarrow") if m in sys.modules]
+heavy = ("torch", "numpy", "ray", "mlflow", "datasets", "transformers", "pandas", "pyarrow")
+slow = [m for m in heavy if m in sys.modules]
 read = [path for path in opened if "/inbox/" in path or "/decisions/" in path]
 print(result.output.strip(), slow, read)
 """
