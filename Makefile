@@ -1,31 +1,61 @@
 # make demo    a whole chain on this machine, from nothing
-# make test    all tests (heavy ones included); make unit: the fast ones
+# make test    all tests: make unit, the fast ones; then make heavy
+# WHEEL=1      install a wheel built from this checkout instead of the checkout itself, as CI does: make test WHEEL=1
 # PIP_FLAGS    e.g. "--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA from PyTorch's index
+# make gpu     what only a GPU can show, in 8 minutes (GPU_FLAGS: more options of tests/gpu/run.py)
 
 PYTHON ?= python3
 VENV ?= .venv
+WHEEL ?=
 PIP_FLAGS ?=
-BIN := $(VENV)/bin
+GPU_FLAGS ?=
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test unit lint format ui clean
+# tests run in a folder that holds nothing else: they import what is installed, not what lies beside them
+ALONE := build/alone
+PYTEST := cd $(ALONE) && $(BIN)/python -m pytest --rootdir .
+export CURLORA_WHEEL := $(WHEEL)
+
+.PHONY: setup wheel demo test unit heavy gpu lint format ui clean
 
 setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PIP) install --quiet $(PIP_FLAGS) -r requirements.lock
+	$(if $(WHEEL),$(build_wheel))
+	$(PIP) install --quiet --no-deps --no-build-isolation $(if $(WHEEL),--force-reinstall dist/curlora-*.whl,-e .)
 	touch $(READY)
+
+# from nothing: setuptools would pack what an earlier build left behind
+define build_wheel
+rm -rf build/lib build/bdist.* dist
+$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+endef
+
+wheel: $(READY)
+	$(build_wheel)
 
 demo: $(READY)
 	$(BIN)/curlora demo
 
-test: unit
-	$(BIN)/python -m pytest tests --ignore=tests/unit --durations=30
+test: unit heavy
 
-unit: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n auto --dist loadfile
+unit: export OMP_NUM_THREADS := 1
+unit: $(READY) $(ALONE)
+	$(PYTEST) tests/unit -n auto --dist loadfile
+
+heavy: $(READY) $(ALONE)
+	$(PYTEST) tests --ignore=tests/unit --durations=20
+
+$(ALONE):
+	mkdir -p $(ALONE)
+	ln -sfn ../../tests $(ALONE)/tests
+
+gpu: $(READY)
+	$(BIN)/python tests/gpu/run.py --minutes 8 $(GPU_FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -39,4 +69,4 @@ ui: $(READY)
 	$(BIN)/curlora ui
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ import os
 import shlex
 import socket
 import time
+import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,6 @@ from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import fingerprint
 
 CODE = Path(__file__).resolve().parents[1]
-
-PACKAGES = ("curlora", "pipelines", "cluster")
 
 EXCLUDES = [
     *(".git/", ".venv/", "tests/", "docs/", "build/", "dist/", "*.egg-info/", "__pycache__/", ".*_cache/"),
@@ -110,9 +109,15 @@ def runtime_env() -> dict:
     Where this package is installed rather than checked out, the nodes have it too: the image holds it.
     """
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
-    if not (CODE / "pyproject.toml").exists():
+    if not _is_checkout(CODE):
         return {"env_vars": variables}
     return {"working_dir": str(CODE), "excludes": EXCLUDES, "env_vars": variables}
+
+
+def _is_checkout(folder: Path) -> bool:
+    """Whether this project's sources lie there; site-packages may hold another package's stray pyproject.toml."""
+    project = folder / "pyproject.toml"
+    return project.exists() and tomllib.loads(project.read_text(encoding="utf-8"))["project"]["name"] == "curlora"
 
 
 def job_id(config: PipelineConfig, attempt: int) -> str:

@@ -32,6 +32,7 @@ from pipelines.preflight.hub import hub_available
 from pipelines.preflight.portability import open_secrets, unshared
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.lease import acquire_lease
+from pipelines.runs.verdict import Verdict
 
 
 @dataclass
@@ -261,8 +262,8 @@ class _Look:
 
     def _finish(self, accepted: Decision, chain: PipelineConfig, results: dict) -> None:
         gate, registry = results.get("gate") or {}, results.get("registry") or {}
-        verdict = {True: "passed", False: "refused", None: "undecided"}[gate.get("passed")]
-        fields = {"verdict": verdict, "reasons": gate.get("reasons", []), "version": registry.get("uri")}
+        verdict = Verdict.of(gate)
+        fields = {"verdict": verdict.value, "reasons": gate.get("reasons", []), "version": registry.get("uri")}
         fields |= {"run": chain.name, "run_uri": chain.run_uri, "promoted": registry.get("promoted", False)}
         self.ledger.record(accepted.domain, accepted.stamp, "finished", **fields)
         state = "is champion now" if fields["promoted"] else "stays a candidate"

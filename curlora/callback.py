@@ -1,4 +1,4 @@
-"""A Trainer callback that keeps U inside ``max_update_norm``; the only file that imports the Trainer."""
+"""A Trainer callback that keeps U within ``max_update_norm``; the only file that imports the Trainer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 class ProjectUpdates(TrainerCallback):
     """Project every U after each optimizer step: ``Trainer(..., callbacks=[ProjectUpdates()])``.
 
-    Without it the bound holds too (the forward pass keeps it), but U and Adam's moments may drift beyond it.
+    Without it the forward pass still keeps the bound, but U and Adam's moments may drift beyond it.
     """
 
     def on_step_end(self, args, state, control, model=None, **kwargs):

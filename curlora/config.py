@@ -1,4 +1,4 @@
-"""The configuration of a CURLoRA adapter: what the user chooses, checked where it is written."""
+"""The configuration of a CURLoRA adapter, validated on construction."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .cur import RULES, SCALES
+from curlora.names import CARRY_MODES, SCALES, SELECTION_RULES
 
 PEFT_TYPE = "CURLORA"
 
 
 @dataclass
 class CurloraConfig(PeftConfig):
-    """Configuration of `CurloraModel`: ΔW = s · C U R with C, R from W, and only U (r, r) trained."""
+    """Configuration of `CurloraModel`: ΔW = s · C U R with C and R from W; only U (r, r) is trained.
+
+    Raises ValueError for an impossible value, naming the field, the value and a remedy.
+    """
 
     r: int = field(
         default=23,
-        metadata={"help": "Rank: the number of columns and rows that are selected; U holds r² numbers a layer."},
+        metadata={"help": "Rank: the number of selected columns and rows; U has r² parameters per layer."},
     )
     alpha: float = field(
         default=1.0, metadata={"help": "Strength of the update: ΔW is proportional to alpha (the paper uses 1)."}
@@ -36,7 +39,7 @@ class CurloraConfig(PeftConfig):
     )
     selection: str = field(
         default="inverse",
-        metadata={"help": f"How columns and rows of W are chosen: one of {', '.join(RULES)}."},
+        metadata={"help": f"Rule that selects columns and rows of W: one of {', '.join(SELECTION_RULES)}."},
     )
     whiten: bool = field(
         default=True,
@@ -44,40 +47,37 @@ class CurloraConfig(PeftConfig):
     )
     scale: str = field(
         default="adam",
-        metadata={"help": "s: 'adam' (steps as long as LoRA's, rates 1e-4…1e-2), 'rsqrt' (alpha/√r), 'none' (alpha)."},
+        metadata={"help": "s: 'adam' (LoRA's step length, rates 1e-4…1e-2), 'rsqrt' (alpha/√r), 'none' (alpha)."},
     )
     seed: int = field(
         default=0,
-        metadata={"help": "Seed of the selection; the draw depends only on it and on the name of the layer."},
+        metadata={"help": "Seed of the selection, which depends only on it and on the name of the layer."},
     )
     dropout: float = field(
         default=0.0, metadata={"help": "Probability of dropping an entry of z = R x during training."}
     )
     carry: str = field(
         default="continue",
-        metadata={
-            "help": "From task to task: 'continue' trains the same U, 'stack' adds a block and freezes the old."
-        },
+        metadata={"help": "From task to task: 'continue' trains the same U, 'stack' freezes it and adds a block."},
     )
     blocks: int = field(
         default=1,
-        metadata={"help": "Number of stacked blocks; `add_block` raises it, only the last block is trained."},
+        metadata={"help": "Number of stacked blocks, raised by `add_block`; only the last one is trained."},
     )
     max_update_norm: float | None = field(
         default=None,
-        metadata={
-            "help": "Upper bound of ‖ΔW‖_F / ‖W‖_F in every adapted layer, kept during training; None: no bound."
-        },
+        metadata={"help": "Upper bound of ‖ΔW‖_F / ‖W‖_F per adapted layer, kept during training; None: no bound."},
     )
     fan_in_fan_out: bool = field(
         default=False,
-        metadata={"help": "The weight is stored as (in, out); only read for layers that are not Linear or Conv1D."},
+        metadata={"help": "The weight is stored as (in, out); only used for layers other than Linear and Conv1D."},
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the transformer layers to adapt; None: all of them."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts, as 'layers'."}
+        default=None,
+        metadata={"help": "Module list that `layers_to_transform` indexes, such as 'layers'."},
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Ranks that differ from `r`, by layer name or regular expression."}
@@ -86,7 +86,7 @@ class CurloraConfig(PeftConfig):
         default_factory=dict, metadata={"help": "Alphas that differ from `alpha`, by name or regular expression."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Other modules to train in full and to save with the adapter, as a head."}
+        default=None, metadata={"help": "Other modules to train in full and to save with the adapter, such as a head."}
     )
     bias: str = field(default="none", metadata={"help": "Biases are never trained: only 'none'."})
 
@@ -102,9 +102,9 @@ class CurloraConfig(PeftConfig):
         self._check_patterns()
 
     def _check_choices(self) -> None:
-        _one_of("selection", self.selection, tuple(RULES))
+        _one_of("selection", self.selection, tuple(SELECTION_RULES))
         _one_of("scale", self.scale, SCALES)
-        _one_of("carry", self.carry, ("continue", "stack"))
+        _one_of("carry", self.carry, CARRY_MODES)
         _one_of("bias", self.bias, ("none",))
 
     def _check_numbers(self) -> None:
@@ -134,18 +134,18 @@ class CurloraConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
-        """Read the configuration of a saved adapter; its layers then wait for the saved indices (see `load_only`)."""
+        """Read the configuration of a saved adapter; its layers then expect saved indices (see `load_only`)."""
         config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         config.load_only = True
         _check_readable(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         return config
 
     load_only = False
-    """The indices come from a file, so no selection is run: not a field, because it is never saved."""
+    """Indices come from a file, so that no selection runs. Not a field, because it is never saved."""
 
 
 def _check_readable(directory: str) -> None:
-    """Name the file and the remedy where a local adapter is cut off: PEFT, which reads it next, would say neither."""
+    """Raise ValueError with file and remedy if a local adapter is truncated; PEFT's own error would name neither."""
     path = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
     if not os.path.isfile(path):
         return

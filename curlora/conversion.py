@@ -1,6 +1,6 @@
-"""Leaving CURLoRA: the same update as a PEFT LoRA adapter that any server loads, or merged into the full model.
+"""Export of an adapter: as a PEFT LoRA adapter, which any server loads, or merged into the full model.
 
-Both are exact: ΔW = C M R is a LoRA with A = R and B = C M (methods: CURLoRA, "As LoRA").
+Both are exact: ΔW = C M R is a LoRA with A = R and B = C M.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def to_lora(
 ) -> LoraConfig:
     """Write a CURLoRA adapter as a PEFT LoRA adapter directory and return its configuration.
 
-    ``adapter``: a loaded model or an adapter directory; then the base comes from ``base_model`` or from its
-    configuration. The rank is r times the number of blocks; lora_alpha = α · rank, so that PEFT's lora_alpha / rank is
-    α again. Trained modules_to_save are written along.
+    ``adapter``: a loaded model, or an adapter directory, whose base is then ``base_model`` or the one that its
+    configuration names. The rank is r times the number of blocks; lora_alpha = α · rank, so that PEFT's scale
+    lora_alpha / rank equals α. Trained modules_to_save are included. Raises ValueError if no layer is adapted.
     """
     model = _loaded(adapter, base_model, adapter_name)
     config = model.peft_config[adapter_name]
     cores = model.base_model.cores(adapter_name)
     if config.bias != "none" or not cores:
-        raise ValueError(f"Adapter {adapter_name!r} adapts no layer, there is nothing to convert.")
+        raise ValueError(f"Adapter {adapter_name!r} adapts no layer; there is nothing to convert.")
     state = _other_modules(model, adapter_name)
     for name, layer, core in cores:
         state.update(lora_weights(f"base_model.model.{name}", layer, core.settings.alpha, adapter_name))
@@ -61,7 +61,7 @@ def to_merged(
     base_model: nn.Module | None = None,
     adapter_name: str = "default",
 ) -> nn.Module:
-    """Merge a CURLoRA adapter into its base, save the full model and return it; a passed model is merged in place."""
+    """Merge a CURLoRA adapter into its base, save the full model and return it; a loaded model is merged in place."""
     model = _loaded(adapter, base_model, adapter_name)
     merged = model.merge_and_unload(safe_merge=True, adapter_names=[adapter_name])
     merged.save_pretrained(str(directory))
@@ -76,7 +76,7 @@ def lora_weights(stem: str, layer: nn.Module, alpha: float, adapter_name: str) -
 
 
 def _other_modules(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """What the adapter saves besides its own factors: modules_to_save."""
+    """State that the adapter saves besides its factors: modules_to_save."""
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return {key: value.contiguous() for key, value in state.items() if ".curlora_core." not in key}
 
@@ -101,7 +101,7 @@ def _lora_config(model: PeftModel, config: CurloraConfig, cores: list) -> LoraCo
 
 
 def _target_names(model: PeftModel, adapted: list[str]) -> list[str]:
-    """Last name components, as servers expect, if they select exactly the adapted layers; otherwise full names."""
+    """Last name components, which servers expect, if they select exactly the adapted layers; else full names."""
     short = {name.rpartition(".")[2] for name in adapted}
     layers = {name for name, _ in model.base_model.model.named_modules() if name.rpartition(".")[2] in short}
     return sorted(short) if layers == set(adapted) else sorted(adapted)
@@ -118,7 +118,7 @@ def _loaded(adapter: PeftModel | str | os.PathLike, base_model: nn.Module | None
 
 
 def _load_base(config: CurloraConfig) -> nn.Module:
-    """The base model that the configuration names, in the class that it was trained in."""
+    """The base model that the configuration names, in the class in which it was trained."""
     mapping = config.auto_mapping or {}
     module = mapping.get("parent_library") or "transformers"
     name = mapping.get("base_model_class") or AUTO_CLASSES.get(config.task_type)

@@ -1,29 +1,30 @@
-"""CUR mathematics on plain tensors: which columns and rows of a matrix to take, and how to condition them.
+"""CUR mathematics on plain tensors: selection of columns and rows of a matrix, and their whitening.
 
-Everything here is a pure function of its arguments: no modules, no global random state, no files. "Columns" are
-columns of the matrix that is passed; rows of W are selected by passing ``W.T``. Source: CURLoRA
-(arXiv 2408.14572, section 3) for the inverted probabilities; the other rules name theirs.
+Pure functions: no modules, no global random state, no files. "Columns" are columns of the given matrix; rows of W are
+selected by passing ``W.T``. Source: CURLoRA (arXiv 2408.14572, section 3) for the inverted probabilities; the other
+rules name their own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from curlora.names import SELECTION_RULES
+
 MAX_CONDITION = 1e4
-"""A factor worse conditioned than this is drawn again: its whitening would amplify rounding errors."""
+"""A factor with a larger condition number is drawn again: its whitening would amplify rounding errors."""
 
 ATTEMPTS = 8
-"""How often a badly conditioned factor is drawn again before the error."""
+"""Number of draws before a badly conditioned factor is an error."""
 
 EXACT_SVD_LIMIT = 512
-"""Up to this smaller dimension singular vectors are exact; above it a randomised range finder is used."""
-
-SCALES = ("adam", "rsqrt", "none")
+"""Singular vectors are exact up to this smaller dimension; above it, a randomised range finder computes them."""
 
 
 class SelectionError(ValueError):
@@ -32,16 +33,16 @@ class SelectionError(ValueError):
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a selection rule may look at when it chooses among the k columns of a matrix."""
+    """The input of a selection rule, which chooses among the k columns of a matrix."""
 
     matrix: torch.Tensor
     """(d, k), any float dtype and device."""
     energy: torch.Tensor
     """(k,) squared column norms, float64 on the CPU."""
     allowed: torch.Tensor
-    """(k,) bool: neither zero nor excluded."""
+    """(k,) bool: whether a column is neither zero nor excluded."""
     activation: torch.Tensor | None = None
-    """(k,) mean squared activation on a calibration batch, float64 on the CPU; only for the rule ``activation``."""
+    """(k,) mean squared activation on calibration batches, float64 on the CPU; only for the rule ``activation``."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,13 @@ class Factor:
 
 
 Rule = Callable[[Candidates, int, torch.Generator], torch.Tensor]
-RULES: dict[str, Rule] = {}
-"""Selection rules by name. A rule maps (candidates, rank, generator) to `rank` distinct allowed indices."""
+"""A selection rule: maps (candidates, rank, generator) to `rank` distinct allowed indices."""
 
 
-def rule(name: str) -> Callable[[Rule], Rule]:
-    """Register a selection rule under ``name``."""
-
-    def register(function: Rule) -> Rule:
-        RULES[name] = function
-        return function
-
-    return register
+def rule_named(name: str) -> Rule:
+    """The selection rule that the registry has under ``name``."""
+    module, _, function = SELECTION_RULES[name].partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 # ---------------------------------------------------------------------------------------------- probabilities
@@ -86,7 +82,7 @@ def rule(name: str) -> Callable[[Rule], Rule]:
 def squared_norms(matrix: torch.Tensor) -> torch.Tensor:
     """Squared norms of the columns of a (d, k) matrix as (k,) float64 on the CPU; half precision is summed in fp32.
 
-    By slices of rows, which stay in the cache: a reduction across the stride of the whole matrix is 15 times slower.
+    Sums slices of rows that fit the cache: a reduction across the stride of the whole matrix is 15 times slower.
     """
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     if matrix.t().is_contiguous():
@@ -112,7 +108,7 @@ def sample(p: torch.Tensor, rank: int, generator: torch.Generator) -> torch.Tens
     """Draw ``rank`` distinct indices with probabilities proportional to p (k,), one after another.
 
     The largest values of log p + Gumbel noise are distributed exactly like sequential draws without replacement
-    (Gumbel top-k), and need one random number an index, whatever the order of evaluation.
+    (Gumbel top-k), and need one random number per index, independently of the order of evaluation.
     """
     noise = torch.rand(p.shape, generator=generator, dtype=torch.float64)
     keys = p.double().log() - noise.clamp_min(1e-300).log().neg().log()
@@ -122,38 +118,33 @@ def sample(p: torch.Tensor, rank: int, generator: torch.Generator) -> torch.Tens
 # --------------------------------------------------------------------------------------------- selection rules
 
 
-@rule("inverse")
-def _inverse(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
-    """The paper's rule: columns of small norm are likelier, so that ΔW starts in rarely used directions."""
+def select_inverse(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """The rule of the paper: prefers columns of small norm, so that ΔW starts in rarely used directions."""
     energy = torch.where(candidates.allowed, candidates.energy, 0.0)
     return sample(inverted(probabilities(energy)), rank, generator)
 
 
-@rule("uniform")
-def _uniform(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
-    """Every non-zero column alike: the control that shows whether a rule matters."""
+def select_uniform(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """All non-zero columns with equal probability: the control that shows whether a rule matters."""
     return sample(candidates.allowed.double(), rank, generator)
 
 
-@rule("importance")
-def _importance(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
-    """Columns of large norm are likelier: the classical CUR sampling."""
+def select_importance(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """Prefers columns of large norm: classical CUR sampling."""
     return sample(torch.where(candidates.allowed, candidates.energy, 0.0), rank, generator)
 
 
-@rule("leverage")
-def _leverage(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
-    """Columns that matter for the best rank-r approximation are likelier (Mahoney & Drineas, 2009)."""
+def select_leverage(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """Prefers columns that the best rank-r approximation uses (Mahoney & Drineas, 2009)."""
     vectors = right_singular_vectors(_remaining(candidates), rank, generator)
     scores = vectors.square().sum(dim=1).clamp_min(1e-12)
     return sample(torch.where(candidates.allowed, scores, 0.0), rank, generator)
 
 
-@rule("deim")
-def _deim(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+def select_deim(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
     """Greedy interpolation points of the leading singular vectors (Sorensen & Embree, 2016, algorithm 1).
 
-    Each index is where the next vector is worst interpolated at the indices chosen before it.
+    Each index is where interpolation of the next vector at the earlier indices has the largest error.
     """
     vectors = right_singular_vectors(_remaining(candidates), rank, generator)
     chosen: list[int] = []
@@ -168,17 +159,16 @@ def _deim(candidates: Candidates, rank: int, generator: torch.Generator) -> torc
     return torch.tensor(chosen)
 
 
-@rule("activation")
-def _activation(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
-    """The quietest indices on a calibration batch: what z = (W x)[I] is small on, the update hardly changes."""
+def select_activation(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """Indices with the smallest activations on calibration batches: with a small z = (W x)[I], the update is small."""
     if candidates.activation is None:
-        raise SelectionError("it needs a calibration batch, call model.calibrate([batch, ...])")
+        raise SelectionError("it needs a calibration batch; call model.calibrate([batch, ...])")
     energy = torch.where(candidates.allowed, candidates.activation.double().cpu(), math.inf)
     return energy.argsort(stable=True)[:rank]
 
 
 def _remaining(candidates: Candidates) -> torch.Tensor:
-    """The matrix without its excluded columns (as zeros)."""
+    """The matrix with its excluded columns set to zero."""
     if bool(candidates.allowed.all()):
         return candidates.matrix
     return candidates.matrix * candidates.allowed.to(candidates.matrix)
@@ -207,7 +197,7 @@ def right_singular_vectors(matrix: torch.Tensor, rank: int, generator: torch.Gen
 
 
 def generator_for(seed: int, *key: object) -> torch.Generator:
-    """A CPU generator that depends only on the seed and the key: not on rank, world size, order or global state."""
+    """A CPU generator that depends on seed and key only, not on rank, world size, order or global state."""
     digest = hashlib.sha256("|".join(map(str, (seed, *key))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -215,8 +205,8 @@ def generator_for(seed: int, *key: object) -> torch.Generator:
 def triangle_of(columns: torch.Tensor) -> torch.Tensor:
     """T of the thin QR decomposition C = Q T with non-negative diagonal, for C (d, k), as (k, k) float64 on the CPU.
 
-    The sign convention makes T unique, so the first blocks of a stack keep their Q when another block is appended.
-    On the CPU in fp64 so that every rank and device derives the same numbers.
+    The sign convention makes T unique, so that the first blocks of a stack keep their Q when a block is appended.
+    Computed on the CPU in fp64, so that every rank and device gets the same result.
     """
     triangle = torch.linalg.qr(columns.detach().cpu().double(), mode="r").R
     signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(triangle.dtype)
@@ -235,9 +225,9 @@ def select(
 ) -> Factor:
     """Choose ``rank`` columns of a (d, k) matrix that are well conditioned together with the ``previous`` ones.
 
-    Deterministic in (seed, key). ``previous`` (int64) is never chosen again and comes first in the result, whose
-    triangle covers both. ``activation`` (k,) is what the rule of that name ranks by.
-    Raises SelectionError if too few non-zero columns are left or if no draw is conditioned better than 1e4.
+    Deterministic in (seed, key). Columns in ``previous`` (int64) are not chosen again and come first in the result,
+    whose triangle covers both. The rule ``activation`` ranks by ``activation`` (k,).
+    Raises SelectionError if too few non-zero columns are left or if no draw has a condition number of at most 1e4.
     """
     candidates = _candidates(matrix, previous, activation)
     available = int(candidates.allowed.sum())
@@ -246,7 +236,7 @@ def select(
     head = torch.empty(0, dtype=torch.int64) if previous is None else previous.cpu()
     condition = math.inf
     for attempt in range(ATTEMPTS):
-        drawn = RULES[selection](candidates, rank, generator_for(seed, key, attempt, len(head)))
+        drawn = rule_named(selection)(candidates, rank, generator_for(seed, key, attempt, len(head)))
         indices = torch.cat([head, drawn.to(torch.int64)])
         factor = Factor(indices, triangle_of(matrix[:, indices.to(matrix.device)]))
         condition = min(condition, factor.condition)
@@ -277,9 +267,9 @@ def whitening(triangle: torch.Tensor) -> torch.Tensor:
 def scale_factor(scale: str, alpha: float, rows: int, rank: int, norms: float = 1.0) -> float:
     """s of ΔW = s · C U R for W with ``rows`` outputs.
 
-    ``none``: α. ``rsqrt``: α/√r. ``adam``: one Adam step at rate η moves ‖ΔW‖_F as far as LoRA's does, which is about
+    ``none``: α. ``rsqrt``: α/√r. ``adam``: one Adam step at rate η changes ‖ΔW‖_F as much as for LoRA, which is about
     0.58 √(m r) η against s · c̄ r̄ · r η here; ``norms`` = c̄ r̄ is the product of the root-mean-square norms of the
-    chosen columns and rows (1 when whitened).
+    chosen columns and rows (1 if whitened).
     """
     if scale == "none":
         return alpha

@@ -1,13 +1,13 @@
 """The gather identity as autograd functions: R x = W[I, :] x = (W x)[I], and its dual Cᵀ g = (Wᵀ g)[J].
 
-``cur_linear`` fuses a frozen dense layer with its update; ``cur_residual`` adds the update to an output that any base
-layer (quantised, partitioned, hooked) has computed. Both keep z (tokens, k) for the backward pass and nothing of the
-size of the layer. They know nothing about whitening or adapters: ``middle`` M (k, k) already contains both.
+``cur_linear`` fuses a frozen dense layer with its update; ``cur_residual`` adds the update to the output of any base
+layer (quantised, partitioned, hooked). Both save z (tokens, k) for the backward pass and nothing of the size of the
+layer. Whitening and the combination of adapters are already contained in ``middle`` M (k, k).
 
     forward     z = y[..., I] − b[I]        y ← y + C M z
     backward    c = Cᵀ ∂y                   ∂M = c zᵀ        ∂z = Mᵀ c        ∂x ← ∂x + Rᵀ ∂z
 
-Where the base layer's own ∂x = Wᵀ ∂y is at hand, c is gathered from it: c = ∂x[..., J].
+If the base layer's own ∂x = Wᵀ ∂y is available, c is gathered from it: c = ∂x[..., J].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """A region in which dtypes stay as they are: autocast would run the r×r products in half precision."""
+    """A context without autocast, which would compute the r×r products in half precision."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
@@ -69,12 +69,12 @@ def _gather(y: Tensor, rows: Tensor, bias_rows: Tensor | None, mask: Tensor | No
 
 
 def _flat_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The mask as (tokens, k) in the dtype of the output, which under autocast is not that of the input."""
+    """The mask as (tokens, k) in the dtype of the output, which differs from that of the input under autocast."""
     return None if mask is None else mask.reshape(-1, mask.shape[-1]).to(dtype)
 
 
 def _through(z: Tensor, middle: Tensor) -> Tensor:
-    """M z for z (tokens, k), computed in the precision of M: whitening must not happen in half precision."""
+    """M z for z (tokens, k), computed in the precision of M: half precision would spoil the whitening."""
     return (z.to(middle.dtype) @ middle.t()).to(z.dtype)
 
 
@@ -114,7 +114,7 @@ class _CurLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = flat @ kernel.t()
             grad_middle, grad_z = _gradients(grad_x.index_select(1, cols), z, middle, mask, flat.dtype)
-            # A scatter of ∂z into ∂y would copy all of ∂y; R is k gathered rows of W, much less to read.
+            # Scattering ∂z into ∂y would copy all of ∂y; R is k gathered rows of W, which is much less to read.
             grad_x.addmm_(grad_z, _rows_of(kernel, rows))
             grad_x = grad_x.view(*grad.shape[:-1], -1)
         else:

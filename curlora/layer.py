@@ -1,18 +1,14 @@
-"""The adapted layer: a frozen base layer, and for each adapter a `CurloraCore` that owns U and the chosen factors.
+"""The adapted layer: a frozen base layer, and per adapter a `CurloraCore` with U and the selected factors.
 
-The core is a module, not a bare parameter, because DeepSpeed ZeRO-3 gathers the parameters of a module when that
-module is *called*: the layer's forward calls the core to get the middle matrix. C and the r×r whitening matrices are
-derived from the base and never saved; R is not stored at all (see `functional`).
+C and the r×r whitening matrices are derived from the base and never saved; R is not stored at all (see `functional`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -21,237 +17,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import cur
-from .config import CurloraConfig
-from .functional import cur_linear, cur_residual, without_autocast
-
-EXACT_TOLERANCE = 0.01
-"""Largest relative deviation of the base fingerprint that another float dtype explains."""
-
-QUANTISED_TOLERANCE = 0.20
-"""Largest relative deviation that an 8 or 4 bit base explains."""
-
-
-class BaseMismatchError(ValueError):
-    """The adapter was made for another base model."""
-
-
-@dataclass(frozen=True)
-class CoreSettings:
-    """What the configuration says about one layer."""
-
-    key: str
-    r: int
-    alpha: float
-    blocks: int
-    config: CurloraConfig
-
-
-@contextlib.contextmanager
-def gathered(*parameters: Tensor | None, modifier_rank: int | None = None) -> Iterator[None]:
-    """Whole parameters inside the block where ZeRO-3 has partitioned them (a collective); otherwise nothing.
-
-    ``modifier_rank=None`` means reading only: nothing is broadcast on exit.
-    """
-    partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
-    if not partitioned:
-        yield
-        return
-    import deepspeed  # only where a parameter really is partitioned: the import takes a second
-
-    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank):
-        yield
-
-
-class CurloraCore(nn.Module):
-    """One adapter on one layer: the trainable U, the record of where it sits, and what is derived from the base.
-
-    State: ``U`` (r, r) float32, trained; ``frozen`` (blocks−1, r, r), only in a stack; ``record`` int32 with rows (k),
-    columns (k), fingerprint (blocks, 3) as float bits and a checksum, k = blocks·r. One integer tensor, because a
-    header entry costs more bytes than the numbers and because casting a model to bf16 leaves integers alone.
-
-    Derived, not saved: ``rows`` I and ``cols`` J (k), ``columns`` C (m, k), ``bias_rows`` b[I] (k), and in fp32
-    whatever the dtype of the model ``left``, ``right`` (M = left · U · right) and ``norm_left``, ``norm_right``
-    (‖ΔW‖_F = ‖norm_left · U · norm_right‖_F).
-    """
-
-    DERIVED = ("rows", "cols", "columns", "bias_rows", "left", "right", "norm_left", "norm_right")
-    EXACT = ("left", "right", "norm_left", "norm_right")
-
-    def __init__(self, settings: CoreSettings, device: torch.device) -> None:
-        super().__init__()
-        self.settings = settings
-        r, blocks = settings.r, settings.blocks
-        self.U = nn.Parameter(torch.zeros(r, r, device=device))
-        if blocks > 1:
-            self.register_buffer("frozen", torch.zeros(blocks - 1, r, r, device=device))
-        self.register_buffer("record", torch.zeros(2 * self.size + 3 * blocks + 1, dtype=torch.int32, device=device))
-        for name in self.DERIVED:
-            self.register_buffer(name, None, persistent=False)
-        self.weight_norm = math.nan
-        self.stale = False
-
-    @property
-    def size(self) -> int:
-        """k: the number of chosen rows and of chosen columns in all blocks."""
-        return self.settings.r * self.settings.blocks
-
-    @property
-    def ready(self) -> bool:
-        """Whether rows and columns are chosen and derived."""
-        return self.rows is not None
-
-    # ------------------------------------------------------------------------------------------- the record
-
-    def write_record(self, rows: Tensor, columns: Tensor, fingerprint: Tensor) -> None:
-        """Store indices (k) int64 and fingerprint (blocks, 3) float32; the checksum is added when saving."""
-        bits = fingerprint.float().contiguous().view(torch.int32).flatten()
-        packed = torch.cat([rows.int(), columns.int(), bits, torch.zeros(1, dtype=torch.int32)])
-        self.record.copy_(packed)
-
-    def read_record(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows (k) int64, columns (k) int64 and fingerprint (blocks, 3) float32, on the CPU."""
-        record, k = self.record.cpu(), self.size
-        fingerprint = record[2 * k : -1].contiguous().view(torch.float32).view(-1, 3)
-        return record[:k].long(), record[k : 2 * k].long(), fingerprint
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.stale = self.stale or prefix + "record" in state_dict
-
-    # ---------------------------------------------------------------------------------------------- factors
-
-    def derive(self, rows: cur.Factor, columns: cur.Factor, weight: Tensor, bias: Tensor | None) -> None:
-        """Set everything that is derived from the base weight (m, n) and bias (m) for the chosen factors."""
-        device = weight.device
-        self.rows, self.cols = rows.indices.to(device), columns.indices.to(device)
-        # (m, k) over contiguous columns: both skinny products with C run faster that way than over contiguous rows.
-        self.columns = weight[:, self.cols].detach().t().contiguous().t()
-        self.bias_rows = None if bias is None else bias[self.rows].detach().clone()
-        scales = torch.diag(self._scales(rows, columns, weight.shape[0]))
-        if self.settings.config.whiten:
-            self._set_exact("left", cur.whitening(columns.triangle) @ scales, device)
-            self._set_exact("right", cur.whitening(rows.triangle).t(), device)
-            self._set_exact("norm_left", scales, device)
-            self._set_exact("norm_right", torch.eye(self.size, dtype=scales.dtype), device)
-        else:
-            self._set_exact("left", scales, device)
-            self._set_exact("norm_left", columns.triangle @ scales, device)
-            self._set_exact("norm_right", rows.triangle.t(), device)
-        self.conditions = {"rows": rows.condition, "columns": columns.condition}
-        self.norms = {"rows": rows.norm, "columns": columns.norm}
-        if self.settings.config.max_update_norm is not None:
-            self.weight_norm = float(torch.linalg.vector_norm(weight, dtype=self.left.dtype))
-        self.stale = False
-
-    def derive_on_meta(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Shapes only, for a model on the meta device: nothing is read, the indices mean nothing."""
-        k = self.size
-        self.rows = self.cols = torch.empty(k, dtype=torch.int64, device="meta")
-        self.columns = torch.empty(weight.shape[0], k, dtype=weight.dtype, device="meta")
-        self.bias_rows = None if bias is None else torch.empty(k, dtype=bias.dtype, device="meta")
-        for name in self.EXACT:
-            setattr(self, name, torch.empty(k, k, device="meta"))
-        self.stale = False
-
-    def _set_exact(self, name: str, matrix: Tensor, device: torch.device) -> None:
-        setattr(self, name, matrix.to(device=device, dtype=torch.float32).contiguous())
-
-    def _scales(self, rows: cur.Factor, columns: cur.Factor, out_features: int) -> Tensor:
-        """s for every chosen index (k) float64; raw factors are rescaled block by block, so that a new block never
-        changes the scale of an old one."""
-        settings, r = self.settings, self.settings.r
-        scales = []
-        for start in range(0, self.size, r):
-            norms = 1.0
-            if not settings.config.whiten:
-                block = slice(start, start + r)
-                norms = float(columns.triangle[:, block].norm() * rows.triangle[:, block].norm()) / r
-            scales.append(cur.scale_factor(settings.config.scale, settings.alpha, out_features, r, norms))
-        return torch.tensor(scales, dtype=torch.float64).repeat_interleave(r)
-
-    def _apply(self, fn, recurse: bool = True):
-        # bf16 factors are orthonormal only to 7e-3, and a frozen block is a finished task: they follow the device of
-        # the model, never its dtype.
-        exact = {name: getattr(self, name, None) for name in (*self.EXACT, "frozen")}
-        super()._apply(fn, recurse)
-        for name, tensor in exact.items():
-            if tensor is not None and tensor.device == getattr(self, name).device:
-                setattr(self, name, tensor)
-            elif tensor is not None:
-                setattr(self, name, tensor.to(getattr(self, name).device))
-        return self
-
-    # ---------------------------------------------------------------------------------------------- forward
-
-    def forward(self) -> Tensor:
-        """The middle matrix M (k, k), at least fp32: ΔW = C M R."""
-        if not self.ready:
-            raise RuntimeError(_not_ready(self.settings))
-        with without_autocast(self.record.device.type):
-            stacked = self._bounded(self._stacked())
-            middle = self.left.to(stacked.dtype) @ stacked
-            return middle if self.right is None else middle @ self.right.to(stacked.dtype)
-
-    def _stacked(self) -> Tensor:
-        """All blocks of U on the diagonal of a (k, k) matrix, at least fp32."""
-        current = self.U.to(torch.promote_types(self.U.dtype, torch.float32))
-        if self.settings.blocks == 1:
-            return current
-        return torch.block_diag(*self.frozen.to(current.dtype), current)
-
-    def _bounded(self, stacked: Tensor) -> Tensor:
-        """``stacked`` with its last block shrunk until ‖ΔW‖_F ≤ max_update_norm · ‖W‖_F."""
-        if self.settings.config.max_update_norm is None:
-            return stacked
-        start = self.size - self.settings.r
-        factor = torch.ones(self.size, 1, dtype=stacked.dtype, device=stacked.device)
-        factor[start:] = self.shrinkage(stacked)
-        return stacked * factor
-
-    @torch.no_grad()
-    def shrinkage(self, stacked: Tensor | None = None) -> Tensor:
-        """The largest c in [0, 1], as a 0-dim tensor, for which c · (last block) keeps the bound on ‖ΔW‖_F.
-
-        Root of ‖A + c B‖² = bound², where A is the update of the frozen blocks and B that of the last one.
-        """
-        stacked = self._stacked() if stacked is None else stacked
-        left, right = self.norm_left.to(stacked.dtype), self.norm_right.to(stacked.dtype)
-        start = self.size - self.settings.r
-        old = left[:, :start] @ stacked[:start] @ right
-        new = left[:, start:] @ stacked[start:] @ right
-        # A hair below the bound: rounding of the products must not lift the norm over it.
-        bound = self.settings.config.max_update_norm * self.weight_norm * (1 - 1e-6)
-        a, b, c = new.square().sum(), (old * new).sum(), old.square().sum() - bound**2
-        root = (-b + (b * b - a * c).clamp_min(0).sqrt()) / a.clamp_min(torch.finfo(a.dtype).tiny)
-        inside = a + 2 * b + c <= 0
-        return torch.where(inside, torch.ones_like(root), root.clamp(0, 1))
-
-    @torch.no_grad()
-    def project_(self) -> None:
-        """Shrink U itself to the bound, so that the optimizer goes on from a point inside it."""
-        if self.settings.config.max_update_norm is not None:
-            self.U.mul_(self.shrinkage().to(self.U.dtype))
-
-    @torch.no_grad()
-    def update_norm(self) -> float:
-        """‖ΔW‖_F, from r×r matrices only."""
-        stacked = self._bounded(self._stacked())
-        update = self.norm_left.to(stacked.dtype) @ stacked @ self.norm_right.to(stacked.dtype)
-        return float(torch.linalg.matrix_norm(update))
-
-    def mask(self, x: Tensor) -> Tensor | None:
-        """Dropout for z, (..., k) with entries 0 or 1/(1−p); None where nothing is dropped."""
-        p = self.settings.config.dropout
-        if not (self.training and p > 0):
-            return None
-        return nn.functional.dropout(x.new_ones(*x.shape[:-1], self.size), p)
-
-    def extra_repr(self) -> str:
-        return f"r={self.settings.r}, blocks={self.settings.blocks}, ready={self.ready}"
+from . import record as records
+from .core import CoreSettings, CurloraCore
+from .functional import cur_linear, cur_residual
+from .zero import gathered
 
 
 class CurloraLayer(BaseTunerLayer):
-    """What all adapted layers share: the cores by adapter name, and access to the base weight as (m, n)."""
+    """Base of adapted layers: the cores by adapter name, and access to the base weight as (m, n)."""
 
     adapter_layer_names = ("curlora_core",)
     other_param_names = ()
@@ -269,14 +42,14 @@ class CurloraLayer(BaseTunerLayer):
         self.merged_adapters = []
         self._merged_factors: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.shares_weight = False
-        """Set by the model where another module uses the same weight: a merge must then untie it."""
+        """Set by the model if another module uses the same weight, which a merge must then untie."""
         self._tied_weight: nn.Parameter | None = None
 
     # ------------------------------------------------------------------------------------------- base weight
 
     @contextlib.contextmanager
     def base_tensors(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Weight as (m, n) and bias of the base layer for reading: gathered, dequantised, turned the right way."""
+        """Weight as (m, n) and bias of the base layer for reading: gathered, dequantised, transposed if necessary."""
         base = self.get_base_layer()
         bias = getattr(base, "bias", None)
         with gathered(base.weight, bias), torch.no_grad():
@@ -284,14 +57,14 @@ class CurloraLayer(BaseTunerLayer):
             yield (weight.t() if self.fan_in_fan_out else weight), bias
 
     def get_base_weight(self) -> Tensor:
-        """The base weight as it is stored, dequantised if it is quantised."""
+        """The base weight in its stored orientation, dequantised if necessary."""
         self._unpack()
         return super().get_base_weight()
 
     def _unpack(self) -> None:
-        """Undo bitsandbytes' repacking of a 4 bit weight for evaluation on a CPU with AVX512.
+        """Undo the repacking of a 4 bit weight by bitsandbytes, for evaluation on a CPU with AVX512.
 
-        A packed weight dequantises to noise and its product has no gradient; writing the state dict turns it back.
+        A packed weight dequantises to noise and its product has no gradient; building the state dict unpacks it.
         """
         base = self.get_base_layer()
         if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
@@ -300,7 +73,10 @@ class CurloraLayer(BaseTunerLayer):
     # ---------------------------------------------------------------------------------------------- adapters
 
     def update_layer(self, adapter_name: str, settings: CoreSettings, inference_mode: bool = False) -> None:
-        """Add an adapter: check that it fits, choose rows and columns, derive the factors."""
+        """Add an adapter: check that it fits, select rows and columns, derive the factors.
+
+        Raises ValueError if it does not fit, RuntimeError while another adapter is merged.
+        """
         self.check_fit(settings)
         if self.merged:
             raise RuntimeError(
@@ -313,7 +89,7 @@ class CurloraLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def check_fit(self, settings: CoreSettings) -> None:
-        """Raise ValueError where the weight is too small for the rank or for the number of blocks."""
+        """Raise ValueError if the weight is too small for the rank or the number of blocks."""
         limit = min(self.out_features, self.in_features)
         shape = f"({self.out_features}, {self.in_features})"
         if settings.r > limit:
@@ -332,9 +108,9 @@ class CurloraLayer(BaseTunerLayer):
         if core.U.is_meta:
             if base.weight.is_meta and not hasattr(base.weight, "ds_id"):
                 core.derive_on_meta(_meta_like(self), getattr(base, "bias", None))
-            return  # otherwise peft's low_cpu_mem_usage: the loaded file brings the indices
+            return  # otherwise PEFT's low_cpu_mem_usage: the indices come from the file
         if core.settings.config.load_only or core.settings.config.selection == "activation":
-            return  # the file, or `calibrate`, brings what is needed to choose
+            return  # indices come from the file, or from `calibrate`
         self.choose(core)
 
     def choose(
@@ -345,15 +121,16 @@ class CurloraLayer(BaseTunerLayer):
     ) -> None:
         """Select rows and columns of the last block by the configured rule and derive the factors.
 
-        ``previous``: rows and columns of the earlier blocks of a stack, which are avoided. ``activations``: mean
-        squares of the layer's outputs (m) and inputs (n), for the rule that ranks by them.
+        ``previous``: rows and columns of the earlier blocks of a stack, which are excluded. ``activations``: mean
+        squares of the layer's outputs (m) and inputs (n), for ``selection="activation"``.
         """
         settings = core.settings
         with self.base_tensors() as (weight, bias):
             weight = _floating(weight)
             rows = self._select(settings, weight.t(), "rows", previous[0], activations[0])
             columns = self._select(settings, weight, "columns", previous[1], activations[1])
-            core.write_record(rows.indices, columns.indices, fingerprint(weight, rows, columns, settings.r))
+            found = records.fingerprint(weight, rows, columns, settings.r)
+            core.write_record(rows.indices, columns.indices, found)
             core.derive(rows, columns, weight, bias)
 
     def _select(
@@ -373,7 +150,7 @@ class CurloraLayer(BaseTunerLayer):
     # ------------------------------------------------------------------------------------------------ blocks
 
     def add_block(self, adapter_name: str, activations: tuple[Tensor | None, Tensor | None] = (None, None)) -> None:
-        """Freeze the trained block and put a new one, starting at zero, on rows and columns not used before."""
+        """Freeze the trained block and append a new one, starting at zero, on unused rows and columns."""
         old = self.curlora_core[adapter_name]
         new = self._resized(old, old.settings.blocks + 1)
         with gathered(old.U), torch.no_grad():
@@ -385,7 +162,7 @@ class CurloraLayer(BaseTunerLayer):
         self.curlora_core[adapter_name] = new
 
     def remove_block(self, adapter_name: str) -> None:
-        """Drop the last block; the one before it is trainable again and the layer computes what it did before."""
+        """Remove the last block: the one before it is trainable again, and the layer computes what it did before."""
         old = self.curlora_core[adapter_name]
         new = self._resized(old, old.settings.blocks - 1)
         rows, columns, fingerprints = old.read_record()
@@ -408,14 +185,14 @@ class CurloraLayer(BaseTunerLayer):
     def rebuild(self, core: CurloraCore) -> None:
         """Derive the factors from the indices in the record and check that the base is the adapter's own.
 
-        Raises ValueError for impossible indices and BaseMismatchError for another base.
+        Raises ValueError for invalid indices and BaseMismatchError for another base.
         """
         settings = core.settings
         if self.merged:
             raise RuntimeError(f"{settings.key}: unmerge the adapters before loading one.")
         row_indices, column_indices, expected = core.read_record()
-        _check_indices(settings.key, "row", row_indices, self.out_features)
-        _check_indices(settings.key, "column", column_indices, self.in_features)
+        records.check_indices(settings.key, "row", row_indices, self.out_features)
+        records.check_indices(settings.key, "column", column_indices, self.in_features)
         with self.base_tensors() as (weight, bias):
             weight = _floating(weight)
             if weight.is_meta:
@@ -424,31 +201,14 @@ class CurloraLayer(BaseTunerLayer):
             device = weight.device
             rows = cur.Factor(row_indices, cur.triangle_of(weight[row_indices.to(device)].t()))
             columns = cur.Factor(column_indices, cur.triangle_of(weight[:, column_indices.to(device)]))
-            found = fingerprint(weight, rows, columns, settings.r)
-            block_norms = _block_norms(weight, rows, columns, settings.r)
-            self._check_fingerprint(settings.key, expected, found, block_norms)
+            found = records.fingerprint(weight, rows, columns, settings.r)
+            block_norms = records.block_norms(weight, rows, columns, settings.r)
+            quantised = self.quantization_backend is not None
+            records.check_base(settings.key, expected, found, block_norms, quantised)
             core.derive(rows, columns, weight, bias)
 
-    def _check_fingerprint(self, key: str, expected: Tensor, found: Tensor, block_norms: Tensor) -> None:
-        deviation = _deviation(expected, found, block_norms)
-        quantised = self.quantization_backend is not None
-        if deviation <= EXACT_TOLERANCE:
-            return
-        if quantised and deviation <= QUANTISED_TOLERANCE:
-            warnings.warn(
-                f"{key}: the quantised base differs by {deviation:.1%} from the one the adapter was trained on.",
-                stacklevel=2,
-            )
-            return
-        limit = QUANTISED_TOLERANCE if quantised else EXACT_TOLERANCE
-        raise BaseMismatchError(
-            f"{key}: the adapter was made for another base model: its fingerprint (‖C‖, ‖R‖, ΣW[I, J]) is "
-            f"{expected.tolist()}, this base gives {found.tolist()} (deviation {deviation:.1%}, allowed {limit:.0%}). "
-            "Load the base that base_model_name_or_path in adapter_config.json names, in any dtype."
-        )
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # peft's own version also casts to the dtype of the base, which would round a trained U to bf16.
+        # PEFT's own version also casts to the dtype of the base, which would round a trained U to bf16.
         if adapter_name not in self.curlora_core:
             return
         core = self.curlora_core[adapter_name]
@@ -461,7 +221,7 @@ class CurloraLayer(BaseTunerLayer):
 
 
 class Linear(nn.Module, CurloraLayer):
-    """A dense layer (Linear, transformers' Conv1D, quantised) with CURLoRA adapters."""
+    """A dense layer (Linear, Conv1D of Transformers, quantised) with CURLoRA adapters."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, settings: CoreSettings, **kwargs) -> None:
         super().__init__()
@@ -480,7 +240,7 @@ class Linear(nn.Module, CurloraLayer):
         cores = [self.curlora_core[name] for name in self.active_adapters if name in self.curlora_core]
         if self.merged or not cores:
             return self.base_layer(x, *args, **kwargs)
-        # Called before the base layer, and through __call__, so that ZeRO-3's hooks gather each U.
+        # Before the base layer, and through __call__, so that ZeRO-3's hooks gather each U.
         middles = [core() for core in cores]
         rows, cols, bias_rows, middle, columns = _joined(cores, middles)
         mask = _joined_mask(cores, x)
@@ -495,13 +255,13 @@ class Linear(nn.Module, CurloraLayer):
     # ------------------------------------------------------------------------------------------------- merge
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW in the shape in which the base stores its weight, at least fp32."""
+        """ΔW in the orientation of the stored base weight, at least fp32."""
         delta = _product(self.factors(adapter))
         return delta.t() if self.fan_in_fan_out else delta
 
     @torch.no_grad()
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
-        """C (m, k), M (k, k), R (k, n), at least fp32, of an adapter whose base may have others merged into it."""
+        """C (m, k), M (k, k), R (k, n) of an adapter, at least fp32; other adapters may be merged into the base."""
         if adapter in self._merged_factors:
             return self._merged_factors[adapter]
         core = self.curlora_core[adapter]
@@ -516,7 +276,7 @@ class Linear(nn.Module, CurloraLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates of the adapters (default: the active ones) to the base weight.
 
-        ``safe_merge`` checks that the result is finite before anything is changed (ValueError).
+        ``safe_merge`` raises ValueError, before anything changes, if the result is not finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.curlora_core:
@@ -528,7 +288,7 @@ class Linear(nn.Module, CurloraLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Subtract the merged updates again; exact up to the rounding of the base's dtype."""
+        """Subtract the merged updates; exact up to rounding in the dtype of the base."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -539,7 +299,7 @@ class Linear(nn.Module, CurloraLayer):
             self.get_base_layer().weight, self._tied_weight = self._tied_weight, None
 
     def _untie(self) -> None:
-        """Give the layer a weight of its own, so that merging into lm_head does not change the embedding."""
+        """Give the layer its own weight, so that merging into lm_head does not change the embedding."""
         base = self.get_base_layer()
         if self.shares_weight and self._tied_weight is None:
             self._tied_weight = base.weight
@@ -552,7 +312,7 @@ class Linear(nn.Module, CurloraLayer):
             weight = self.get_base_weight()
             delta = _product(factors)
             delta = delta.t() if self.fan_in_fan_out else delta
-            # Added in fp32 and rounded once: a bf16 sum of a bf16 update would round twice.
+            # Added in fp32 and rounded once; a bf16 sum with a bf16 update would round twice.
             result = weight.to(delta.dtype).add(delta, alpha=sign).to(weight.dtype)
             if check is not None and not torch.isfinite(result).all():
                 raise ValueError(f"Merging adapter {check!r} gives weights that are not finite; nothing was changed.")
@@ -568,77 +328,8 @@ class Linear(nn.Module, CurloraLayer):
 # ------------------------------------------------------------------------------------------------------- helpers
 
 
-def fingerprint(weight: Tensor, rows: cur.Factor, columns: cur.Factor, r: int) -> Tensor:
-    """‖C_i‖_F, ‖R_i‖_F and Σ W[I_i, J_i] of each block i, (blocks, 3) float32 on the CPU."""
-    result = []
-    for start in range(0, len(rows.indices), r):
-        block = slice(start, start + r)
-        crossing = _crossing(weight, rows.indices[block], columns.indices[block])
-        result.append(
-            [
-                float(columns.triangle[:, block].norm()),
-                float(rows.triangle[:, block].norm()),
-                float(crossing.sum()),
-            ]
-        )
-    return torch.tensor(result, dtype=torch.float32)
-
-
-def _crossing(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """W[I, J] (r, r) float64 on the CPU."""
-    return weight[rows.to(weight.device)][:, columns.to(weight.device)].detach().cpu().double()
-
-
-def _block_norms(weight: Tensor, rows: cur.Factor, columns: cur.Factor, r: int) -> Tensor:
-    """‖W[I_i, J_i]‖_F of each block, (blocks,)."""
-    starts = range(0, len(rows.indices), r)
-    blocks = [_crossing(weight, rows.indices[s : s + r], columns.indices[s : s + r]) for s in starts]
-    return torch.tensor([float(block.norm()) for block in blocks])
-
-
-def _deviation(expected: Tensor, found: Tensor, block_norms: Tensor) -> float:
-    """Largest relative deviation between two fingerprints (blocks, 3).
-
-    A sum of r² numbers of both signs may be near zero, so its deviation is measured against twice ‖W[I, J]‖_F: that is
-    what rounding moves little (bf16: 0.1 %, 4 bit: 5 %) and other weights move by about 70 %.
-    """
-    scale = torch.stack([found[:, 0], found[:, 1], torch.maximum(2 * block_norms, found[:, 2].abs())], dim=1)
-    deviation = (expected - found).abs() / scale.clamp_min(torch.finfo(torch.float32).tiny)
-    return float(deviation.nan_to_num(math.inf).max())
-
-
-def checksum(*tensors: Tensor | None) -> int:
-    """A non-zero signed 32 bit CRC of the values of the tensors, the same for a bf16 tensor and its fp32 copy."""
-    crc = 0
-    for tensor in tensors:
-        if tensor is not None:
-            crc = zlib.crc32(tensor.detach().cpu().float().contiguous().numpy().tobytes(), crc)
-    return (crc or 1) - (1 << 32) * (crc >= 1 << 31)
-
-
-def _check_indices(key: str, kind: str, indices: Tensor, limit: int) -> None:
-    inside = bool(((indices >= 0) & (indices < limit)).all())
-    if not inside or len(indices.unique()) != len(indices):
-        raise ValueError(
-            f"{key}: the {kind} indices of the adapter are not {len(indices)} different numbers below {limit}; the "
-            "file is damaged or was made for another base model."
-        )
-
-
-def _not_ready(settings: CoreSettings) -> str:
-    if settings.config.selection == "activation" and not settings.config.load_only:
-        return (
-            f"{settings.key}: selection='activation' needs a calibration batch before the first forward; call "
-            "model.calibrate([batch, ...])."
-        )
-    return (
-        f"{settings.key}: the configuration was read from a saved adapter, but no weights were loaded for this layer; "
-        "use PeftModel.from_pretrained(base, directory), or build a new CurloraConfig for a new adapter."
-    )
-
-
 def _rebuild_loaded(layer: Linear, incompatible_keys) -> None:
-    """After `load_state_dict`: derive the factors of every core whose indices came from the file."""
+    """After `load_state_dict`: derive the factors of each core whose indices were loaded."""
     for core in layer.curlora_core.values():
         if core.stale:
             layer.rebuild(core)
@@ -651,7 +342,7 @@ def _features(base: nn.Module) -> tuple[int, int]:
 
 
 def _stored_transposed(base: nn.Module, fan_in_fan_out: bool) -> bool:
-    """Whether the weight is stored as (n, m): the type decides where it is known, also for square layers."""
+    """Whether the weight is stored as (n, m). Known types decide, also for square layers; then ``fan_in_fan_out``."""
     if isinstance(base, Conv1D):
         return True
     if isinstance(base, nn.Linear):
@@ -679,7 +370,7 @@ def _product(factors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 
 def _joined(cores: list[CurloraCore], middles: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """I, J, b[I], M and C of all active adapters side by side: one gather serves them all, before any update."""
+    """I, J, b[I], M and C of all active adapters concatenated: one gather, before any update, serves them all."""
     if len(cores) == 1:
         core = cores[0]
         return core.rows, core.cols, core.bias_rows, middles[0], core.columns
@@ -698,9 +389,9 @@ def _joined_mask(cores: list[CurloraCore], x: Tensor) -> Tensor | None:
 
 
 def _plain(base: nn.Module, x: Tensor) -> bool:
-    """Whether base and update may run as one function: a frozen, whole, unhooked dense layer in the dtype of x."""
+    """Whether base and update can run as one function: a frozen, unpartitioned, unhooked dense layer in x's dtype."""
     if base._forward_hooks or base._forward_pre_hooks:
-        return False  # not even a look at the weight: ZeRO-3 would gather it with the layer that looked, and once more
+        return False  # before the weight is accessed: under ZeRO-3 that would gather it once more
     weight = getattr(base, "weight", None)
     return (
         type(base) in (nn.Linear, Conv1D)

@@ -1,4 +1,4 @@
-"""The tuner: finds the layers, wraps them, and guards what is saved and loaded."""
+"""The tuner: wraps the target layers and validates adapter files when they are saved and loaded."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import CurloraConfig
-from .layer import CoreSettings, CurloraCore, CurloraLayer, Linear, checksum, gathered
+from .core import CoreSettings, CurloraCore
+from .layer import CurloraLayer, Linear
+from .record import check_state, seal
+from .zero import gathered, set_master_copy
 
 
 class CurloraModel(BaseTuner):
-    """A model whose chosen layers compute W x + s · C U R x with C, R from W and only U trained."""
+    """A model whose target layers compute W x + s · C U R x with C and R from W; only U is trained."""
 
     prefix = "curlora_"
     tuner_layer_cls = CurloraLayer
@@ -70,7 +73,7 @@ class CurloraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _create_new_module(self, target: nn.Module, adapter_name: str, settings: CoreSettings) -> Linear:
-        kwargs = get_quantization_kwargs(self.model)  # torchao needs them to quantise again after a merge
+        kwargs = get_quantization_kwargs(self.model)  # torchao needs them to requantise after a merge
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
         if not isinstance(base, (nn.Linear, Conv1D)) and not hasattr(base, "in_features"):
             raise ValueError(
@@ -80,21 +83,21 @@ class CurloraModel(BaseTuner):
         return Linear(target, adapter_name, settings, **kwargs)
 
     def layers(self) -> list[tuple[str, Linear]]:
-        """All adapted layers with their names in the base model."""
+        """Name in the base model and layer, for all adapted layers."""
         return [(name, module) for name, module in self.model.named_modules() if isinstance(module, Linear)]
 
     def cores(self, adapter_name: str) -> list[tuple[str, Linear, CurloraCore]]:
-        """Name, layer and core of every layer that has the adapter."""
+        """Name, layer and core of each layer that has the adapter."""
         return [
             (name, layer, layer.curlora_core[adapter_name])
             for name, layer in self.layers()
             if adapter_name in layer.curlora_core
         ]
 
-    # ------------------------------------------------------------------------------------------ what users call
+    # ----------------------------------------------------------------------------------------------- public API
 
     def describe(self, adapter_name: str | None = None) -> list[dict[str, Any]]:
-        """One record a layer: rank, blocks, norms and condition numbers of C and R, ‖ΔW‖_F."""
+        """One dict per layer: rank, blocks, norms and condition numbers of C and R, ‖ΔW‖_F."""
         return [
             {
                 "module": name,
@@ -110,23 +113,23 @@ class CurloraModel(BaseTuner):
         ]
 
     def project(self, adapter_name: str | None = None) -> None:
-        """Bring every U back inside ``max_update_norm``; call it after an optimizer step.
+        """Scale every U down to ``max_update_norm``; call it after an optimizer step.
 
-        The forward pass keeps the bound in any case; this keeps the optimizer from running away beyond it. Under
-        DeepSpeed the fp32 master copy is moved too, and all ranks have to call it.
+        The forward pass keeps the bound in any case; this keeps the optimizer's own values within it. Under DeepSpeed
+        it also updates the fp32 master copy, and all ranks must call it.
         """
         for _, _, core in self._ready_cores(adapter_name):
             if core.settings.config.max_update_norm is not None:
                 with gathered(core.U, modifier_rank=0):
                     core.project_()
                     projected = core.U.detach().clone()
-                _set_master_copy(core.U, projected)
+                set_master_copy(core.U, projected)
 
     def calibrate(self, batches: Iterable[Any], adapter_name: str | None = None) -> None:
-        """Choose rows and columns for ``selection="activation"`` from what the base computes on some batches.
+        """Select rows and columns for ``selection="activation"`` from the activations of the base on some batches.
 
-        ``batches``: mappings of model inputs or single tensors; padding is ignored where an attention_mask says so.
-        In a distributed run the statistics of all ranks are summed.
+        ``batches``: mappings of model inputs, or single tensors; tokens that an attention_mask excludes are ignored.
+        In a distributed run the statistics of all ranks are summed. Raises RuntimeError if they are selected already.
         """
         adapter_name = adapter_name or self.active_adapters[0]
         for name, _, core in self.cores(adapter_name):
@@ -137,9 +140,9 @@ class CurloraModel(BaseTuner):
             layer.choose(core, activations=statistics[name].means(name))
 
     def add_block(self, adapter_name: str | None = None, batches: Iterable[Any] | None = None) -> None:
-        """Freeze what is trained and append a block for the next task (``carry="stack"``); make a new optimizer after.
+        """Freeze the trained block and append one for the next task (``carry="stack"``); then create a new optimizer.
 
-        ``batches`` are only needed for ``selection="activation"``. Raises ValueError where a layer is full.
+        ``batches`` are only needed for ``selection="activation"``. Raises ValueError if a layer has no room.
         """
         adapter_name = adapter_name or self.active_adapters[0]
         config = self.peft_config[adapter_name]
@@ -154,7 +157,7 @@ class CurloraModel(BaseTuner):
         config.blocks += 1
 
     def remove_block(self, adapter_name: str | None = None) -> None:
-        """Drop the last block of a stack: the model computes exactly what it did before `add_block`."""
+        """Remove the last block of a stack: the model computes exactly what it did before `add_block`."""
         adapter_name = adapter_name or self.active_adapters[0]
         config = self.peft_config[adapter_name]
         if config.blocks == 1:
@@ -171,7 +174,7 @@ class CurloraModel(BaseTuner):
         return cores
 
     def _measure(self, batches: Iterable[Any], adapter_name: str) -> dict[str, Activations]:
-        """Run the base alone over the batches and sum up what enters and leaves each layer."""
+        """Run the base without adapters over the batches and accumulate the activations of each layer."""
         layers = {name: layer for name, layer, _ in self.cores(adapter_name)}
         statistics = {name: Activations(layer) for name, layer in layers.items()}
         was_training, was_disabled = self.model.training, {n: x._disable_adapters for n, x in layers.items()}
@@ -204,10 +207,10 @@ class CurloraModel(BaseTuner):
     # ------------------------------------------------------------------------------------------------- merge
 
     def _check_tied_modules(self, model: nn.Module, peft_config: CurloraConfig) -> None:
-        """Nothing to warn about: an adapter on a tied layer changes only that layer, and a merge unties it."""
+        """No warning: an adapter on a tied layer changes only that layer, and a merge unties it."""
 
     def _check_merge_allowed(self) -> None:
-        # peft's own check only warns about tied weights; here the layers learn of the tie and undo it when merging.
+        # PEFT's own check only warns about tied weights; here each layer learns of the tie and undoes it in a merge.
         users = Counter(
             id(parameter) for module in self.model.modules() for parameter in module.parameters(recurse=False)
         )
@@ -226,12 +229,13 @@ class CurloraModel(BaseTuner):
         cls, model: nn.Module, config: CurloraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_state(model, adapter_name, remapped)
+        found = {key: value for key, value in remapped.items() if ".curlora_core." in key}
+        check_state(adapter_name, _adapter_entries(model, adapter_name), found)
         return remapped
 
 
 class Activations:
-    """Sums of squares of what enters (n) and leaves (m, without bias) one base layer, over all unmasked tokens."""
+    """Sums of squared inputs (n) and outputs (m, without bias) of one base layer over all unmasked tokens."""
 
     def __init__(self, layer: Linear) -> None:
         self.base = layer.get_base_layer()
@@ -271,65 +275,8 @@ class Activations:
         return tuple((total / self.count).cpu() for total in self.sums)
 
 
-def _set_master_copy(parameter: nn.Parameter, value: Tensor) -> None:
-    """Tell DeepSpeed's optimizer, if one holds an fp32 copy of the parameter, its new value."""
-    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer"):
-        from deepspeed.utils import safe_set_full_fp32_param  # only under DeepSpeed: the import takes a second
-
-        safe_set_full_fp32_param(parameter, value.float())
-
-
-# -------------------------------------------------------------------------------------------- adapter state dicts
-
-
-def seal(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of an adapter's state dict whose records carry a checksum of its U: what is written to a file.
-
-    Raises ValueError where U is an empty shard of ZeRO-3: such a file would look valid and hold nothing.
-    """
-    sealed = dict(state)
-    for key in state:
-        if not key.endswith(".record"):
-            continue
-        stem = key.removesuffix("record")
-        current, frozen = state.get(stem + "U"), state.get(stem + "frozen")
-        if current is None or current.dim() != 2 or current.numel() == 0:
-            shape = None if current is None else tuple(current.shape)
-            raise ValueError(
-                f"{stem}U has shape {shape}: ZeRO-3 has partitioned or dropped it. Save through Trainer.save_model, "
-                "or pass a state_dict with the gathered parameters to save_pretrained."
-            )
-        record = state[key].clone()
-        if not record.is_meta:
-            record[-1] = checksum(current, frozen)
-        sealed[key] = record
-    return sealed
-
-
-def check_state(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:
-    """Refuse a state dict (with the model's keys) that is incomplete, foreign, of another rank, or damaged."""
-    expected = _adapter_entries(model, adapter_name)
-    found = {key: value for key, value in state.items() if ".curlora_core." in key}
-    _refuse(adapter_name, "lacks", [key for key in expected if key not in found])
-    _refuse(adapter_name, "has no layer in this model for", [key for key in found if key not in expected])
-    for key, tensor in found.items():
-        if tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"{key} has shape {tuple(tensor.shape)} in the file, but adapter_config.json says "
-                f"{tuple(expected[key].shape)}: the file was saved with another r, rank_pattern or number of blocks."
-            )
-    for key, record in found.items():
-        if not key.endswith(".record") or record.is_meta or record[-1] == 0:
-            continue
-        stem = key.removesuffix("record")
-        if int(record[-1]) != checksum(found[stem + "U"], found.get(stem + "frozen")):
-            raise ValueError(
-                f"{stem}U does not match the checksum that was saved with it: the adapter file is damaged. Restore it "
-                "from a copy (or, if you changed U on purpose, pass the state dict through curlora.seal)."
-            )
-
-
 def _adapter_entries(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Keys and shapes that a file of the adapter must contain."""
     entries = {}
     for name, module in model.named_modules():
         if isinstance(module, CurloraLayer) and adapter_name in module.curlora_core:
@@ -339,11 +286,3 @@ def _adapter_entries(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
             entries[stem + "U"] = torch.empty(r, r, device="meta")
             entries.update({stem + n: b for n, b in core.named_buffers() if n in ("record", "frozen")})
     return entries
-
-
-def _refuse(adapter_name: str, problem: str, keys: list[str]) -> None:
-    if keys:
-        raise ValueError(
-            f"The file of adapter {adapter_name!r} {problem} {len(keys)} entries, such as {keys[0]!r}: it is "
-            "truncated or was saved with other target_modules; load the file that belongs to this adapter_config.json."
-        )

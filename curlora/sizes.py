@@ -1,4 +1,4 @@
-"""What an adapter file will weigh, by arithmetic: works on the meta device, before any weight is read."""
+"""The size of an adapter file, computed from shapes: works on the meta device, before any weight is read."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ CODES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
-"""How safetensors names the dtypes that adapters are made of, in the order in which it writes them."""
+"""Names of dtypes in safetensors, in the order in which it writes tensors."""
 
 
 def adapter_file_bytes(model: PeftModel, adapter_name: str = "default") -> int:
-    """Size in bytes of the ``adapter_model.safetensors`` that `save_pretrained` writes for an adapter of any type."""
+    """Size in bytes of the ``adapter_model.safetensors`` that `save_pretrained` writes, for an adapter of any type."""
     return safetensors_bytes(get_peft_model_state_dict(model, adapter_name=adapter_name))
 
 
 def safetensors_bytes(state: dict[str, Tensor]) -> int:
-    """Size of a safetensors file: 8 bytes, a JSON header padded to a multiple of 8, then the numbers."""
+    """Size of a safetensors file: 8 bytes, a JSON header padded to a multiple of 8, then the tensors."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     order = list(CODES)

@@ -1,16 +1,60 @@
-"""The command line in a process of its own, over a three-task chain on a real base model and real text."""
+"""A three-task chain on a real base model and real text: by the command line in a process of its own, or on workers
+that stay warm from test to test, where a start is not what is tested."""
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import yaml
+
+SHARE = 0.1  # of a core that Ray reserves for each warm worker, so that groups of one and of two fit side by side
+
+
+class WarmWorkers:
+    """Worker groups on one Ray cluster in this process, by number of workers and DeepSpeed stage; started when needed.
+
+    The stage counts because workers that have trained under ZeRO-3 cannot train under ZeRO-2 afterwards.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._groups: dict = {}
+
+    def group(self, config):
+        """The group for a configuration."""
+        from pipelines.workers.group import WorkerGroup
+        from pipelines.workers.ray_cluster import gpus_per_worker
+
+        self.connect()
+        key = f"{config.resources.workers}-{config.deepspeed}"
+        if key not in self._groups:
+            resources = config.resources.model_copy(update={"cpus_per_worker": SHARE})
+            config = config.model_copy(update={"resources": resources})
+            self._groups[key] = WorkerGroup(config, f"{self.folder}/{key}", gpus_per_worker(config))
+        return self._groups[key]
+
+    def connect(self) -> None:
+        """A Ray cluster for this process, if it has none."""
+        import ray
+
+        from pipelines.workers.ray_cluster import connect
+
+        if not ray.is_initialized():
+            connect()
+
+    def close(self) -> None:
+        import ray
+
+        for group in self._groups.values():
+            group.close()
+        ray.shutdown()
 
 
 @dataclass(frozen=True)
@@ -19,6 +63,7 @@ class Bench:
 
     root: Path
     raw: dict
+    warm: WarmWorkers = field(repr=False)
 
     def config(self, name: str, **changes) -> Path:
         path = self.root / f"{name}.yaml"
@@ -36,6 +81,29 @@ class Bench:
         out, err = process.communicate(timeout=timeout)
         assert process.returncode == code, err
         return json.loads(out) if code == 0 else err
+
+    def run_warm(self, config: Path, *overrides: str, **options) -> dict:
+        """results.json of a run on workers that are there already; `options` are those of `run_chain`."""
+        from pipelines.chain.driver import run_chain
+        from pipelines.config.loading import load_config
+
+        found = load_config(config, overrides)
+        return json.loads(json.dumps(run_chain(found, group=self.warm.group(found), **options)))
+
+    def command(self, *arguments: str, code: int = 0) -> str:
+        """stdout of a `curlora` command that ends well, stderr of one that does not, in this process."""
+        from click.testing import CliRunner
+
+        from pipelines.cli.app import main
+
+        before = Path.cwd()
+        os.chdir(self.root)
+        try:
+            done = CliRunner().invoke(main, arguments)
+        finally:
+            os.chdir(before)
+        assert done.exit_code == code, f"{done.output}\n{done.exception!r}"
+        return done.stdout if code == 0 else done.stderr
 
     def directory(self, name: str) -> Path:
         return self.root / "runs" / name

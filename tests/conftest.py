@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import Bench
+from tests.bench import Bench, WarmWorkers
 
+# `datasets` counts every file that it reads, local ones too, by a request to the hub: seconds a file without a network
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WORDS = (
     *("the", "a", "film", "story", "actor", "plot", "joke", "is", "was", "good", "bad", "dull", "warm"),
@@ -145,7 +147,15 @@ def demo_assets(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def bench(demo_assets, tmp_path_factory) -> Bench:
+def warm_workers(tmp_path_factory):
+    workers = WarmWorkers(tmp_path_factory.mktemp("warm"))
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(scope="session")
+def bench(demo_assets, warm_workers, tmp_path_factory) -> Bench:
+    root = tmp_path_factory.mktemp("bench")
     classification = next(path for path in demo_assets.tasks.values() if (path / "labels.json").exists())
     text = next(path for path in demo_assets.tasks.values() if not (path / "labels.json").exists())
     first = {"name": "part", "kind": "classification", "data": str(classification)}
@@ -161,12 +171,13 @@ def bench(demo_assets, tmp_path_factory) -> Bench:
         ],
         "retention": [{"name": "other", "data": str(demo_assets.retention), "window": 48}],
         "tracking": None,
+        "storage": str(root / "runs"),
     }
-    return Bench(tmp_path_factory.mktemp("bench"), raw)
+    return Bench(root, raw, warm_workers)
 
 
 @pytest.fixture(scope="session")
 def reference(bench) -> dict:
-    """The undisturbed run: two workers under ZeRO-2, lineage in a SQLite store."""
-    store = {"uri": "sqlite:///mlflow.db", "experiment": "integration"}
+    """The undisturbed run, by the command line: two workers under ZeRO-2, lineage in a SQLite store."""
+    store = {"uri": f"sqlite:///{bench.root}/mlflow.db", "experiment": "integration"}
     return bench.run(bench.config("reference", tracking=store))

@@ -1,7 +1,7 @@
 """A bounded memory of training examples of earlier tasks, filled by reservoir sampling (Vitter 1985, algorithm R).
 
-After any number of tasks it holds a uniform sample, without replacement, of everything that was ever added. All draws
-depend on seeds and counts only, so every rank holds the same memory, and so does a run that was interrupted.
+After any number of tasks it holds a uniform sample, without replacement, of everything ever added. All draws depend
+on seeds and counts only, so that every rank, and a run that was interrupted, holds the same memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from curlora.continual.strategy import Example
 
 
 class ReservoirMemory:
-    """At most `capacity` examples; `seen` counts everything added so far, `entered` names the tasks it came from."""
+    """At most `capacity` examples; `seen` counts all examples offered so far, `entered` names their tasks."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -31,11 +31,11 @@ class ReservoirMemory:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks that have a row in the memory."""
+        """Names of the tasks with a row in the memory."""
         return tuple(sorted({row.task for row in self.rows}))
 
     def add_task(self, name: str, examples: Sequence[Example], seed: int) -> None:
-        """Offer a finished task's training set. A task enters once; rows out of a memory never enter again."""
+        """Offer the training set of a finished task. A task is added once; replayed rows are never added again."""
         if name in self.entered:
             return
         self.entered.append(name)
@@ -56,7 +56,7 @@ class ReservoirMemory:
         return [replace(self.rows[i], replayed=True) for i in chosen]
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """Flat int32 tokens and labels with int64 offsets; a row without labels has an empty range."""
+        """Flat int32 tokens and labels with int64 offsets; a row without labels has an empty range of labels."""
         names = list(self.tasks)
         labels = [row.labels or () for row in self.rows]
         tensors = {

@@ -1,4 +1,4 @@
-"""Second forward passes: what the model would say with other adapter weights, without gradient and without dropout."""
+"""Additional forward passes with other adapter weights, without gradient and without dropout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from curlora.continual.strategy import Example
 
 @torch.no_grad()
 def run_with(model: nn.Module, weights: Mapping[str, Tensor], **inputs):
-    """The output of a PEFT `model` on `inputs`, with other adapter weights (by parameter name)."""
+    """The output of a PEFT `model` on `inputs` with other adapter weights (by parameter name)."""
     was_training = model.training
     model.eval()
     try:
@@ -25,15 +25,15 @@ def run_with(model: nn.Module, weights: Mapping[str, Tensor], **inputs):
 
 
 def logits_with(model: nn.Module, weights: Mapping[str, Tensor], examples: Sequence[Example], device) -> Tensor:
-    """(examples, length − 1, vocabulary): predictions after each token but the last, of sequences of one length."""
+    """(examples, length − 1, vocabulary): logits after each token but the last, for sequences of equal length."""
     ids = torch.tensor([example.input_ids for example in examples], device=device)
     return run_with(model, weights, input_ids=ids).logits[:, :-1]
 
 
 def hidden_with(model: nn.Module, weights: Mapping[str, Tensor], examples: Sequence[Example], mask: Tensor) -> Tensor:
-    """(examples, length, hidden), last layer: of examples whose real tokens `mask` (examples, length) shows.
+    """Hidden states of the last layer, (examples, length, hidden); `mask` (examples, length) marks real tokens.
 
-    Packed documents are kept apart, as in training: by positions that start anew, without a mask.
+    Packed documents are separated as in training: by positions that restart, without an attention mask.
     """
     ids, positions = torch.zeros_like(mask), torch.arange(mask.shape[1], device=mask.device).repeat(len(mask), 1)
     for row, example in enumerate(examples):

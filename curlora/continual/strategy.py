@@ -1,17 +1,21 @@
 """The interface of a continual-learning strategy: how training protects what was learned before.
 
-An *adapter* is what trains, a *strategy* is how; they compose freely. A strategy is one short file that overrides
-the hooks it needs, and one line in `curlora.continual.STRATEGIES`. The trainer calls the hooks in the order below.
+An *adapter* is what trains, a *strategy* is how; the two combine freely. A strategy is one short file in
+`strategies/` that declares its options and overrides the hooks it needs. The trainer calls the hooks in the order
+below.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
+
+from curlora.continual.options import Option, options_of
 
 
 @dataclass(frozen=True)
@@ -19,12 +23,12 @@ class Example:
     """One training sequence.
 
     Attributes:
-        task: name of the task it belongs to; the loss goes by that task's head.
+        task: name of its task, whose head computes its loss.
         input_ids: token ids.
         labels: next-token targets aligned with `input_ids` (-100: no loss), or None for a classifier head.
         target: class index for a classifier head, else -1; -100: no loss.
         breaks: positions > 0 of packed text where another document begins; attention does not cross them.
-        replayed: it comes out of a memory of earlier tasks.
+        replayed: whether it was drawn from a memory of earlier tasks.
     """
 
     task: str
@@ -37,16 +41,17 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What a strategy may know of the task at hand, and the services that it may need.
+    """The current task, and the services that a strategy may call.
 
     Attributes:
-        position: counts from 1.
-        seed: the run's.
-        examples: the task's training set, the same on every rank.
-        losses: (model, examples) → (batch,) loss of each example, differentiable, outside the optimizer's engine.
-        write: (model, rows, length) → token sequences sampled from the model, before training, on all ranks together.
-        rank, size: this process among those that train. Under ZeRO-3 all must call `losses` equally often.
-        total: sum of a tensor over all ranks, on all ranks.
+        position: of the task in the sequence, from 1.
+        seed: seed of the run.
+        examples: the training set, the same on every rank.
+        losses: (model, examples) → (batch,) loss per example, differentiable, outside the optimizer's engine.
+        write: (model, rows, length) → token sequences sampled from the model before training; a collective call.
+        rank, size: this process and the number of training processes. Under ZeRO-3 all must call `losses` equally
+            often.
+        total: sums a tensor over all ranks and returns the sum on every rank.
     """
 
     name: str
@@ -62,21 +67,21 @@ class TaskContext:
 
 @dataclass
 class StepOutput:
-    """What a forward pass gave.
+    """The result of a forward pass.
 
     Attributes:
         loss: scalar, this rank's share of the batch mean, scaled so that the average over ranks is that mean.
         hidden_states: last layer, (batch, length, hidden).
-        attention_mask: (batch, length), 1 where a token is real.
-        weight: this micro-batch's share of an optimizer step. A penalty on parameters, which every rank computes
-            alike, enters the loss as `weight * penalty`.
-        replayed: how many examples of the global micro-batch come out of a memory.
-        present: whether this rank's examples belong to the batch; False where it only keeps in step with the others.
-        logits: (rows, length) → (len(rows), length, vocabulary), differentiable: what is predicted after the first
-            positions of some rows that have targets from their second token on.
-        held_scores: (hidden (rows, length, hidden), mask (rows, length)) → task → (rows, classes): what the held heads
-            say, differentiable by the hidden states. Under ZeRO-3 all ranks call it equally often.
-        ranks: how many processes share the batch. A sum over this rank's examples, times `ranks * weight / n`,
+        attention_mask: (batch, length), 1 for real tokens, 0 for padding.
+        weight: this micro-batch's share of an optimizer step. A penalty on parameters, identical on every rank, enters
+            the loss as `weight * penalty`.
+        replayed: number of replayed examples in the global micro-batch.
+        present: whether this rank's examples belong to the batch; False if it only keeps in step with the others.
+        logits: (rows, length) → (len(rows), length, vocabulary), differentiable: predictions after the first `length`
+            positions of the given rows, which must have targets from their second token on.
+        held_scores: (hidden (rows, length, hidden), mask (rows, length)) → task → (rows, classes): scores of the held
+            heads, differentiable with respect to the hidden states. Under ZeRO-3 all ranks call it equally often.
+        ranks: number of processes that share the batch. A sum over this rank's examples times `ranks * weight / n`
             averages over ranks to the mean over n examples.
     """
 
@@ -92,43 +97,62 @@ class StepOutput:
 
 
 class Requires(NamedTuple):
-    """The values of a configuration field that a strategy can work with, and why no others."""
+    """The values of a configuration field that a strategy works with, and why it accepts no others."""
 
     values: tuple
     reason: str
 
 
 class Strategy:
-    """Sequential training; subclasses override what they need.
+    """Base class; a subclass that overrides no hook is sequential training.
 
-    `model` is always the bare model (no engine, no DDP wrapper). Its trainable parameters may be partitioned by
-    ZeRO-3: `curlora.continual.parameters` reads, differentiates and exchanges them in any case.
+    `model` is always the bare model (no engine, no DDP wrapper). ZeRO-3 may have partitioned its trainable parameters:
+    `curlora.continual.parameters` reads, differentiates and swaps them in either case.
 
-    A run may be interrupted between any two optimizer steps. What `state` returns then, put into a new object by
-    `load_state` (after `before_task`), must make it go on with the same bits, on any number of ranks.
+    A run may be interrupted between any two optimizer steps. A new object that receives by `load_state` (after
+    `before_task`) what `state` returned must continue with bitwise identical results, on any number of ranks.
 
-    `requirements` maps a configuration field to what this strategy can work with. `plain_at_first` says that the first
-    task is trained as without any strategy, because there is nothing yet to protect. `needs_heads` says that a
-    sequence without a classifier head gives it nothing to do.
+    Class attributes:
+        name: name in configurations, equal to the file name.
+        plain_at_first: the first task is trained as by `sequential`, because nothing needs protection yet.
+        needs_heads: the strategy has no effect unless some task has a classifier head.
+        requirements: configuration field → the values that the strategy works with.
+        options: option name → `Option`, collected from the declarations in the class body (see `options.option`).
+
+    Options become attributes of the object. Raises ValueError for an unknown option or an impossible value.
     """
 
     name: ClassVar[str] = "sequential"
     plain_at_first: ClassVar[bool] = False
     needs_heads: ClassVar[bool] = False
     requirements: ClassVar[dict[str, Requires]] = {}
+    options: ClassVar[dict[str, Option]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.options = options_of(cls)
+
+    def __init__(self, **values: Any) -> None:
+        unknown = [name for name in values if name not in self.options]
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], self.options, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"its options: {', '.join(self.options) or 'none'}"
+            raise ValueError(f"strategy '{self.name}' does not take {', '.join(unknown)}; {hint}")
+        for name, option in self.options.items():
+            setattr(self, name, option.checked(values.get(name)))
 
     def check(self, model: nn.Module) -> None:
-        """Raise ValueError where this strategy cannot work on `model` (which may lie on the meta device)."""
+        """Raise ValueError if this strategy cannot work on `model` (which may be on the meta device)."""
 
     def held_heads(self) -> tuple[str, ...]:
-        """Earlier tasks whose classifier heads take part as they are: for examples that `batch` adds, or in `loss`."""
+        """Earlier tasks whose frozen classifier heads take part: for examples that `batch` adds, or in `loss`."""
         return ()
 
     def before_task(self, model: nn.Module, task: TaskContext) -> None:
-        """Once, before the first step of a task (and again, before `load_state`, where a task is resumed)."""
+        """Called once before the first step of a task; again, before `load_state`, when a task resumes."""
 
     def batch(self, examples: list[Example]) -> list[Example]:
-        """The *global* micro-batch, the same on every rank, before it is cut into the ranks' parts."""
+        """Change the *global* micro-batch, identical on every rank, before it is divided among the ranks."""
         return examples
 
     def loss(self, model: nn.Module, examples: list[Example], output: StepOutput) -> torch.Tensor:
@@ -136,17 +160,17 @@ class Strategy:
         return output.loss
 
     def after_step(self, model: nn.Module, step: int) -> None:
-        """After every optimizer step (`step` counts from 1)."""
+        """Called after every optimizer step (`step` counts from 1)."""
 
     def after_task(self, model: nn.Module, task: TaskContext) -> None:
-        """Once, after the last step of a task, before `evaluation_weights`."""
+        """Called once after the last step of a task, before `evaluation_weights`."""
 
     def evaluation_weights(self, model: nn.Module) -> dict[str, torch.Tensor] | None:
         """Weights to publish and evaluate instead of the trained ones, by parameter name; None: the trained ones."""
         return None
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """What the next task (or a resumed one) needs: tensors for safetensors, and JSON. Not a collective call."""
+        """What the next task or a resumed one needs: tensors for safetensors, and JSON. Not a collective call."""
         return {}, {}
 
     def load_state(self, tensors: dict[str, torch.Tensor], values: dict) -> None:
@@ -154,6 +178,6 @@ class Strategy:
 
 
 def require(satisfied: bool, message: str) -> None:
-    """Raise ValueError(message) unless `satisfied`: options are checked where they are taken."""
+    """Raise ValueError(message) unless `satisfied`."""
     if not satisfied:
         raise ValueError(message)

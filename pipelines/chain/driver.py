@@ -156,7 +156,7 @@ def _workers(drive: Drive, group: WorkerGroup | None, verbose: bool, address: st
 
 def _check_fits(config: PipelineConfig) -> None:
     """Raises ConfigError if the adapter or the strategy does not fit the model."""
-    from pipelines.preflight.model import check_fits  # imports torch
+    from pipelines.preflight.model import check_fits  # imports torch and PEFT
 
     check_fits(config)
 

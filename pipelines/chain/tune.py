@@ -50,7 +50,7 @@ def tune(
         run.remove("stop.json")  # it was meant for an earlier driver
         found = where.found(run)
         if found is None:
-            from pipelines.preflight.model import check_fits  # imports torch
+            from pipelines.preflight.model import check_fits  # imports torch and PEFT
 
             check_fits(config)
             parent = plan.steps[step.position - 2].directory if step.position > 1 else None

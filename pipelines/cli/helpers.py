@@ -7,13 +7,10 @@ import importlib
 import os
 import sys
 import time
-from pathlib import Path
 
 import click
 
 from pipelines.errors import RunFailed, RunStopped
-
-CONFIGS = Path(__file__).parents[1] / "configs"
 
 LINE_SECONDS = 10.0
 

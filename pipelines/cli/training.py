@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from pipelines.cli.helpers import CONFIGS, at_work, new_console, number_list, with_bar
+from pipelines.cli.helpers import at_work, new_console, number_list, with_bar
+from pipelines.config.paths import CONFIGS
 from pipelines.errors import ConfigError, DemoError
 
 

@@ -1,1 +1,1 @@
-"""Methods side by side on one sequence."""
+"""`curlora compare`: several methods on one sequence of tasks."""

@@ -1,9 +1,9 @@
-"""Methods on one sequence, side by side: runs over seeds, one table, paired intervals, a picture of the trade-off.
+"""Compares methods on one sequence of tasks: runs over seeds, one table, paired intervals, a trade-off figure.
 
-A method is an adapter of a catalogue, or `adapter+strategy`. Its learning rate comes from a small grid, judged on the
-first task's validation part. Every run is an ordinary run directory below `<storage>/<name>/`, so a comparison that
-was interrupted, or gets another method later, trains only what is missing. The runs share the base's scores and as
-many warm worker groups as the cluster holds.
+A method is an adapter of a catalogue, or `adapter+strategy`. Its learning rate is chosen from a small grid by the loss
+on the first task's validation data. Every run is an ordinary run directory below `<storage>/<name>/`, so a comparison
+that was interrupted, or that gets another method later, trains only what is missing. The runs share the scores of the
+base model and as many warm worker groups as fit the cluster.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 from pipelines.chain.driver import run_chain
 from pipelines.chain.plan import make_plan
 from pipelines.comparison.figures import examples_figure, tradeoff_figure
-from pipelines.comparison.intervals import paired
-from pipelines.comparison.methods import AT, Comparison, Method
-from pipelines.comparison.tables import FIGURES, as_csv, markdown
+from pipelines.comparison.intervals import paired_intervals
+from pipelines.comparison.methods import EXAMPLES_MARK, Comparison, Method
+from pipelines.comparison.tables import AGGREGATES, as_csv, markdown
 from pipelines.config.loading import parse_config
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.data.held_out import validation_view
@@ -43,12 +43,12 @@ def compare(
     on_event: Callable = lambda event: None,
     parallel: int | None = None,
 ) -> dict:
-    """Run what is missing, in order of seed, and return `{"methods": …, "table": …}`.
+    """Run what is missing, seed by seed, and return the summary (see `summarise`).
 
     A method that fails is reported as such and does not end the comparison.
 
     Args:
-        parallel: runs at the same time, each with `resources.workers` workers; None: as many as the cluster holds.
+        parallel: number of concurrent runs, each with `resources.workers` workers; None: as many as fit the cluster.
 
     Raises:
         ConfigError: a method's configuration is impossible, before anything is trained.
@@ -61,30 +61,30 @@ def compare(
     with cluster(first, verbose, address):
         gpus = gpus_per_worker(first)
         count = parallel or groups_that_fit(first, ray.cluster_resources(), gpus)
-        crew = Crew([WorkerGroup(first, folder.uri, gpus, verbose) for _ in range(count)], on_event)
+        pool = GroupPool([WorkerGroup(first, folder.uri, gpus, verbose) for _ in range(count)], on_event)
         try:
-            rates = _learning_rates(comparison, crew)
+            rates = _learning_rates(comparison, pool)
             seeds_and_methods = itertools.product(comparison.seeds, comparison.methods)
-            crew.run([_config_of_run(comparison, m, seed, rates[m.name]) for seed, m in seeds_and_methods])
+            pool.run([_config_of_run(comparison, m, seed, rates[m.name]) for seed, m in seeds_and_methods])
         finally:
-            crew.close()
+            pool.close()
     return summarise(comparison, folder, rates)
 
 
-class Crew:
-    """Worker groups that take runs from one list, each a run at a time."""
+class GroupPool:
+    """Warm worker groups that share a list of runs; each group works on one run at a time."""
 
     def __init__(self, groups: Sequence[WorkerGroup], on_event: Callable):
         self.groups, self.on_event = list(groups), on_event
         self._idle: queue.SimpleQueue[WorkerGroup] = queue.SimpleQueue()
         for group in self.groups:
             self._idle.put(group)
-        self._active: set[str] = set()  # URIs of the runs at work
+        self._active: set[str] = set()  # URIs of the runs in progress
 
     def run(self, configs: Sequence[PipelineConfig]) -> list[dict | None]:
-        """results.json of each run, all finished now; None where training failed. Ctrl-C stops them all."""
-        with ThreadPoolExecutor(len(self.groups), thread_name_prefix="run") as pool:
-            futures = [pool.submit(self._one, config) for config in configs]
+        """Train what is missing; results.json of each run, None where training failed. Ctrl-C stops all of them."""
+        with ThreadPoolExecutor(len(self.groups), thread_name_prefix="run") as threads:
+            futures = [threads.submit(self._run_one, config) for config in configs]
             try:
                 return [future.result() for future in futures]
             except BaseException:
@@ -94,7 +94,7 @@ class Crew:
                     RunDirectory(uri).request_stop("the comparison ends")
                 raise
 
-    def _one(self, config: PipelineConfig) -> dict | None:
+    def _run_one(self, config: PipelineConfig) -> dict | None:
         group = self._idle.get()
         self._active.add(config.run_uri)
         try:
@@ -125,17 +125,17 @@ def _config_of_run(comparison: Comparison, method: Method, seed: int, rate: floa
     return parse_config(comparison.configuration(method, **training) | {"name": f"{method.safe_name}-s{seed}"})
 
 
-def _learning_rates(comparison: Comparison, crew: Crew) -> dict[str, float | None]:
-    """Each method's best of the grid on the first task's validation part; None where there is nothing to choose."""
+def _learning_rates(comparison: Comparison, pool: GroupPool) -> dict[str, float | None]:
+    """Best learning rate of the grid per method, by validation loss on the first task; None if it is not tuned."""
     tuned = [method for method in comparison.methods if method.tuned and comparison.learning_rates]
     trials = list(itertools.product(tuned, comparison.learning_rates))
-    configs: dict[str, PipelineConfig] = {}  # methods that train the first task alike share their trials
+    configs: dict[str, PipelineConfig] = {}  # methods with the same training on the first task share their trials
     keys = []
     for method, rate in trials:
         config = tuning_config(comparison, method, rate)
         keys.append(fingerprint(config.model_dump(exclude={"name"})))
         configs.setdefault(keys[-1], config)
-    found = dict(zip(configs, crew.run(list(configs.values())), strict=True))
+    found = dict(zip(configs, pool.run(list(configs.values())), strict=True))
     losses: dict[str, dict[float, float]] = {method.name: {} for method in tuned}
     for (method, rate), key in zip(trials, keys, strict=True):
         if found[key] is not None:
@@ -147,8 +147,8 @@ def _learning_rates(comparison: Comparison, crew: Crew) -> dict[str, float | Non
 
 
 def tuning_config(comparison: Comparison, method: Method, rate: float) -> PipelineConfig:
-    """The first task alone, scored on what is not its test split."""
-    from curlora.continual import STRATEGIES  # imports torch and peft
+    """A trial of a learning rate: the first task alone, scored on validation data."""
+    from curlora.continual import STRATEGIES  # imports torch and PEFT
 
     raw = comparison.configuration(method, seed=comparison.seeds[0], learning_rate=rate)
     raw |= {"name": f"tune-{method.safe_name}-{rate:g}".replace(".", "_"), "retention": []}
@@ -162,15 +162,16 @@ def tuning_config(comparison: Comparison, method: Method, rate: float) -> Pipeli
 
 
 def validation_loss(results: dict) -> float:
-    """Lower is better: NLL of text, 1 − score of the rest; mean over the tasks."""
+    """Mean over the tasks of the NLL (text) or 1 − score (all others)."""
     last = [value for value in results["scores"][-1] if value is not None]
-    kinds = [results["metric"][task] for task in results["tasks"]]
-    return math.fsum(loss_of({"value": v, "metric": kind}) for v, kind in zip(last, kinds, strict=True)) / len(last)
+    metrics = [results["metric"][task] for task in results["tasks"]]
+    losses = [loss_of({"value": value, "metric": metric}) for value, metric in zip(last, metrics, strict=True)]
+    return math.fsum(losses) / len(losses)
 
 
 def _run(config: PipelineConfig, group: WorkerGroup, on_event) -> dict | None:
-    """results.json of a run that is now finished; None if its training failed."""
-    _share_base(config, make_plan(config))
+    """Train what a run is missing; its results.json, or None if training failed."""
+    _reuse_base_scores(config, make_plan(config))
     on_event({"kind": "run", "name": config.name})
     try:
         return run_chain(config, on_event, group=group)
@@ -179,8 +180,8 @@ def _run(config: PipelineConfig, group: WorkerGroup, on_event) -> dict | None:
         return None
 
 
-def _share_base(config: PipelineConfig, plan: Plan) -> None:
-    """Copy the base's scores of another run here; cells that this one needs besides are evaluated as usual."""
+def _reuse_base_scores(config: PipelineConfig, plan: Plan) -> None:
+    """Copy the scores of the base model from another run; what this run needs in addition is evaluated as usual."""
     run, base_directory = RunDirectory(config.run_uri), plan.base_directory
     if run.metrics(base_directory) or not plan.missing_cells(run)[base_directory]:
         return
@@ -204,23 +205,23 @@ def summarise(comparison: Comparison, folder: RunDirectory, rates: dict[str, flo
     methods = {name: _summary(list(runs.values()), rates[name]) for name, runs in outcomes.items() if runs}
     found = False
     for name, summary in methods.items():
-        reference = f"{comparison.reference}{''.join(name.partition(AT)[1:])}"
+        reference = f"{comparison.reference}{''.join(name.partition(EXAMPLES_MARK)[1:])}"
         found = found or reference in methods
         if name != reference and reference in methods:
-            summary["against_reference"] = paired(outcomes[name], outcomes[reference])
+            summary["against_reference"] = paired_intervals(outcomes[name], outcomes[reference])
     reference = comparison.reference if found else None
     result = {"name": comparison.name, "seeds": comparison.seeds, "reference": reference, "methods": methods}
     folder.write_json("comparison.json", result)
     folder.write_bytes("comparison.md", markdown(result).encode())
     folder.write_bytes("comparison.csv", as_csv(result).encode())
     folder.write_bytes("tradeoff.png", tradeoff_figure(result))
-    if any(AT in name for name in methods):
+    if any(EXAMPLES_MARK in name for name in methods):
         folder.write_bytes("examples.png", examples_figure(result))
     return result
 
 
 def _finished(comparison: Comparison, method: Method, rates: dict) -> dict[int, RunDirectory]:
-    """The method's finished runs, by seed."""
+    """Seed → finished run of the method."""
     uris = {s: _config_of_run(comparison, method, s, rates[method.name]).run_uri for s in comparison.seeds}
     runs = {seed: RunDirectory(uri) for seed, uri in uris.items()}
     return {seed: run for seed, run in runs.items() if (run.results() or {}).get("status") == "finished"}
@@ -229,7 +230,7 @@ def _finished(comparison: Comparison, method: Method, rates: dict) -> dict[int, 
 def _summary(runs: list[RunDirectory], rate: float | None) -> dict:
     results = [run.results() for run in runs]
     summary: dict = {"runs": len(runs), "learning_rate": rate}
-    for key, _, _ in FIGURES:
+    for key, _, _ in AGGREGATES:
         values = [v for v in (_figure(r, key) for r in results) if v is not None]
         summary[key] = mean_and_error(values)
     return summary

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable
 
-from pipelines.comparison.methods import AT
+from pipelines.comparison.methods import EXAMPLES_MARK
+from pipelines.reporting.drawing import new_figure, render, series_style
 
-KINDS = (  # learning, its key; forgetting, its key; the sign that makes forgetting positive
+METRIC_GROUPS = (  # learning, its key; forgetting, its key; the sign that makes forgetting positive
     ("learning accuracy", "learning_accuracy", "forgetting", "forgetting", 1),
-    ("NLL learning, nats a token", "nll_learning", "NLL lost again, nats a token", "nll_backward_transfer", -1),
+    ("NLL learning, nats per token", "nll_learning", "NLL lost again, nats per token", "nll_backward_transfer", -1),
 )
 
 
 def tradeoff_figure(result: dict) -> bytes:
-    """PNG: learning to the right, forgetting upwards (the best is at the lower right), one panel a kind of metric.
+    """PNG: learning to the right, forgetting upwards (the best is at the lower right), one panel per group of metrics.
 
-    The dashed line joins the methods that no other one beats in both (the Pareto front).
+    The dashed line joins the methods that no other method beats in both (the Pareto front).
     """
 
     def draw(axis, learning, learning_key, forgetting, forgetting_key, sign) -> None:
@@ -36,7 +36,7 @@ def tradeoff_figure(result: dict) -> bytes:
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (learning, forgetting) that no other one beats in both, the one with the least learning first."""
+    """The points (learning, forgetting) that no other point beats in both, by increasing learning."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (-point[0], point[1])):
         if not front or y < front[-1][1]:
@@ -45,8 +45,8 @@ def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def _label(axis, points: dict[str, tuple[float, float]]) -> None:
-    """Write each point's name beside it, higher where another name is in the way."""
-    axis.figure.draw_without_rendering()  # before that nothing has a place
+    """Write each point's name beside it, moved up where it would overlap another name."""
+    axis.figure.draw_without_rendering()  # text has no position before that
     placed: list = []
     for name, place in sorted(points.items(), key=lambda item: item[1][1]):
         text = axis.annotate(name, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
@@ -58,43 +58,36 @@ def _label(axis, points: dict[str, tuple[float, float]]) -> None:
 
 
 def examples_figure(result: dict) -> bytes:
-    """PNG: what each method learns from how many training examples a task, one panel a kind of metric."""
+    """PNG: learning against the number of training examples per task, one line per method and one panel per group."""
 
     def draw(axis, learning, key, *_) -> None:
         lines: dict[str, list] = {}
         for name, summary in result["methods"].items():
-            base, _, examples = name.partition(AT)
+            base, _, examples = name.partition(EXAMPLES_MARK)
             if summary[key][0] is not None:
                 lines.setdefault(base, []).append((int(examples), *summary[key]))
-        for base, points in lines.items():
+        for index, (base, points) in enumerate(lines.items()):
             x, y, errors = zip(*sorted(points), strict=True)
-            axis.errorbar(x, y, yerr=[e or 0 for e in errors], marker="o", capsize=2, label=base)
-        axis.set(xscale="log", xlabel="training examples a task", ylabel=f"{learning} →")
+            axis.errorbar(x, y, yerr=[e or 0 for e in errors], capsize=2, label=base, **series_style(index))
+        axis.set(xscale="log", xlabel="training examples per task", ylabel=f"{learning} →")
         if lines:
             counts = sorted({point[0] for points in lines.values() for point in points})
             axis.set_xticks(counts, [f"{count:,}" for count in counts])
             axis.minorticks_off()
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, frameon=False)
 
     return _panels(result, draw)
 
 
 def _panels(result: dict, draw: Callable) -> bytes:
-    """A figure with a panel, drawn by `draw(axis, *kind)`, for each kind of metric that a method has learned by."""
-    import matplotlib  # slow
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    shown = [kind for kind in KINDS if any(m[kind[1]][0] is not None for m in result["methods"].values())] or KINDS[:1]
-    figure, axes = plt.subplots(1, len(shown), figsize=(7 * len(shown), 5), squeeze=False, layout="constrained")
-    for axis, kind in zip(axes[0], shown, strict=True):
-        draw(axis, *kind)
-        axis.grid(alpha=0.3)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=120)
-    plt.close(figure)
-    return out.getvalue()
+    """A figure with one panel per group of metrics that some method has, drawn by `draw(axis, *group)`."""
+    methods = result["methods"].values()
+    shown = [group for group in METRIC_GROUPS if any(m[group[1]][0] is not None for m in methods)]
+    shown = shown or METRIC_GROUPS[:1]
+    figure, axes = new_figure(7 * len(shown), 5, columns=len(shown))
+    for axis, group in zip(axes, shown, strict=True):
+        draw(axis, *group)
+    return render(figure)
 
 
 def _point(summary: dict, x: str, y: str, sign: int) -> tuple | None:

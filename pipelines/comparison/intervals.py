@@ -11,15 +11,15 @@ from pipelines.metrics.paired import bootstrap
 from pipelines.runs.directory import RunDirectory
 
 
-def paired(runs: Mapping[int, RunDirectory], reference: Mapping[int, RunDirectory]) -> dict | None:
-    """95 % intervals of the difference to the reference method, over the same test examples.
+def paired_intervals(runs: Mapping[int, RunDirectory], reference: Mapping[int, RunDirectory]) -> dict | None:
+    """95 % bootstrap intervals of the difference to the reference method on the same test examples.
 
-    `learning` is the score right after a task's training, `forgetting` its loss from there to the end; both as means
-    over tasks, higher = more, in units of score (1 − … nats a token for text). Examples are resampled within tasks;
-    an example's outcome is its mean over the seeds that both methods have (None where there is no such seed).
+    `learning` is the score right after a task's training, `forgetting` the drop from there to the end; both are means
+    over tasks, in units of the score (text: negative NLL, in nats per token). Examples are resampled within each task;
+    the outcome of an example is its mean over the seeds that both methods have. None without a common seed.
 
     Args:
-        runs, reference: the runs of each method by seed.
+        runs, reference: seed → finished run of the method and of the reference.
     """
     pairs = [(run, reference[seed]) for seed, run in runs.items() if seed in reference]
     if not pairs:
@@ -42,7 +42,7 @@ def paired(runs: Mapping[int, RunDirectory], reference: Mapping[int, RunDirector
 
 @dataclass(frozen=True)
 class Outcomes:
-    """(examples,) score of each right after the task's training and at the end, higher is better; and its weight."""
+    """(examples,) each: score right after the task's training, score at the end (higher is better), and weight."""
 
     after: np.ndarray
     end: np.ndarray
@@ -60,7 +60,7 @@ def example_outcomes(run: RunDirectory, position: int, task: str) -> Outcomes | 
 
 
 def _scores(outcomes: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """(score of each example, weight of each example): text counts by its tokens."""
+    """(scores, weights) of the examples; text is weighted by its number of tokens."""
     if "nll" in outcomes[0] and "tokens" in outcomes[0] and "correct" not in outcomes[0]:
         tokens = np.array([o["tokens"] for o in outcomes], dtype=float)
         return -np.array([o["nll"] for o in outcomes]) / np.maximum(tokens, 1), tokens

@@ -1,4 +1,4 @@
-"""Methods by name: an adapter and a strategy laid over a configuration."""
+"""Methods by name: an adapter and a strategy, merged into the configuration of a sequence."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pipelines.errors import ConfigError, Problem, did_you_mean
 
 CATALOGUE = Path(__file__).parent / "methods.yaml"
 
-AT = "@"  # between a method and the number of its training examples
+EXAMPLES_MARK = "@"  # between the name of a method and its number of training examples
 
-ALONE = {"strategy": {"name": "sequential"}}  # an adapter without a strategy, whatever the sequence itself uses
+NO_STRATEGY = {"strategy": {"name": "sequential"}}  # replaces the strategy of the sequence itself
 
 
 @dataclass(frozen=True)
 class Method:
-    """A name and what it changes in a configuration; `tuned`: whether its learning rate is chosen from the grid."""
+    """A name and its changes to a configuration; `tuned`: whether its learning rate is chosen from the grid."""
 
     name: str
     changes: dict
@@ -28,22 +28,22 @@ class Method:
 
     @property
     def safe_name(self) -> str:
-        return self.name.replace("+", "_").replace(AT, "-n")
+        return self.name.replace("+", "_").replace(EXAMPLES_MARK, "-n")
 
     def on(self, examples: int) -> Method:
-        """This method on at most so many training examples a task, called `name@examples`."""
+        """This method with at most that many training examples per task, called `name@examples`."""
         changes = merged(self.changes, {"training": {"max_train_examples": examples}})
-        return replace(self, name=f"{self.name}{AT}{examples}", changes=changes)
+        return replace(self, name=f"{self.name}{EXAMPLES_MARK}{examples}", changes=changes)
 
 
 @dataclass
 class Comparison:
-    """What is compared.
+    """The methods, seeds and learning rates of a comparison.
 
     Attributes:
-        raw: the sequence's configuration as a plain mapping, without a method.
-        learning_rates: the grid; empty: every method at the configuration's own.
-        reference: the method that the paired intervals are against, on the same number of training examples.
+        raw: configuration of the sequence as a plain mapping, without a method.
+        learning_rates: the grid; empty: every method uses the learning rate of the configuration.
+        reference: baseline of the paired intervals; compared at the same number of training examples.
     """
 
     raw: dict
@@ -64,7 +64,7 @@ class Comparison:
 
 
 def merged(base: Any, changes: Any) -> Any:
-    """`base` with the nested mapping `changes` laid over it; a section of another `type` or `name` starts empty."""
+    """`base` updated by the nested mapping `changes`; a section of another `type` or `name` starts empty."""
     if not (isinstance(base, dict) and isinstance(changes, dict)):
         return changes
     for key in ("type", "name"):
@@ -92,7 +92,7 @@ def read_methods(names: Sequence[str], catalogue: Path = CATALOGUE) -> list[Meth
                 Problem("--methods", f"unknown strategy '{strategy}', {did_you_mean(strategy, strategies)}")
             )
         else:
-            changes = merged(strategies[strategy] if plus else ALONE, adapters[adapter])
+            changes = merged(strategies[strategy] if plus else NO_STRATEGY, adapters[adapter])
             tuned = changes.get("tuned", True)
             methods.append(Method(name, {k: v for k, v in changes.items() if k != "tuned"}, tuned))
     if problems:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 
-FIGURES = (  # key in results.json, heading, digits
+from pipelines.reporting.formatting import compact, interval, with_error
+
+AGGREGATES = (  # key in results.json, heading, digits
     ("learning_accuracy", "learning acc.", 3),
     ("average_accuracy", "average acc.", 3),
     ("backward_transfer", "backward tr.", 3),
@@ -24,38 +25,26 @@ FIGURES = (  # key in results.json, heading, digits
 
 
 def columns_of(result: dict) -> list[tuple[str, str, int]]:
-    """The figures that some method has."""
-    return [f for f in FIGURES if any(m[f[0]][0] is not None for m in result["methods"].values())]
-
-
-def _cell(value: Sequence[float | None], digits: int) -> str:
-    mean, error = value
-    if mean is None:
-        return "–"
-    text = f"{mean:,.{digits}f}"
-    return text if error is None or not digits else f"{text} ± {error:.{digits}f}"
+    """The aggregates that some method has."""
+    return [f for f in AGGREGATES if any(m[f[0]][0] is not None for m in result["methods"].values())]
 
 
 def markdown(result: dict) -> str:
-    """The table, and the paired intervals where there is a reference."""
+    """The table of all methods, then the paired intervals where there is a reference method."""
     columns = columns_of(result)
     lines = ["| method | lr | runs | " + " | ".join(title for _, title, _ in columns) + " |"]
     lines.append("|---|---|---|" + "---|" * len(columns))
     for name, summary in result["methods"].items():
-        rate = f"{summary['learning_rate']:g}" if summary["learning_rate"] else "config"
-        cells = [_cell(summary[key], digits) for key, _, digits in columns]
+        rate = compact(summary["learning_rate"]) if summary["learning_rate"] else "config"
+        cells = [with_error(*summary[key], digits) for key, _, digits in columns]
         lines.append(f"| {name} | {rate} | {summary['runs']} | " + " | ".join(cells) + " |")
     if result["reference"]:
         lines += ["", f"Difference to {result['reference']}, 95 % interval over test examples:", ""]
         lines += ["| method | learning | forgetting |", "|---|---|---|"]
         for name, summary in result["methods"].items():
             if against := summary.get("against_reference"):
-                lines.append(f"| {name} | {_interval(against['learning'])} | {_interval(against['forgetting'])} |")
+                lines.append(f"| {name} | {interval(against['learning'])} | {interval(against['forgetting'])} |")
     return "\n".join(lines) + "\n"
-
-
-def _interval(value: dict | None) -> str:
-    return "–" if value is None else f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
 
 
 def as_csv(result: dict) -> str:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipelines.config.explaining import problem_of
-from pipelines.config.paths import absolute_path, absolute_sqlite, is_uri
+from pipelines.config.paths import CONFIGS, absolute_path, absolute_sqlite, is_uri
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.search_space import check_space
 from pipelines.errors import ConfigError, Problem
@@ -100,7 +100,7 @@ def read_yaml(path: str | os.PathLike) -> dict:
     try:
         text = _read_text(str(path))
     except (OSError, ValueError) as error:
-        remedy = "check the path; shipped configurations lie in pipelines/configs"
+        remedy = f"check the path; shipped configurations lie in {CONFIGS}"
         reason = getattr(error, "strerror", None) or error
         raise ConfigError([Problem(str(path), f"cannot be read ({reason}); {remedy}")]) from error
     try:

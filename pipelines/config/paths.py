@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+"""The configurations that come with the package."""
+
 
 def is_uri(value: str) -> bool:
     return "://" in value

@@ -8,13 +8,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pipelines.config.names import SELECTION_RULES, STRATEGIES
 from pipelines.errors import did_you_mean
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-
-SELECTION_RULES = ("inverse", "uniform", "importance", "leverage", "deim", "activation")
-
-STRATEGIES = ("sequential", "replay", "rehearsal", "ilora", "coma", "lwf", "clora", "ewc", "olora", "joint")
 
 
 class Section(BaseModel):

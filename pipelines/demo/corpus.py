@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Iterator

@@ -6,7 +6,6 @@ I-LoRA (arXiv 2402.18865) argues from such lines: if the loss of earlier tasks s
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Sequence
 
@@ -19,17 +18,19 @@ from pipelines.errors import ConfigError, Problem
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.inference.predict import load_trained
 from pipelines.models.adapters import adapter_prefix
+from pipelines.reporting.drawing import new_figure, render, series_style
 from pipelines.runs.directory import RunDirectory
 
 
 def lines(run: RunDirectory, points: int = 5, max_examples: int | None = None) -> list[dict]:
-    """For each pair of neighbouring steps `{"from", "to", "at": [0 … 1], "loss": {name: [one a point]}}`.
+    """For each pair of neighbouring steps `{"from", "to", "at": [0 … 1], "loss": {name: [one per point]}}`.
 
-    The loss is nats a token for text, 1 − score for the rest; of the tasks trained up to `to`, and of retained text.
+    The loss is in nats per token for text, 1 − score for the rest; of the tasks trained up to `to` and of retained
+    text.
 
     Args:
-        points: on each line, both ends included.
-        max_examples: test rows a task; None: as many as the run scored.
+        points: per line, both ends included.
+        max_examples: test rows per task; None: as many as the run scored.
 
     Raises:
         ConfigError: fewer than two finished steps, or adapters that no line joins (`carry: stack`, no adapter).
@@ -73,26 +74,16 @@ def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def figure(found: Sequence[dict]) -> bytes:
-    """PNG: a panel a line, the loss of every task relative to where the line begins."""
-    import matplotlib  # slow
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    drawing, axes = plt.subplots(
-        1, len(found), figsize=(4.5 * len(found), 4), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axis, line in zip(axes[0], found, strict=True):
-        for name, values in line["loss"].items():
-            axis.plot(line["at"], [value - values[0] for value in values], marker="o", markersize=3, label=name)
+    """PNG: one panel per line, the loss of every task relative to the beginning of the line."""
+    drawing, axes = new_figure(4.5 * len(found), 4, columns=len(found), share_y=True)
+    for axis, line in zip(axes, found, strict=True):
+        for index, (name, values) in enumerate(line["loss"].items()):
+            change = [value - values[0] for value in values]
+            axis.plot(line["at"], change, markersize=4, label=name, **series_style(index))
         axis.set_xlabel(f"{line['from']} → {line['to']}")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    axes[0][0].set_ylabel("change of loss (nats a token; error rate)")
-    out = io.BytesIO()
-    drawing.savefig(out, format="png", dpi=120)
-    plt.close(drawing)
-    return out.getvalue()
+        axis.legend(fontsize=8, frameon=False)
+    axes[0].set_ylabel("change of loss (nats per token; error rate)")
+    return render(drawing)
 
 
 def write(run: RunDirectory, points: int = 5, max_examples: int | None = None) -> list[dict]:

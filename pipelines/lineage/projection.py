@@ -57,6 +57,7 @@ from pipelines.runs.records import (
     score_points,
     started_at,
 )
+from pipelines.runs.verdict import Verdict
 
 CONVENTIONS = 2  # of this module; another number sends finished steps again
 
@@ -253,8 +254,10 @@ def _send_parent(to: Target, models, parent, steps: Steps) -> None:
 
 def gate_tags(verdict: Mapping[str, Any]) -> dict[str, str]:
     """A verdict as tags, in words that a list of runs can be filtered by."""
-    word = {True: "passed", False: "refused", None: "undecided"}[verdict["passed"]]
-    return {PREFIX + "gate": word, PREFIX + "gate_reasons": "; ".join(verdict["reasons"])[:TAG_LENGTH]}
+    return {
+        PREFIX + "gate": Verdict.of(verdict).value,
+        PREFIX + "gate_reasons": "; ".join(verdict["reasons"])[:TAG_LENGTH],
+    }
 
 
 # -- child run = step

@@ -14,13 +14,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.lineage.ancestry import Ancestry, Link
 from pipelines.lineage.mlflow_records import PREFIX, TAG_LENGTH, where_tags
 from pipelines.lineage.projection import gate_tags
 from pipelines.lineage.store import connect, errors, quiet
+from pipelines.runs.verdict import Verdict
 
 CHAMPION, CANDIDATE = "champion", "candidate"
 
@@ -222,7 +223,7 @@ def set_champion(uri: str, version: Version, why: str) -> Version | None:
         LineageError: MLflow is away or refuses.
     """
     before = champion(uri, version.name)
-    moment = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    moment = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     change = {"version": version.version, "before": before.version if before else None, "time": moment, "why": why}
     with errors(uri, REMEDY), quiet():
         client = connect(uri)
@@ -260,10 +261,9 @@ def describe(ancestry: Ancestry, verdict: Mapping[str, Any] | None = None) -> st
     scores = [f"- {name}: {value:.4f}" for name, value in last.scores.items()]
     lines += ["", "Scores on the test splits after the last step:", "", *scores]
     if verdict:
-        word = {True: "passed", False: "refused", None: "undecided"}[verdict["passed"]]
         lines += [
             "",
-            f"**Gate: {word}**",
+            f"**Gate: {Verdict.of(verdict)}**",
             "",
             *(f"- {text}" for text in verdict["reasons"] or ["no reason against it"]),
         ]

@@ -1,1 +1,1 @@
-"""What is measured: scores of answers, the score matrix and paired comparisons. Pure functions."""
+"""Metrics as pure functions: scores of answers, the score matrix, paired tests."""

@@ -1,7 +1,7 @@
 """Pure functions of the score matrix. `scores[t][i]` is the score on task i after step t; row 0 is the untouched base.
 
-Cells that nobody measured are None. Metrics in [0, 1] (accuracy, macro-F1) and negative log-likelihoods have
-aggregates of their own; an aggregate without meaning is None (one task has no transfer). Definitions: Lopez-Paz &
+Cells that were not measured are None. Metrics in [0, 1] (accuracy, macro-F1) and negative log-likelihoods have
+separate aggregates; an aggregate that is not defined is None (one task has no transfer). Definitions: Lopez-Paz &
 Ranzato 2017 (transfer), Chaudhry et al. 2018 (forgetting).
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 Matrix = Sequence[Sequence[float | None]]
 
-# for each column the first row after its task was trained; 0 for tasks that the chain had learned before it began
+# per column: the first row after its task was trained; 0 for tasks learned before the chain began
 Rows = Sequence[int] | None
 
 LOWER_IS_BETTER = frozenset({"nll"})
@@ -76,7 +76,7 @@ def forward_transfer(scores: Matrix, columns: Sequence[int], rows: Rows = None) 
 
 
 def nll_learning(scores: Matrix, columns: Sequence[int], rows: Rows = None) -> float | None:
-    """mean_i (R[0][i] − R[i][i]): nats a token that each text task gained right after its own training."""
+    """mean_i (R[0][i] − R[i][i]): drop in nats per token of each text task by its own training."""
     rows = _rows(scores, rows)
     return mean(_minus(scores[0][i], scores[rows[i]][i]) for i in columns if rows[i]) if rows else None
 
@@ -88,7 +88,7 @@ def nll_backward_transfer(scores: Matrix, columns: Sequence[int], rows: Rows = N
 
 
 def perplexity(nll: float | None) -> float | None:
-    """exp(NLL), capped where a float ends."""
+    """exp(NLL), capped below the largest float."""
     return None if nll is None else math.exp(min(nll, 700.0))
 
 
@@ -106,7 +106,7 @@ def aggregates(
 
     Args:
         scores: (T + 1) rows of T cells; under `joint` two rows.
-        metrics: the metric of each column; `nll` columns are apart from those in [0, 1].
+        metrics: metric of each column; `nll` columns are aggregated separately from those in [0, 1].
         nll_by_corpus: retention NLL of every row.
         rows: see `Rows`.
     """

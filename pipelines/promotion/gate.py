@@ -1,8 +1,8 @@
-"""Whether a finished chain may be used: against the champion where there is one, else against the limits of `gate:`.
+"""Decides whether a finished chain may be used: by comparison with the champion, or by the limits of `gate:` alone.
 
 Pure functions of score cells and per-example outcomes. A candidate is refused for a loss against the champion only if
-it is larger than its limit *and* a one-sided paired test on the same test examples says that it is no accident
-(p < 0.05): exact McNemar where an example is right or wrong, a sign-flip permutation test where it has a number.
+the loss exceeds its limit *and* is significant in a one-sided paired test on the same test examples (p < 0.05): exact
+McNemar where an example is right or wrong, a sign-flip permutation test where it has a score or a loss.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from pipelines.config.sections import GateConfig
-from pipelines.metrics.paired import worse
+from pipelines.metrics.paired import paired_p_value
 from pipelines.metrics.score_matrix import higher_is_better, perplexity
+from pipelines.reporting.formatting import compact, number, percent, probability
 
 SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two adapters that are compared.
+    """One of the two compared adapters: champion or candidate.
 
     Attributes:
         cells: name → score cell of its last row.
-        outcomes: name → its outcomes on the test examples, in their order (read when they are needed).
-        tasks: those it was trained on, its ancestors included.
+        outcomes: name → outcomes on the test examples, in their order; reads them on demand.
+        tasks: those that it and its ancestors were trained on.
     """
 
     cells: Mapping[str, dict]
@@ -37,10 +38,10 @@ class Comparison:
     """One task or corpus: champion against candidate.
 
     Attributes:
-        loss: how much worse the candidate is: in units of the metric (nats a token for text), as a ratio of
-            perplexities − 1 on retained text.
-        limit: None: this loss is not limited.
-        p: of the paired test; None where the loss is within its limit.
+        loss: how much worse the candidate is: in units of the metric (nats per token for text); on retained text the
+            ratio of perplexities − 1.
+        limit: largest loss allowed; None: no limit.
+        p: p-value of the paired test; None where the loss is within its limit.
     """
 
     name: str
@@ -64,24 +65,24 @@ class Comparison:
 
     @property
     def sentence(self) -> str:
-        return f"{self._change} ({self.test}, {self.examples} examples, p = {self.p:.2g})"
+        return f"{self._change} ({self.test}, {self.examples} examples, p = {probability(self.p)})"
 
     @property
     def note(self) -> str:
-        """Of a loss that is over its limit but not refused."""
-        return f"{self._change}, but it may be an accident (p = {self.p:.2g})"
+        """For a loss that exceeds its limit but is not significant."""
+        return f"{self._change}, but it may be an accident (p = {probability(self.p)})"
 
     @property
     def _change(self) -> str:
-        change = f"{self.name}: {self.metric} {self.champion:.4f} → {self.candidate:.4f}"
+        change = f"{self.name}: {self.metric} {number(self.champion, 4)} → {number(self.candidate, 4)}"
         if self.role == "retention":
-            return f"{change}, a rise by {self.loss:.1%} over the limit {self.limit:.1%}"
-        return f"{change}, a loss of {self.loss:.4f} over the limit {self.limit:g}"
+            return f"{change}, a rise by {percent(self.loss)} over the limit {percent(self.limit)}"
+        return f"{change}, a loss of {number(self.loss, 4)} over the limit {compact(self.limit)}"
 
 
 # -- without a champion
 def judge(results: dict, gate: GateConfig) -> dict:
-    """`{"passed": bool, "reasons": [...]}`; a missing figure (one task has no forgetting) binds nothing."""
+    """`{"passed": bool, "reasons": [...]}`; an aggregate that is None (one task has no forgetting) breaks no limit."""
     transfer = results["nll_backward_transfer"]
     limits = [
         ("forgetting", results["forgetting"], gate.max_forgetting, False),
@@ -100,15 +101,15 @@ def _floor(results: dict, gate: GateConfig) -> tuple[str, float | None, float | 
 def _broken(name: str, value: float | None, limit: float | None, at_least: bool) -> str | None:
     if value is None or limit is None or not ((value < limit) if at_least else (value > limit)):
         return None
-    return f"{name} {value:.4f} is {'below' if at_least else 'above'} the limit {limit:g}"
+    return f"{name} {number(value, 4)} is {'below' if at_least else 'above'} the limit {compact(limit)}"
 
 
 # -- against a champion
 def judge_against(champion: Side, candidate: Side, results: dict, gate: GateConfig) -> dict:
-    """`{"passed", "reasons", "notes", "comparisons"}` of a candidate that would take the champion's place.
+    """`{"passed", "reasons", "notes", "comparisons"}` of a candidate that would replace the champion.
 
-    A task that the champion has learned must have been measured on the candidate: what nobody looked at may be
-    forgotten. `min_learning_accuracy`, where it is set, holds as well.
+    The candidate must have been scored on every task that the champion has learned: an unmeasured task may be
+    forgotten. `min_learning_accuracy`, where it is set, applies as well.
     """
     comparisons, unmeasured, notes = [], [], []
     for name, cell in champion.cells.items():
@@ -135,7 +136,7 @@ def _compare(name: str, before: dict, after: dict, champion: Side, candidate: Si
     loss, limit = _loss(before, after, gate)
     p, test = None, None
     if limit is not None and loss > limit:
-        p, test = worse(champion.outcomes(name), candidate.outcomes(name))
+        p, test = paired_p_value(champion.outcomes(name), candidate.outcomes(name))
     field = "perplexity" if before["role"] == "retention" else "value"
     return Comparison(
         name=name,
@@ -152,7 +153,7 @@ def _compare(name: str, before: dict, after: dict, champion: Side, candidate: Si
 
 
 def _loss(before: dict, after: dict, gate: GateConfig) -> tuple[float, float | None]:
-    """How much worse, and how much is allowed."""
+    """(how much worse the candidate is, how much is allowed)."""
     if before["role"] == "retention":
         ratio = gate.max_perplexity_ratio
         return perplexity(after["nll"] - before["nll"]) - 1, None if ratio is None else ratio - 1

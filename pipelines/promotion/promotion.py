@@ -25,8 +25,7 @@ from pipelines.lineage.store import connect, errors, quiet
 from pipelines.promotion.gate import Side, judge, judge_against
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import newest_cells
-
-WORDS = {True: "passed", False: "refused", None: "undecided"}
+from pipelines.runs.verdict import Verdict
 
 
 class Refused(RuntimeError):
@@ -133,11 +132,11 @@ def settle(
     ancestry = from_run(run, step["directory"])
     version, new = registry.register(uri, name, run_ids[step["fingerprint"]], ancestry)
     outcome = {"name": name, "version": version.version, "uri": version.uri, "promoted": False, "hook_failure": None}
-    if version.gate in ("passed", "refused") or not (verdict or new):
+    if version.gate in (Verdict.PASSED, Verdict.REFUSED) or not (verdict or new):
         return outcome | {"promoted": bool(version.promoted)}
     registry.set_candidate(uri, version)
     if verdict and uri == config.tracking.uri:
-        run.event("gate", verdict=WORDS[verdict["passed"]], reasons=verdict["reasons"], version=version.version)
+        run.event("gate", verdict=Verdict.of(verdict).value, reasons=verdict["reasons"], version=version.version)
         if verdict["passed"] and config.gate.promote:
             done = promote(uri, version, "the gate passed", config.gate.on_promotion, config.gate.hook_timeout)
             outcome |= {"promoted": True, "hook_failure": done.hook_failure}
@@ -224,7 +223,7 @@ def restore(run: RunDirectory, number: int, force: bool = False, reason: str = "
     version = registry.by_number(uri, name, number)
     if version is None:
         raise ConfigError([Problem("--to", f"model '{name}' has no version {number} in {uri}; see curlora ui")])
-    if not (version.promoted or version.gate == "passed" or force):
+    if not (version.promoted or version.gate == Verdict.PASSED or force):
         verdict = f"the gate's word on it: {version.gate or 'none'}"
         raise Refused(f"version {number} was never in use ({verdict}); to use it all the same: --force --reason TEXT")
     why = f"forced: {reason}" if force else f"restored{f': {reason}' if reason else ''}"

@@ -1,4 +1,4 @@
-"""Draws which adapter grew from which."""
+"""Draws the ancestry of an adapter: from the base model through every step that led to it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pipelines.errors import ConfigError, Problem
 from pipelines.lineage.ancestry import Ancestry, Link
 from pipelines.reporting.drawing import COLORS, new_figure, render
+from pipelines.reporting.formatting import number, whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,11 +72,11 @@ def _card(ancestry: Ancestry, index: int) -> list[str]:
     lines = [ancestry.base_model] if link.is_base else []
     if index and link.run_uri != above.run_uri and not above.is_base:
         lines.append(f"run {link.run_uri}")
-    lines += [f"{task}: {data['rows']:,} rows, digest {data['digest'][:12]}" for task, data in link.data.items()]
+    lines += [f"{task}: {whole(data['rows'])} rows, digest {data['digest'][:12]}" for task, data in link.data.items()]
     new = {key: link.settings.get(key) for key in SHOWN_SETTINGS if link.settings.get(key) != above.settings.get(key)}
     if new:
         lines.append(", ".join(f"{key} {value}" for key, value in new.items()))
-    scores = [f"{name} {value:.3f}" for name, value in own_scores(link).items()]
+    scores = [f"{name} {number(value)}" for name, value in own_scores(link).items()]
     return [_short(line) for line in [*lines, *([", ".join(scores)] if scores else [])]]
 
 
@@ -91,7 +92,7 @@ def own_scores(link: Link) -> dict[str, float]:
 
 
 def _dot(ancestry: Ancestry, link: Link, size: float) -> dict:
-    """A square for the base, a circle for a step; another colour and form for steps of an earlier run."""
+    """A square for the base, a circle for a step; steps of an earlier run differ in colour and shape."""
     if link.is_base:
         return {"marker": "s", "color": "#55606e", "markersize": size}
     if link.run_uri != ancestry.links[-1].run_uri:
@@ -100,7 +101,7 @@ def _dot(ancestry: Ancestry, link: Link, size: float) -> dict:
 
 
 def _draw_grid(ancestry: Ancestry) -> Figure:
-    """Column by column, a line each; a link's number is its place in the whole ancestry."""
+    """One line per step, column by column; the number is the step's position in the whole ancestry."""
     from matplotlib.collections import LineCollection  # slow
 
     count = len(ancestry.links)
@@ -111,6 +112,6 @@ def _draw_grid(ancestry: Ancestry) -> Figure:
     ax.add_collection(LineCollection(lines, colors="#9aa5b1", linewidths=1.2, zorder=1))
     for place, (link, (x, y)) in enumerate(zip(ancestry.links, places, strict=True)):
         ax.plot(x, y, zorder=2, **_dot(ancestry, link, 4.5))
-        own = next((f"  {v:.3f}" for name, v in own_scores(link).items() if name.startswith("score/")), "")
+        own = next((f"  {number(v)}" for name, v in own_scores(link).items() if name.startswith("score/")), "")
         ax.text(x + 0.12, y, f"{place} {_short(link.label, 16)}{own}", va="center", fontsize=7)
     return figure

@@ -1,4 +1,4 @@
-"""One style for every figure."""
+"""Every figure is made and written here, in one style."""
 
 from __future__ import annotations
 
@@ -16,13 +16,26 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#00
 MARKERS = "osD^vPX"
 
 
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+LINES = ("-", "--", ":")
+
+
+def series_style(index: int) -> dict:
+    """Colour, marker and line of a chart's series; the first 21 all differ."""
+    line = LINES[index // len(COLORS) % len(LINES)]
+    return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)], "linestyle": line}
+
+
+def new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, share_y: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of so many inches with its panels, row by row."""
     # Imported here: matplotlib takes half a second. Figure alone needs no backend and no global state.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=share_y)
     for ax in axes.flat:
+        ax.set_prop_cycle(color=COLORS)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#e3e7ec", linewidth=0.8)
         ax.set_axisbelow(True)
@@ -30,7 +43,8 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
     return figure, list(axes.flat)
 
 
-def render(figure: Figure, kind: str) -> bytes:
+def render(figure: Figure, kind: str = "png") -> bytes:
+    """The figure as a file of that kind: png, svg or pdf."""
     buffer = io.BytesIO()
     # Without a date and with fixed ids the same run gives the same file.
     from matplotlib import rc_context
@@ -42,7 +56,7 @@ def render(figure: Figure, kind: str) -> bytes:
 
 
 def colors(values: Iterable[float]) -> list[tuple[str, str]]:
-    """(background, text) for goodness in 0 … 1: viridis, whose order shows with any colour vision and in grey.
+    """(background, text) for values in 0 … 1: viridis, whose order shows with any colour vision and in grey.
 
     Black or white text, whichever has the higher contrast (at least 4.6 : 1; WCAG 2 luminance).
     """

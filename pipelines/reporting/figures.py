@@ -1,7 +1,7 @@
-"""The figures of a run and of an ancestry, for files and for the page. Drawn from results, steps and links alone.
+"""The figures of a run, for files and for the report page, drawn from its results and steps.
 
-Colours are told apart with any colour vision, and every series has a marker of its own; heat maps use viridis, whose
-order shows in grey too.
+Colours are safe for any colour vision, and every series has its own marker; heat maps use viridis, whose order shows
+in grey as well.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pipelines.metrics.score_matrix import higher_is_better
 from pipelines.reporting.drawing import COLORS, MARKERS, axis_limits, colors, new_figure
 from pipelines.reporting.formatting import number
 from pipelines.reporting.summary import MANY, direction, goodness, row_labels, trained_row
+from pipelines.runs.records import label_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +31,7 @@ def shading(results: dict) -> list[list[float | None]]:
 
 
 def draw_matrix(results: dict, _steps: list[dict]) -> Figure:
-    """The score matrix as a heat map, every column in its own direction."""
+    """The score matrix as a heat map; brighter is better in every column."""
     labels, tasks, shades = row_labels(results), results["tasks"], shading(results)
     few = len(tasks) <= MANY
     scale = 1.0 if few else 0.16
@@ -64,7 +65,7 @@ def _write_numbers(ax: Axes, results: dict, shades: list[list[float | None]]) ->
 
 
 def draw_perplexity(results: dict, _steps: list[dict]) -> Figure | None:
-    """Perplexity on each retained corpus along the sequence, one panel a corpus."""
+    """Perplexity on each retained corpus along the sequence, one panel per corpus."""
     series = {name: values for name, values in results["perplexity"].items() if any(v is not None for v in values)}
     if not series:
         return None
@@ -102,7 +103,7 @@ def draw_tasks(results: dict, _steps: list[dict]) -> Figure | None:
             [name for name in results["tasks"] if higher_is_better(results["metric"][name])],
         ),
         (
-            "NLL, nats a token (lower is better)",
+            "NLL, nats per token (lower is better)",
             [name for name in results["tasks"] if not higher_is_better(results["metric"][name])],
         ),
     ]
@@ -141,7 +142,7 @@ def _draw_task(ax: Axes, results: dict, column: int, name: str) -> None:
 
 
 def draw_training(results: dict, steps: list[dict]) -> Figure | None:
-    """Training loss of every step (of the last few in a long chain), each on its own axis."""
+    """Training loss of every step (of the last few of a long chain), one panel per step."""
     trained = [step for step in steps if step.get("training", {}).get("curve")][-MANY:]
     if not trained:
         return None
@@ -154,8 +155,7 @@ def draw_training(results: dict, steps: list[dict]) -> Figure | None:
         points = [(row[0], row[1]) for row in step["training"]["curve"] if row[1] is not None]
         if points:
             ax.plot(*zip(*points, strict=True), color=COLORS[0], linewidth=1.2)
-        label = step["tasks"][0] if len(step["tasks"]) == 1 else "joint"
-        ax.set_title(f"{step['position']} {label}", fontsize=9, loc="left")
+        ax.set_title(f"{step['position']} {label_of(step)}", fontsize=9, loc="left")
     figure.supxlabel("optimizer step", fontsize=9)
     figure.supylabel("training loss", fontsize=9)
     return figure

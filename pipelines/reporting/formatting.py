@@ -1,6 +1,8 @@
-"""Numbers as people read them."""
+"""Numbers, sizes and times as text for people."""
 
 from __future__ import annotations
+
+from datetime import UTC, datetime
 
 NONE = "–"
 
@@ -19,6 +21,28 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 def whole(value: float | None) -> str:
     return NONE if value is None else f"{value:,.0f}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{share:.{digits}%}"
+
+
+def compact(value: float) -> str:
+    """As short as it can be said, as in a configuration: a limit, a learning rate."""
+    return f"{value:g}"
+
+
+def with_error(mean: float | None, error: float | None, digits: int) -> str:
+    """A mean with its standard error; without it for one run, and for whole numbers such as bytes."""
+    if mean is None:
+        return NONE
+    text = f"{mean:,.{digits}f}"
+    return text if error is None or not digits else f"{text} ± {error:.{digits}f}"
+
+
+def interval(value: dict[str, float] | None) -> str:
+    """`mean`, `low` and `high` of an interval."""
+    return NONE if value is None else f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
 
 
 def size(count: float | None) -> str:
@@ -40,3 +64,13 @@ def duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def probability(value: float | None) -> str:
+    """Two significant digits: a p-value may be very small."""
+    return NONE if value is None else f"{value:.2g}"
+
+
+def moment(seconds: float) -> str:
+    """Unix seconds as a UTC date and time."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

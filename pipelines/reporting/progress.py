@@ -1,6 +1,6 @@
-"""What a user sees while a chain runs: one bar for the chain, one for the running task. No plumbing.
+"""Shows the progress of a chain from the run's events: one bar for the chain, one for the running task.
 
-Fed with the run's events. On a terminal two live bars; elsewhere (a log file, a job's output) a line now and then.
+Without a terminal (a log file, a job's output) it prints a line every few seconds instead.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pipelines.reporting.formatting import number, whole
 
 LINE_SECONDS = 5.0
 
@@ -59,8 +61,8 @@ class ChainProgress:
     def _on_training(self, event: dict) -> None:
         step, steps = event["step"], event["steps"]
         left = event["seconds_left"]
-        speed = f" · {event['tokens_per_second']:,.0f} tokens/s" if event.get("tokens_per_second") else ""
-        text = f"step {step}/{steps} · loss {event['loss']:.3f}{speed} · {left:.0f} s left"
+        speed = f" · {whole(event['tokens_per_second'])} tokens/s" if event.get("tokens_per_second") else ""
+        text = f"step {step}/{steps} · loss {number(event['loss'])}{speed} · {number(left, 0)} s left"
         if self.bars:
             self.bars.update(self.task, description=event["task"], completed=step, total=steps, text=text)
         elif time.time() - self.last_line > LINE_SECONDS:
@@ -80,7 +82,7 @@ class ChainProgress:
 
     def _on_published(self, event: dict) -> None:
         self.done = event["position"]
-        scores = ", ".join(f"{cell['name']} {cell['value']:.3f}" for cell in event["cells"])
+        scores = ", ".join(f"{cell['name']} {number(cell['value'])}" for cell in event["cells"])
         self._chain("")
         self._line(f"task {event['position']}/{self.steps} {event['task']} done: {scores}", always=True)
 

@@ -1,6 +1,6 @@
-"""A run in numbers: what sums it up, what happened to each task, and the tables of the terminal.
+"""Summary of a run: headline numbers, the history of each task, and the tables for the terminal.
 
-Everything is computed from `results.json`; figures and page use the same words and numbers.
+Everything is computed from `results.json`; figures and report page use the same words and numbers.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING
 
 from pipelines.metrics.score_matrix import gain, higher_is_better
 from pipelines.reporting.formatting import duration, number, signed, size, whole
+from pipelines.runs.verdict import Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-MANY = 12  # beyond this many tasks a matrix has no room for numbers, a chart none for names
+MANY = 12  # with more tasks a matrix has no room for numbers and a chart none for names
 
 
 @dataclass(frozen=True)
 class Headline:
-    """One number of a run, with one plain sentence about what it means."""
+    """One number of a run with a sentence that explains it."""
 
     group: str
     label: str
@@ -31,7 +32,7 @@ class Headline:
 
 
 def headlines(results: dict) -> list[Headline]:
-    """The numbers that sum a run up: what was learned, what was forgotten, what it cost."""
+    """The headline numbers: what was learned, what was forgotten, what it cost."""
     directions = {higher_is_better(metric) for metric in results["metric"].values()}
     rows: list[tuple[str, str, str, str]] = []
     if True in directions:
@@ -40,7 +41,7 @@ def headlines(results: dict) -> list[Headline]:
         rows += _text_headlines(results)
     if results["nll"]:
         ratio = number(results["perplexity_ratio"])
-        meaning = "Perplexity on retained text, after / before. 1 = general language unharmed, above 1 = harmed."
+        meaning = "Perplexity on retained text, after / before. Above 1 = loss of general language ability."
         rows.append(("forgotten", "perplexity ratio", ratio, meaning))
     return [Headline(*row) for row in [*rows, *_cost_headlines(results)]]
 
@@ -80,13 +81,13 @@ def _text_headlines(results: dict) -> list[tuple[str, str, str, str]]:
             "learned",
             "average NLL",
             number(results.get("nll_average")),
-            "Mean loss of the text tasks at the end, in nats a token. Lower is better.",
+            "Mean loss of the text tasks at the end, in nats per token. Lower is better.",
         ),
         (
             "learned",
             "NLL learning",
             signed(results["nll_learning"]),
-            "Nats a token that each text task gained by its own training. Higher is better.",
+            "Mean drop in loss of each text task by its own training, in nats per token. Higher is better.",
         ),
         (
             "forgotten",
@@ -108,16 +109,52 @@ def _cost_headlines(results: dict) -> list[tuple[str, str, str, str]]:
             "cost",
             "trainable parameters",
             whole(results["trainable_parameters"]),
-            f"Numbers that the adapter trains; the base stays frozen.{extra}",
+            f"Parameters of the adapter; the base model stays frozen.{extra}",
         ),
-        ("cost", "adapter size", size(results["adapter_bytes"]), "Bytes of one step's adapter on disk."),
-        ("cost", "time", duration(seconds["total"]), f"Wall clock of the whole chain: {split}."),
-        ("cost", "peak memory", size(max(memory, default=None)), "The largest of all steps and workers."),
+        ("cost", "adapter size", size(results["adapter_bytes"]), "Size of one step's adapter on disk."),
+        ("cost", "time", duration(seconds["total"]), f"Wall-clock time of the whole chain: {split}."),
+        ("cost", "peak memory", size(max(memory, default=None)), "Maximum over all steps and workers."),
     ]
 
 
+def story(results: dict) -> str:
+    """The run in a few sentences."""
+    count, done = len(results["tasks"]), sum(1 for step in results["steps"] if step["seconds"])
+    how = "together, in one step" if is_joint(results) else "one after another"
+    text = [f"{count} task{'s' if count > 1 else ''}, trained {how}." if count > 1 else "One task."]
+    if results.get("start_from"):
+        earlier = sum(row == 0 for row in results["learned_at"].values())
+        text.append(f"The chain continues an earlier run, which had learned {earlier} of them.")
+    if done < len(results["steps"]):
+        text.append(f"{done} of {len(results['steps'])} steps are done so far.")
+    if results["learning_accuracy"] is not None:
+        text.append(f"Right after its own training a task scored {number(results['learning_accuracy'])} on average.")
+    if results["nll_learning"] is not None:
+        verb = "lowered" if results["nll_learning"] >= 0 else "raised"
+        gain = number(abs(results["nll_learning"]))
+        text.append(f"Training on a text task {verb} its loss by {gain} nats per token on average.")
+    kept = [
+        _kept(results["backward_transfer"], "the earlier tasks", "points of score"),
+        _kept(results["nll_backward_transfer"], "the earlier text tasks", "nats per token"),
+    ]
+    if any(kept):
+        text.append(f"By the end {' and '.join(filter(None, kept))}, on average.")
+    ratio = results["perplexity_ratio"]
+    if ratio is not None:
+        change = 100 * (ratio - 1)
+        verb = "rose" if change >= 0 else "fell"
+        text.append(f"Perplexity on text that no task trains on {verb} by {abs(change):.1f}\u00a0%.")
+    return " ".join(text)
+
+
+def _kept(transfer: float | None, who: str, unit: str) -> str:
+    if transfer is None:
+        return ""
+    return f"{who} had {'lost' if transfer < 0 else 'gained'} {number(abs(transfer))} {unit}"
+
+
 def row_labels(results: dict) -> list[str]:
-    """`base`, then one label for every trained row."""
+    """Labels of the score matrix' rows: `base`, then one per step."""
     first = "start" if results.get("start_from") else "base"
     return [first, *(f"{k} {step['task']}" for k, step in enumerate(results["steps"], start=1))][
         : len(results["scores"])
@@ -143,7 +180,7 @@ def arrow(metric: str) -> str:
 
 
 def goodness(column: Sequence[float | None], metric: str) -> list[float | None]:
-    """A column on 0 … 1 where 1 is best, on a scale that does not inflate small differences.
+    """A column mapped to 0 … 1, where 1 is best, on a scale that does not inflate small differences.
 
     Scores in [0, 1] stay what they are. An NLL becomes exp(best − value): 1 for the column's best, 0.37 one nat above.
     """
@@ -155,10 +192,10 @@ def goodness(column: Sequence[float | None], metric: str) -> list[float | None]:
 
 @dataclass(frozen=True)
 class TaskHistory:
-    """What happened to one task: before, right after its training, at its best and at the end.
+    """Scores of one task: before training, right after its own training, at its best and at the end.
 
-    `change` is final against learned, negative = forgetting for either direction of the metric; None for what was
-    trained last, which had no time to be forgotten.
+    `change` is final minus learned, negative = forgetting for either direction of the metric; None for the last task,
+    which nothing was trained after.
     """
 
     name: str
@@ -168,7 +205,6 @@ class TaskHistory:
     learned: float | None
     best: float | None
     final: float | None
-
     change: float | None
 
 
@@ -199,7 +235,7 @@ def histories(results: dict) -> list[TaskHistory]:
 
 # -- the terminal
 def summary_table(results: dict) -> Table:
-    """The score matrix; for a long sequence one line a task, which fits any terminal."""
+    """The score matrix; for a long sequence one line per task, which fits any terminal."""
     from rich.table import Table  # slow
 
     if len(results["tasks"]) > MANY // 2:
@@ -246,17 +282,16 @@ def headline_table(results: dict) -> Table:
 
 
 def print_summary(results: dict, console: Console) -> None:
-    """The end of `curlora run`: the score matrix and the numbers that sum it up."""
+    """Printed at the end of `curlora run`: the score matrix and the headline numbers."""
     console.print(summary_table(results))
     console.print(headline_table(results))
 
 
 def print_verdict(results: dict, console: Console) -> None:
-    """What the gate says and which version this run became; nothing without either."""
+    """Print the gate's verdict and the registered version; nothing without either."""
     gate, registered = results["gate"], results["registry"]
     if gate:
-        word = {True: "passed", False: "refused", None: "undecided"}[gate["passed"]]
-        console.print(f"gate: {word}", style="bold", highlight=False)
+        console.print(f"gate: {Verdict.of(gate)}", style="bold", highlight=False)
         for reason in [*gate["reasons"], *gate.get("notes", [])]:
             console.print(f"  {reason}", highlight=False, markup=False)
     if registered:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import math
 
 from pipelines.config.search_space import value_text
+from pipelines.reporting.drawing import colors, new_figure, render
+from pipelines.reporting.formatting import number, percent
 
 
 def markdown(result: dict) -> str:
@@ -22,23 +23,21 @@ def markdown(result: dict) -> str:
         numbers = (record["learning"], record["retention_loss"], record["objective"])
         cells = [str(record["number"]), *(value_text(record["values"].get(path, "·")) for path in paths)]
         cells += [f"{record['steps']}/{record['total_steps'] or '?'}"]
-        cells += ["–" if value is None else f"{value:.4f}" for value in numbers]
+        cells += [number(value, 4) for value in numbers]
         lines.append("| " + " | ".join([*cells, ", ".join(mark for mark in marks if mark)]) + " |")
     spent, whole = result["steps"]["spent"], result["steps"]["whole"]
     lines += ["", f"Chosen: {result['why']}.", f"Rule: {result['rule']}."]
-    lines += [f"Training steps: {spent} of {whole} ({spent / max(whole, 1):.0%})."]
+    lines += [f"Training steps: {spent} of {whole} ({percent(spent / max(whole, 1), 0)})."]
     return "\n".join(lines) + "\n"
 
 
 def figure(result: dict) -> bytes:
-    """PNG: score against learning rate, one line a rank; open marks for trials that ended early."""
-    from matplotlib.figure import Figure  # half a second
-
-    drawing = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axis = drawing.subplots()
+    """PNG: learning against the learning rate, one line per rank; open marks for trials that ended early."""
+    drawing, (axis,) = new_figure(6.4, 4.0)
     records = [record for record in result["trials"] if record["learning"] is not None]
     ranks = sorted({record["setting"]["adapter"]["r"] for record in records})
-    for rank, color in zip(ranks, _colors(len(ranks)), strict=True):
+    ordered = colors(i / max(len(ranks), 2) for i in range(len(ranks)))  # by rank
+    for rank, (color, _) in zip(ranks, ordered, strict=True):
         mine = sorted((r for r in records if r["setting"]["adapter"]["r"] == rank), key=_rate)
         whole = [r for r in mine if r["status"] == "finished"]
         axis.plot([_rate(r) for r in whole], [r["learning"] for r in whole], "o-", color=color, label=f"rank {rank}")
@@ -49,18 +48,9 @@ def figure(result: dict) -> bytes:
     axis.set_xscale("log")
     axis.set_xlabel("learning rate")
     axis.set_ylabel(f"{result['task']}: learning on validation")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, title="open: ended at a rung", title_fontsize=8)
-    out = io.BytesIO()
-    drawing.savefig(out, format="png", dpi=110, metadata={"Software": None})
-    return out.getvalue()
+    axis.legend(fontsize=8, frameon=False, title="open: ended at a rung", title_fontsize=8)
+    return render(drawing)
 
 
 def _rate(record: dict) -> float:
     return record["setting"]["training"]["learning_rate"]
-
-
-def _colors(count: int) -> list:
-    import matplotlib  # slow
-
-    return [matplotlib.colormaps["viridis"](i / max(count, 2)) for i in range(count)]

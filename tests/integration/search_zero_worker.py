@@ -1,16 +1,14 @@
 """One rank of test_search_zero.py: the same step with and without being scored at rungs, under a ZeRO stage.
 
-Run by torchrun as ``search_zero_worker.py STAGE BASE OUT``.
+Run by torchrun as ``search_zero_worker.py STAGES BASE OUT``.
 """
 
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-import transformers
-from strategies_zero_worker import TRAINING, adapt, examples, settings, start, total
+from strategies_zero_worker import TRAINING, adapt, examples, report_of, total
 
 from curlora.continual import TaskContext, make_strategy
 from curlora.continual.parameters import adapter_parameters, read, swapped
@@ -50,22 +48,15 @@ def train(model, config: dict, world, rungs: tuple[float, ...]) -> tuple[dict, l
     return {name: tensor.flatten().tolist() for name, tensor in trained.items()}, scores
 
 
-def main(stage: int, base_directory: str, out: Path) -> None:
-    world = start(stage)
-    config = settings(stage, world)
-    keep = transformers.integrations.HfDeepSpeedConfig(config) if stage == 3 else None
-    base = transformers.AutoModelForCausalLM.from_pretrained(base_directory)
-    base.requires_grad_(False)
+def with_and_without_rungs(base, config: dict, world) -> dict:
     report = {}
     for name, rungs in (("plain", ()), ("scored", RUNGS)):
         model = adapt(base, "curlora")
         report[name] = train(model, config, world, rungs)
         model.zero_grad(set_to_none=True)
         base = model.unload()
-    (out / f"rank{world.rank}.json").write_text(json.dumps(report))
-    torch.distributed.barrier()
-    del keep
+    return report
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    report_of(sys.argv[1], sys.argv[2], Path(sys.argv[3]), with_and_without_rungs)

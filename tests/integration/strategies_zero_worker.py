@@ -1,12 +1,15 @@
 """One rank of the ZeRO test of the strategies: a few tasks by ContinualTrainer; see test_strategies_zero.py.
 
-Run by torchrun as ``strategies_zero_worker.py STAGE BASE OUT``; stage 0 on one process is the reference (DeepSpeed
-without partitioning). Parameters are never persistent, so that nothing of the adapter is whole by luck.
+Run by torchrun as ``strategies_zero_worker.py STAGES BASE OUT``; stages such as 2,3 run one after another in the same
+processes. One process is the reference. Parameters are never persistent, so that nothing of the adapter is whole by
+luck.
 """
 
+import dataclasses
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -51,13 +54,27 @@ def examples(task: str, seed: int, classes: bool = False) -> list[Example]:
     return [Example(task, tuple(row), tuple(row)) for row in rows]
 
 
-def start(stage: int) -> World:
+def start() -> World:
     engine.prepare_environment()
     import deepspeed
 
     deepspeed.init_distributed("gloo")
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return World(rank, size, torch.device("cpu"), lockstep=stage == 3, group=torch.distributed.group.WORLD)
+    return World(rank, size, torch.device("cpu"), group=torch.distributed.group.WORLD)
+
+
+def report_of(stages: str, base_directory: str, out: Path, measure: Callable) -> None:
+    """Write `measure(base, DeepSpeed settings, world)` of each stage, with the base as that stage loads it."""
+    world, report = start(), {}
+    for stage in map(int, stages.split(",")):
+        config, placed = settings(stage, world), dataclasses.replace(world, lockstep=stage == 3)
+        keep = transformers.integrations.HfDeepSpeedConfig(config) if stage == 3 else None
+        base = transformers.AutoModelForCausalLM.from_pretrained(base_directory)
+        base.requires_grad_(False)
+        report[f"zero{stage}"] = measure(base, config, placed)
+        del keep
+    (out / f"rank{world.rank}.json").write_text(json.dumps(report))
+    torch.distributed.barrier()
 
 
 def settings(stage: int, world: World) -> dict:
@@ -116,12 +133,8 @@ def head_parameters(model):
     return [(name, p) for name, p in model.named_parameters() if ".task_heads." in name]
 
 
-def main(stage: int, base_directory: str, out: Path) -> None:
-    world = start(stage)
-    config = settings(stage, world)
-    keep = transformers.integrations.HfDeepSpeedConfig(config) if stage == 3 else None
-    base = transformers.AutoModelForCausalLM.from_pretrained(base_directory)
-    base.requires_grad_(False)
+def strategies(base, config: dict, world: World) -> dict:
+    """Case → what two tasks under it have trained, and the strategy's state."""
     report = {}
     for name, (kind, options) in CASES.items():
         classes = name.endswith("of classes")
@@ -150,10 +163,8 @@ def main(stage: int, base_directory: str, out: Path) -> None:
         tensors, _ = strategy.state()
         state = {key: tensor.double().flatten().tolist() for key, tensor in tensors.items()}
         report[name] = {"trained": {k: t.flatten().tolist() for k, t in trained.items()}, "state": state}
-    (out / f"rank{world.rank}.json").write_text(json.dumps(report))
-    torch.distributed.barrier()
-    del keep
+    return report
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    report_of(sys.argv[1], sys.argv[2], Path(sys.argv[3]), strategies)

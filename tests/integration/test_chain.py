@@ -1,29 +1,61 @@
 """The chain on real Ray, real DeepSpeed, a real model and real text."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
-from pipelines.metrics import score_matrix
+from pipelines.inference.export import export_step
+from pipelines.runs.directory import RunDirectory
+from tests.bench import wait_for
 
 TEXT_LEARNING = 0.005  # nats a token in 24 steps of a model of 30 thousand parameters
 
 
 def test_results_follow_from_their_own_matrix(reference):
     assert reference["status"] == "finished"
-    assert [len(row) for row in reference["scores"]] == [3, 3, 3, 3]
-    names = [reference["metric"][task] for task in reference["tasks"]]
-    again = score_matrix.aggregates(reference["scores"], names, reference["nll"])
-    assert {key: reference[key] for key in again} == again
+    assert (reference["tasks"], list(reference["metric"].values())) == (
+        ["part", "word", "text"],
+        ["accuracy", "accuracy", "nll"],
+    )
+    base, first, second, last = reference["scores"]
     nulls = [[cell is None for cell in row] for row in reference["scores"]]
     assert nulls == [[True, False, False], [False, False, True], [False] * 3, [False] * 3]
+    part, word, text = range(3)
+    lost = [max(first[part], second[part]) - last[part], second[word] - last[word]]
+    by_hand = {
+        "average_accuracy": (last[part] + last[word]) / 2,
+        "learning_accuracy": (first[part] + second[word]) / 2,
+        "backward_transfer": (last[part] - first[part] + last[word] - second[word]) / 2,
+        "forward_transfer": first[word] - base[word],
+        "forgetting": sum(lost) / 2,
+        "nll_average": last[text],
+        "nll_learning": base[text] - last[text],
+        "perplexity_ratio": math.exp(reference["nll"]["other"][3] - reference["nll"]["other"][0]),
+    }
+    assert {key: reference[key] for key in by_hand} == pytest.approx(by_hand)
+    assert reference["nll_backward_transfer"] is None  # nothing came after the text
     assert reference["trainable_parameters"] == 14 * 8 * 8
     assert reference["seconds"]["total"] >= reference["seconds"]["train"] + reference["seconds"]["evaluate"]
+
+
+def test_scores_are_those_of_the_published_predictions(bench, reference):
+    for task, column in (("part", 0), ("word", 1)):
+        outcomes = predictions(bench, reference, 2, task)
+        right = sum(outcome["prediction"] == outcome["label"] for outcome in outcomes)
+        assert reference["scores"][3][column] == pytest.approx(right / len(outcomes))
+    outcomes = predictions(bench, reference, 2, "text")
+    nll = math.fsum(outcome["nll"] for outcome in outcomes) / sum(outcome["tokens"] for outcome in outcomes)
+    assert reference["scores"][3][2] == pytest.approx(nll)
+
+
+def predictions(bench, results: dict, step: int, name: str) -> list[dict]:
+    lines = (bench.step(results, step) / "predictions" / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def test_the_text_task_is_learned(reference):
@@ -32,7 +64,7 @@ def test_the_text_task_is_learned(reference):
 
 def test_doing_it_again_does_nothing(bench, reference):
     before = bench.metrics(reference, 0)
-    again = bench.run(bench.root / "reference.yaml")
+    again = json.loads(bench.command("run", "reference.yaml", "--json"))
     assert again["ran"] is False
     assert again["scores"] == reference["scores"]
     assert bench.metrics(again, 0) == before
@@ -84,11 +116,11 @@ def curve(bench, results: dict, step: int) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"),
-    [("zero3", ["--set", "deepspeed=zero3"]), ("alone", ["--set", "resources.workers=1"])],
+    ("name", "override"),
+    [("zero3", "deepspeed=zero3"), ("alone", "resources.workers=1")],
 )
-def test_losses_and_scores_do_not_depend_on_stage_or_workers(bench, reference, name, arguments):
-    other = bench.run(bench.config(name), *arguments)
+def test_losses_and_scores_do_not_depend_on_stage_or_workers(bench, reference, name, override):
+    other = bench.run_warm(bench.config(name), override)
     for step in range(3):
         assert curve(bench, other, step)[:20] == pytest.approx(curve(bench, reference, step)[:20], rel=1e-4)
     for row, wanted in zip(other["scores"], reference["scores"], strict=True):
@@ -103,7 +135,7 @@ def test_losses_and_scores_do_not_depend_on_stage_or_workers(bench, reference, n
 
 
 def test_one_segment_a_step_gives_the_same_bits(bench, reference):
-    other = bench.run(bench.config("segments"), "--segment-length", "1")
+    other = bench.run_warm(bench.config("segments"), segment_length=1)
     assert other["scores"] == reference["scores"]
     for step in range(3):
         assert bench.adapter_bytes(other, step) == bench.adapter_bytes(reference, step)
@@ -113,15 +145,11 @@ def test_killed_driver_goes_on_from_the_last_finished_step(bench, reference):
     config = bench.config("killed")
     process = bench.start(config)
     first = bench.root / "runs" / "killed" / reference["steps"][0]["directory"] / "metrics.json"
-    deadline = time.time() + 300
-    while not first.exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.time() < deadline
-        time.sleep(0.1)
+    wait_for(first.exists, process)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     before = first.read_bytes()
-    results = bench.run(config)
+    results = bench.run_warm(config)
     assert first.read_bytes() == before
     assert results["scores"] == reference["scores"]
     assert bench.adapter_bytes(results, 2) == bench.adapter_bytes(reference, 2)
@@ -129,8 +157,8 @@ def test_killed_driver_goes_on_from_the_last_finished_step(bench, reference):
 
 def test_a_corpus_added_later_costs_only_its_cells(bench, reference):
     extra = bench.raw["retention"] + [bench.raw["retention"][0] | {"name": "again", "window": 32}]
-    store = {"uri": "sqlite:///mlflow.db", "experiment": "integration"}
-    results = bench.run(bench.config("reference", retention=extra, tracking=store))
+    store = {"uri": f"sqlite:///{bench.root}/mlflow.db", "experiment": "integration"}
+    results = bench.run_warm(bench.config("reference", retention=extra, tracking=store))
     assert [s["fingerprint"] for s in results["steps"]] == [s["fingerprint"] for s in reference["steps"]]
     assert len(results["perplexity"]["again"]) == 4
     assert None not in results["perplexity"]["again"]
@@ -160,7 +188,7 @@ def test_divergence_stops_with_the_step_and_keeps_what_was_finished(bench):
     ],
 )
 def test_other_methods_run_in_the_same_chain(bench, name, changes):
-    results = bench.run(bench.config(name, **changes), "--set", "training.max_steps=4")
+    results = bench.run_warm(bench.config(name, **changes), "training.max_steps=4")
     assert results["status"] == "finished"
     assert len(results["scores"]) == (2 if name == "joint" else 4)
     assert None not in results["scores"][-1]
@@ -170,29 +198,28 @@ def test_other_methods_run_in_the_same_chain(bench, name, changes):
         assert results["perplexity_ratio"] == 1.0  # heads do not touch the language model
 
 
-@pytest.mark.parametrize("form", ["lora", "merged"])
-def test_exported_step_gives_the_workers_logits_without_curlora(bench, reference, tmp_path, form):
+def test_exported_steps_give_the_workers_logits_without_curlora(bench, reference, tmp_path):
     step = bench.metrics(reference, 2)["self_test"]
-    target = tmp_path / form
-    command = [sys.executable, "-m", "pipelines", "export", "reference", "--as", form, "--to", str(target)]
-    subprocess.run([*command, "--step", "text"], cwd=bench.root, check=True)
+    bench.command("export", "reference", "--as", "lora", "--to", str(tmp_path / "lora"), "--step", "text")
+    export_step(RunDirectory(str(bench.directory("reference"))), None, "merged", tmp_path / "merged")
     code = (
         "import json, sys, torch, peft, transformers\n"
         "sys.modules['curlora'] = None  # any import of it fails\n"
-        "form, base, target, ids = sys.argv[1:]\n"
-        "path = base if form == 'lora' else target\n"
-        "model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)\n"
-        "model = (peft.PeftModel.from_pretrained(model, target) if form == 'lora' else model).eval()\n"
-        "with torch.no_grad(): print(json.dumps(model(torch.tensor([json.loads(ids)])).logits[0, -1].tolist()))\n"
+        "base, lora, merged, ids = sys.argv[1:]\n"
+        "def load(path): return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)\n"
+        "models = {'lora': peft.PeftModel.from_pretrained(load(base), lora), 'merged': load(merged)}\n"
+        "ids = torch.tensor([json.loads(ids)])\n"
+        "with torch.no_grad():\n"
+        "    print(json.dumps({form: model.eval()(ids).logits[0, -1].tolist() for form, model in models.items()}))\n"
     )
-    arguments = [form, bench.raw["base_model"]["path"], str(target), json.dumps(step["input_ids"])]
-    out = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code, *arguments], text=True)
-    assert json.loads(out)[: len(step["last_logits"])] == pytest.approx(step["last_logits"], abs=1e-4)
+    folders = [bench.raw["base_model"]["path"], str(tmp_path / "lora"), str(tmp_path / "merged")]
+    command = [sys.executable, "-W", "ignore", "-c", code, *folders, json.dumps(step["input_ids"])]
+    for logits in json.loads(subprocess.check_output(command, text=True)).values():
+        assert logits[: len(step["last_logits"])] == pytest.approx(step["last_logits"], abs=1e-4)
 
 
 def test_the_line_between_two_steps_ends_at_their_own_scores(bench, reference):
     from pipelines.inference.connectivity import write
-    from pipelines.runs.directory import RunDirectory
 
     found = write(RunDirectory(str(bench.directory("reference"))), points=3)
     tasks, scores = reference["tasks"], reference["scores"]

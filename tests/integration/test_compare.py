@@ -1,27 +1,25 @@
 """Methods side by side on a real chain: runs at the same time, learning rates from a grid, nothing trained twice."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+
+from tests.bench import SHARE
 
 METHODS = "curlora-r16,none"
 
 
 def compare(bench, config) -> dict:
-    command = [sys.executable, "-m", "pipelines", "compare", str(config), "--methods", METHODS, "--json"]
-    options = ["--learning-rates", "1e-3,3e-2", "--reference", "none"]
-    process = subprocess.run([*command, *options], cwd=bench.root, capture_output=True, text=True, timeout=900)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
+    bench.warm.connect()
+    options = ["--learning-rates", "1e-3,3e-2", "--reference", "none", "--parallel", "2", "--json"]
+    return json.loads(bench.command("compare", str(config), "--methods", METHODS, *options))
 
 
 @pytest.fixture(scope="module")
 def config(bench):
     tasks = [bench.raw["tasks"][0], bench.raw["tasks"][2]]
     training = bench.raw["training"] | {"max_steps": 12}
-    return bench.config("side", tasks=tasks, training=training, resources={"workers": 1})
+    return bench.config("side", tasks=tasks, training=training, resources={"workers": 1, "cpus_per_worker": SHARE})
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +45,11 @@ def test_runs_share_the_bases_scores_and_are_held_against_the_reference(bench, f
     assert results["curlora-r16"]["scores"][0] == results["none"]["scores"][0]
     assert found["methods"]["none"]["trainable_parameters"][0] == 0
     assert found["methods"]["none"]["nll_learning"][0] == pytest.approx(0, abs=1e-6)
+    ours, theirs = (results[name]["scores"] for name in METHODS.split(","))
+    learned_more = [ours[1][0] - theirs[1][0], theirs[2][1] - ours[2][1]]  # the second task's score is an NLL
     interval = found["methods"]["curlora-r16"]["against_reference"]["learning"]
-    assert interval["low"] <= interval["mean"] <= interval["high"]
+    assert interval["mean"] == pytest.approx(sum(learned_more) / 2)
+    assert interval["low"] < interval["high"]
     for name in ("comparison.md", "comparison.csv", "comparison.json", "tradeoff.png"):
         assert (folder / name).stat().st_size > 0
 

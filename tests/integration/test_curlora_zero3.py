@@ -1,51 +1,20 @@
 """Two real processes under DeepSpeed ZeRO-3 train what one process trains without DeepSpeed."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.integration.zero import launch, tiny_base
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-WORKER = Path(__file__).with_name("curlora_zero3_worker.py")
-
-
-def run(stage, processes, base, out):
-    out.mkdir()
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(WORKER), str(stage), str(base), str(out)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    path = tmp_path_factory.mktemp("zero3")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        attention_bias=True,
-    )
-    model = LlamaForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)  # a bias is partitioned too, and z must subtract it
-    model.save_pretrained(path / "base")
-    return {"one": run(0, 1, path / "base", path / "one"), "two": run(3, 2, path / "base", path / "two"), "path": path}
+    path, worker = tmp_path_factory.mktemp("zero3"), "curlora_zero3_worker.py"
+    base = tiny_base(path / "base", layers=2, random_biases=True)  # a bias is partitioned too, and z must subtract it
+    one = launch(worker, 1, "0", base, path / "one", torchrun=False)
+    return {"one": one, "two": launch(worker, 2, "3", base, path / "two"), "path": path}
 
 
 def test_the_base_is_partitioned(runs):

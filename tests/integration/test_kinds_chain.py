@@ -1,8 +1,6 @@
 """Every kind of task in one chain under ZeRO-3, and what `predict` makes of it afterwards in a single process."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -20,7 +18,7 @@ def chain(bench) -> dict:
     tasks[1]["max_new_tokens"] = 4
     changes = {"tasks": tasks, "deepspeed": "zero3", "evaluation": {"max_examples": 30}}
     training = bench.raw["training"] | {"max_steps": 4}
-    return bench.run(bench.config("kinds", **changes, training=training))
+    return bench.run_warm(bench.config("kinds", **changes, training=training))
 
 
 def test_all_kinds_stand_in_one_matrix(chain):
@@ -42,8 +40,7 @@ def test_predict_in_one_process_agrees_with_the_sharded_evaluation(bench, chain,
     with open(f"{task['data']}/test.jsonl", encoding="utf-8") as file:
         rows = file.read().splitlines()
     (run / "in.jsonl").write_text("\n".join(rows[outcome["id"]] for outcome in outcomes) + "\n")
-    command = [sys.executable, "-m", "pipelines", "predict", str(run), "--task", name, "--json", "--file"]
-    out = subprocess.run([*command, str(run / "in.jsonl")], check=True, capture_output=True, text=True).stdout
+    out = bench.command("predict", str(run), "--task", name, "--json", "--file", str(run / "in.jsonl"))
     found = [json.loads(line) for line in out.splitlines()]
     if name == "text":
         assert [p["nll"] * p["tokens"] for p in found] == pytest.approx([o["nll"] for o in outcomes], rel=1e-4)

@@ -56,29 +56,22 @@ def interrupted(bench, server, client):
         "tracking": {"uri": server.address, "experiment": "interrupted", "register_as": "docs-bot"},
         "gate": {"max_forgetting": 0.9, "max_nll_increase": 9, "max_perplexity_ratio": 99},
     }
-    driver = bench.start(bench.config("interrupted", **changes))
-    wait_for(lambda: (e := client.get_experiment_by_name("interrupted")) and steps_of(client, e), driver)
-    server.kill()
-    out, err = driver.communicate(timeout=600)
-    assert driver.returncode == 0, err
-    during = json.loads(out)
+    config = bench.config("interrupted", **changes)
+    with ThreadPoolExecutor(1) as driver:
+        run = driver.submit(bench.run_warm, config)
+        wait_for(lambda: run.done() or ((e := client.get_experiment_by_name("interrupted")) and steps_of(client, e)))
+        assert not run.done(), "it was over before its server could be killed"
+        server.kill()
+        during = run.result(timeout=600)
     server.start()
     wait_for(lambda: answers(server), server.process)
     for _ in range(2):  # once more changes nothing
-        command(bench, "sync", "interrupted")
+        bench.command("sync", "interrupted")
     return during, json.loads((bench.directory("interrupted") / "results.json").read_text())
 
 
 def steps_of(client, experiment) -> list:
     return client.search_runs([experiment.experiment_id], "tags.`curlora.kind` = 'step'")
-
-
-def command(bench, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines", *arguments], cwd=bench.root, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_run_goes_on_without_its_server_and_the_verdict_waits(interrupted):
@@ -100,7 +93,7 @@ def test_afterwards_mlflow_holds_what_it_would_have_held_and_nothing_twice(bench
     from mlflow import MlflowClient
 
     fresh = f"sqlite:///{tmp_path}/fresh.db"
-    command(bench, "sync", "interrupted", "--uri", fresh)
+    bench.command("sync", "interrupted", "--uri", fresh)
     found = holdings(client, "interrupted", "docs-bot")
     wanted = holdings(MlflowClient(fresh), "interrupted", "docs-bot")
     assert (found["runs"], found["models"]) == (wanted["runs"], wanted["models"])
@@ -131,13 +124,13 @@ def test_champion_in_a_fresh_process_predicts_what_predict_predicts(bench, inter
     answered = json.loads(subprocess.check_output(asked, env=environment, text=True).splitlines()[-1])
     for task, found in answered.items():
         texts = [part for text in TEXTS for part in ("--text", text)]
-        lines = command(bench, "predict", "interrupted", "--task", task, "--json", *texts).splitlines()
+        lines = bench.command("predict", "interrupted", "--task", task, "--json", *texts).splitlines()
         assert found == [json.loads(line) for line in lines]
 
 
 def test_lineage_from_the_server_and_from_the_run_agree(bench, interrupted, server):
-    of_run = command(bench, "lineage", "interrupted", "--json")
-    assert command(bench, "lineage", "models:/docs-bot@champion", "--uri", server.address, "--json") == of_run
+    of_run = bench.command("lineage", "interrupted", "--json")
+    assert bench.command("lineage", "models:/docs-bot@champion", "--uri", server.address, "--json") == of_run
 
 
 def test_two_chains_at_once_into_one_server_do_not_mix(server, client, tmp_path):

@@ -30,7 +30,7 @@ def chain(bench, request) -> tuple[str, dict, RunDirectory]:
         "adapter": adapter,
         "strategy": strategy,
     }
-    results = bench.run(bench.config(request.param, **changes), "--set", f"resources.workers={workers}")
+    results = bench.run_warm(bench.config(request.param, **changes), f"resources.workers={workers}")
     return request.param, results, RunDirectory(str(bench.root / "runs" / results["run"]))
 
 
@@ -73,5 +73,5 @@ def test_heads_alone_train_on_a_quantised_base(bench):
         "tasks": bench.raw["tasks"][:1],
         "training": {"max_steps": 4, "max_length": 48},
     }
-    results = bench.run(bench.config("probe", base_model=base, **changes), "--set", "resources.workers=1")
+    results = bench.run_warm(bench.config("quantised-probe", base_model=base, **changes), "resources.workers=1")
     assert bench.metrics(results, 0)["training"]["steps"] == 4

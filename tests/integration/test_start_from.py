@@ -5,7 +5,7 @@ import json
 
 def test_a_run_that_goes_on_from_a_step_ends_like_the_one_that_never_stopped(bench, reference):
     start = f"{bench.directory('reference')}/word"
-    results = bench.run(bench.config("continued", start_from=start))
+    results = bench.run_warm(bench.config("continued", start_from=start))
     assert [step["task"] for step in results["steps"]] == ["text"]
     assert results["learned_at"] == {"part": 0, "word": 0, "text": 1}
     assert results["steps"][0]["fingerprint"] == reference["steps"][2]["fingerprint"]

@@ -28,7 +28,7 @@ def run(bench, name: str, workers: int) -> dict:
     evaluation = {"max_examples": 48}
     changes = {"adapter": adapter, "strategy": strategy, "training": training, "evaluation": evaluation}
     config = bench.config(f"{name}-{workers}", **changes, deepspeed=stage if workers > 1 else "zero2")
-    return bench.run(config, "--set", f"resources.workers={workers}")
+    return bench.run_warm(config, f"resources.workers={workers}")
 
 
 @pytest.fixture(scope="module")

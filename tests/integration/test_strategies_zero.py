@@ -1,17 +1,10 @@
 """Two real processes under ZeRO-2 and ZeRO-3 train, under every strategy, what one process trains."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.integration.zero import launch, tiny_base
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-WORKER = Path(__file__).with_name("strategies_zero_worker.py")
 NAMES = (
     "replay",
     "replay of classes",
@@ -26,27 +19,14 @@ NAMES = (
 )
 
 
-def run(stage, processes, base, out):
-    out.mkdir()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    command = [*launcher, str(WORKER), str(stage), str(base), str(out)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(processes)]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
+    """Stage → case → report of each rank; `one`: of a single process."""
     path = tmp_path_factory.mktemp("zero")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(path / "base")
-    return {
-        "one": run(2, 1, path / "base", path / "one"),
-        "zero2": run(2, 2, path / "base", path / "zero2"),
-        "zero3": run(3, 2, path / "base", path / "zero3"),
-    }
+    base, worker = tiny_base(path / "base"), "strategies_zero_worker.py"
+    one = launch(worker, 1, "2", base, path / "one")
+    two = launch(worker, 2, "2,3", base, path / "two")
+    return {"one": [one[0]["zero2"]]} | {stage: [rank[stage] for rank in two] for stage in ("zero2", "zero3")}
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])

@@ -1,4 +1,4 @@
-"""Small models and the dense formula that the CURLoRA tests compare with; computed here a second, slower way."""
+"""Small models, and the dense formula, computed independently, that the CURLoRA tests compare with."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def orthonormal(columns: Tensor) -> Tensor:
 
 
 def dense_update(layer: Linear, blocks: list[Tensor], adapter: str = "default") -> Tensor:
-    """ΔW (m, n) in fp64 by the definition, from the saved indices and one U (r, r) a block."""
+    """ΔW (m, n) in fp64 by the definition, from the saved indices and one U (r, r) per block."""
     core = layer.curlora_core[adapter]
     config, alpha = core.settings.config, core.settings.alpha
     weight, r = weight_of(layer), blocks[0].shape[0]

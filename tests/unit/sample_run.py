@@ -1,31 +1,38 @@
-"""A realistic run directory, written through `RunDirectory` exactly as a driver and its workers write one.
+"""A realistic run directory without training: plan, identities and results are real, only scores are made up.
 
-The numbers come from a small deterministic model of learning and forgetting, not from training, so that a test needs
-milliseconds. Tasks are chosen by name: those in `TEXT` are language modelling, all others classification.
+Rows of `metrics.json` are written as a worker writes them. Their numbers come from a small deterministic model of
+learning and forgetting, so that a test needs milliseconds. Tasks are chosen by name: those in `TEXT` are language
+modelling, all others classification.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
 
+from pipelines.chain.plan import Plan, make_plan
+from pipelines.chain.results import build_results
 from pipelines.config.loading import parse_config
 from pipelines.config.pipeline import PipelineConfig
-from pipelines.metrics.score_matrix import aggregates
+from pipelines.data.sources import digest_of
+from pipelines.evaluation.evaluate import Cell
 from pipelines.runs.directory import RunDirectory
-from pipelines.runs.identity import fingerprint
+from pipelines.runs.identity import StepPlan, fingerprint
+from pipelines.runs.start import record_start
 
 TEXT = ("biomed", "code", "finance")
 START = 1_760_000_000.0
 STEP_SECONDS = 100.0
 EXAMPLES = 200
+ROWS = 4  # training rows of a task
 
 
 def make_config(
     folder: Path, name: str = "sample", tasks=("mrpc", "sst2", "biomed"), retention=("wikitext2",), **changes
 ) -> PipelineConfig:
-    """A valid configuration; `changes` replace whole sections."""
+    """A valid configuration with its base and data; `changes` replace whole sections."""
     raw = {
         "name": name,
         "base_model": {"path": str(folder / "tiny-llama")},
@@ -37,7 +44,11 @@ def make_config(
         "gate": {"max_forgetting": 0.02},
         **changes,
     }
-    return parse_config(raw)
+    config = parse_config(raw)
+    _write_base(Path(config.base_model.path))
+    for source in (*config.tasks, *config.retention):
+        _write_data(Path(source.data))
+    return config
 
 
 def _task(folder: Path, name: str) -> dict:
@@ -48,8 +59,24 @@ def _task(folder: Path, name: str) -> dict:
         "kind": "classification",
         "head": "verbalizer",
         "prompt": "Review: {text}\nSentiment:",
+        "labels": ["bad", "good"],
         "data": str(folder / name),
     }
+
+
+def _write_base(folder: Path) -> None:
+    """As much of a base model as its identity needs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+
+
+def _write_data(folder: Path) -> None:
+    """Rows that differ from task to task; the same name has the same rows everywhere."""
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "test"):
+        rows = [{"text": f"{folder.name} {split} {row}", "label": row % 2} for row in range(ROWS)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_run(
@@ -60,39 +87,38 @@ def make_run(
     Args:
         finished: number of trained steps that are done; default: all of them.
         status: what `results.json` says; None leaves the file out, as before the first result.
-        drop: how much lower every score of a trained task is than usual.
+        drop: how much lower every score of a trained task is than usual; such a run has a seed of its own.
         options: see `make_config`.
     """
+    if drop:
+        options["training"] = {"learning_rate": 3e-3, "epochs": 2, "seed": round(1000 * abs(drop))}
     config = make_config(folder, **options)
     run = RunDirectory(config.run_uri)
+    plan = make_plan(config, run)
     run.open_for_writing(config)
     _event(run, START, "started", name=config.name)
-    groups = [[task.name for task in config.tasks]] if config.is_joint else [[task.name] for task in config.tasks]
-    steps = [write_step(run, config, 0, [], None)]
-    for position, names in enumerate(groups[:finished], start=1):
-        steps.append(write_step(run, config, position, names, steps[-1]["fingerprint"], drop=drop))
+    row = write_base_row(run, config, plan, drop)
+    for step in plan.steps[:finished]:
+        row = write_step(run, config, plan, step, drop)
     if status is not None:
-        write_results(run, config, steps, status)
-        _event(run, steps[-1]["finished"] + 1, status)
+        run.write_json("results.json", build_results(config, plan, run, status))
+        _event(run, row["finished"] + 1, status)
     return run
 
 
 def make_grown_run(folder: Path, origin: RunDirectory, task: str, **options) -> RunDirectory:
     """A run whose only step grew from the last one of another run (`start_from`), which lists the tasks of both."""
-    tasks = origin.results()["tasks"]
-    config = make_config(folder, tasks=(*tasks, task), **options)
+    earlier = origin.results()
+    start_from = f"{origin.uri}/{earlier['steps'][-1]['fingerprint']}"
+    config = make_config(folder, tasks=(*earlier["tasks"], task), start_from=start_from, **options)
     run = RunDirectory(config.run_uri)
+    plan = make_plan(config, run)
     run.open_for_writing(config)
+    record_start(run, plan.start)
     _event(run, START, "started", name=config.name)
-    last = origin.results()["steps"][-1]
-    start = origin.metrics(last["directory"])
-    row = start | {"position": 0, "tasks": [], "parent": None, "parent_run": origin.uri, "data": {}}
-    run.write_json(f"steps/0-start-{last['fingerprint'][:8]}/metrics.json", row)
-    step = write_step(run, config, 1, [task], last["fingerprint"], depth=len(tasks) + 1)
-    directory = run.find_step(step["fingerprint"])
-    step |= {"parent_run": origin.uri}
-    run.write_json(f"{directory}/metrics.json", step)
-    write_results(run, config, [row, step], "finished")
+    write_base_row(run, config, plan)
+    write_step(run, config, plan, plan.steps[0])
+    run.write_json("results.json", build_results(config, plan, run, "finished"))
     return run
 
 
@@ -116,29 +142,52 @@ def retention_nll(index: int, position: int) -> float:
     return 4.42 + 0.2 * index + 0.012 * position
 
 
-def write_step(
-    run: RunDirectory,
-    config: PipelineConfig,
-    position: int,
-    names: list[str],
-    parent: str | None,
-    depth: int = 0,
-    drop: float = 0.0,
+def write_base_row(run: RunDirectory, config: PipelineConfig, plan: Plan, drop: float = 0.0) -> dict:
+    """Row 0: the base, or the step of another run that this one grows from."""
+    start = plan.start
+    row = {
+        "fingerprint": start.fingerprint if start else plan.base_fingerprint,
+        "position": 0,
+        "tasks": [],
+        "parent": None,
+        "parent_run": start.run_uri if start else None,
+        **_measured(run, config, plan, plan.base_directory, 0, start.depth if start else 0, drop),
+    }
+    run.write_json(f"{plan.base_directory}/metrics.json", row)
+    return row
+
+
+def write_step(run: RunDirectory, config: PipelineConfig, plan: Plan, step: StepPlan, drop: float = 0.0) -> dict:
+    """One step's folder, `metrics.json` last."""
+    trains = {name: {"digest": digest_of(config.task(name), "train"), "rows": ROWS} for name in step.tasks}
+    row = {
+        "fingerprint": step.fingerprint,
+        "position": step.position,
+        "tasks": list(step.tasks),
+        "parent": step.parent,
+        "parent_run": plan.start.run_uri if plan.start and step.parent == plan.start.fingerprint else None,
+        "depth": step.depth,
+        "data": {name: {"train": identity} for name, identity in trains.items()},
+        "classes": {name: ["bad", "good"] for name in step.tasks if name not in TEXT},
+        **_measured(run, config, plan, step.directory, step.position, step.depth, drop),
+        **_trained(config, step.position),
+        "files": _publish(run, step.directory),
+    }
+    run.write_json(f"{step.directory}/metrics.json", row)
+    return row
+
+
+def _measured(
+    run: RunDirectory, config: PipelineConfig, plan: Plan, directory: str, position: int, depth: int, drop: float
 ) -> dict:
-    """One step's folder, `metrics.json` last; `depth`: its position where an earlier run came before."""
-    training = config.training.model_dump()
-    identity = [config.base_model.path, parent, names, config.adapter.model_dump(), training, drop]
-    step_fingerprint = fingerprint(identity)
-    label = "base" if position == 0 else names[0] if len(names) == 1 else "joint"
-    directory = f"steps/{position}-{label}-{step_fingerprint[:8]}"
+    """The part of `metrics.json` that every row has, with its predictions."""
     started = START + 10 + STEP_SECONDS * position
-    data = {name: {"train": {"digest": fingerprint(["train", name]), "rows": 3668}} for name in names}
-    metrics = {
-        "fingerprint": step_fingerprint,
-        "position": position,
-        "tasks": names,
-        "parent": parent,
-        "cells": _cells(config, depth or position, started + 80, drop),
+    cells = _cells(config, plan, plan.needed[directory], depth, started + 80, drop)
+    for cell in cells:
+        rows = "".join(json.dumps(outcome) + "\n" for outcome in outcomes(cell))
+        run.write_bytes(f"{directory}/predictions/{cell['name']}.jsonl", rows.encode())
+    return {
+        "cells": cells,
         "started": started,
         "finished": started + 95,
         "peak_memory_bytes": 1_400_000_000,
@@ -151,18 +200,18 @@ def write_step(
         },
         "seconds": {"train": 70.0 if position else 0.0, "evaluate": 15.0, "overhead": 10.0, "total": 95.0},
     }
-    if position:
-        metrics.update(_trained(config, position, started), data=data)
-        run.write_bytes(f"{directory}/adapter/adapter_config.json", b'{"peft_type": "CURLORA", "r": 8}')
-        run.write_bytes(f"{directory}/adapter/adapter_model.safetensors", bytes(range(256)) * 24)
-        run.write_bytes(f"{directory}/heads.safetensors", bytes(1024))
-        names = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "heads.safetensors")
-        metrics["files"] = {name: {"bytes": run.fs.size(run.path(f"{directory}/{name}"))} for name in names}
-    for cell in metrics["cells"]:
-        rows = "".join(json.dumps(outcome) + "\n" for outcome in outcomes(cell))
-        run.write_bytes(f"{directory}/predictions/{cell['name']}.jsonl", rows.encode())
-    run.write_json(f"{directory}/metrics.json", metrics)
-    return metrics
+
+
+def _publish(run: RunDirectory, directory: str) -> dict:
+    """Adapter and heads, and what metrics.json says of the files."""
+    contents = {
+        "adapter/adapter_config.json": b'{"peft_type": "CURLORA", "r": 8}',
+        "adapter/adapter_model.safetensors": bytes(range(256)) * 24,
+        "heads.safetensors": bytes(1024),
+    }
+    for name, content in contents.items():
+        run.write_bytes(f"{directory}/{name}", content)
+    return {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in contents.items()}
 
 
 def outcomes(cell: dict) -> list[dict]:
@@ -173,8 +222,9 @@ def outcomes(cell: dict) -> list[dict]:
     return [{"id": i, "label": 1, "prediction": int(i < right), "correct": i < right} for i in range(EXAMPLES)]
 
 
-def _trained(config: PipelineConfig, position: int, started: float) -> dict:
+def _trained(config: PipelineConfig, position: int) -> dict:
     """The part of `metrics.json` that only a trained step has."""
+    started = START + 10 + STEP_SECONDS * position
     points = [
         [s, 0.4 + 2.2 * math.exp(-s / 9) + 0.06 * math.sin(s * 1.7), 3e-3 * (1 - s / 41), started + 5 + 1.5 * s]
         for s in range(1, 41)
@@ -194,92 +244,39 @@ def _trained(config: PipelineConfig, position: int, started: float) -> dict:
             "tokens_per_second": 3510.9,
             "final_loss": points[-1][1],
             "curve": points,
+            "resumed_at": [],
         },
     }
 
 
-def _cells(config: PipelineConfig, position: int, moment: float, drop: float) -> list[dict]:
+def _cells(config: PipelineConfig, plan: Plan, names, depth: int, moment: float, drop: float) -> list[dict]:
+    """The cells that the plan needs of a row, `depth` steps after the base."""
     cells = []
     for index, task in enumerate(config.tasks):
-        if not _needed(config, index, position):
-            continue
-        value = score(config, task.name, position) - drop
-        text = task.name in TEXT
-        majority = None if text else 0.51
-        cells.append(_cell(task.name, "task", task.metric, value, moment + index, majority))
+        value = score(config, task.name, depth) - drop
+        majority = None if task.name in TEXT else 0.51
+        cells.append(_cell(plan, task, "task", "test", task.metric, value, moment + index, majority))
     for index, corpus in enumerate(config.retention):
-        value = retention_nll(index, position)
-        cells.append(_cell(corpus.name, "retention", "nll", value, moment + 10 + index, None))
-    return cells
+        value = retention_nll(index, depth)
+        cells.append(_cell(plan, corpus, "retention", corpus.split, "nll", value, moment + 10 + index, None))
+    return [cell for cell in cells if cell["name"] in names]
 
 
-def _needed(config: PipelineConfig, index: int, position: int) -> bool:
-    """Of the scores before training only the base's and the one right before a task's turn are measured."""
-    return position == 0 or config.is_joint or position >= index
-
-
-def _cell(name: str, role: str, metric: str, value: float, moment: float, majority) -> dict:
+def _cell(plan: Plan, source, role: str, split: str, metric: str, value: float, moment: float, majority) -> dict:
     nll = value if metric == "nll" else None
-    digest = fingerprint(["test", name])
-    return {
-        "name": name,
-        "role": role,
-        "metric": metric,
-        "value": value,
-        "nll": nll,
-        "perplexity": None if nll is None else math.exp(nll),
-        "count": EXAMPLES,
-        "tokens": 40 * EXAMPLES if nll else None,
-        "majority": majority,
-        "digest": digest,
-        "key": fingerprint([digest, metric]),
-        "seconds": 3.2,
-        "time": moment,
-    }
-
-
-def write_results(run: RunDirectory, config: PipelineConfig, steps: list[dict], status: str) -> None:
-    """`results.json` as the driver writes it, aggregates from the matrix."""
-    tasks = [task.name for task in config.tasks]
-    corpora = [corpus.name for corpus in config.retention]
-    cells = [{cell["name"]: cell for cell in step["cells"]} for step in steps]
-    scores = [[row[name]["value"] if name in row else None for name in tasks] for row in cells]
-    nll = {name: [row[name]["nll"] for row in cells] for name in corpora}
-    metric = {task.name: task.metric for task in config.tasks}
-    last = steps[-1]
-    results = {
-        "run": config.name,
-        "status": status,
-        "base_model": config.base_model.path,
-        "adapter": {"type": config.adapter.type, "r": config.adapter.r},
-        "strategy": config.strategy.name,
-        "tasks": tasks,
-        "metric": metric,
-        "trainable_parameters": last.get("trainable_parameters"),
-        "head_parameters": last.get("head_parameters"),
-        "adapter_bytes": last.get("adapter_bytes"),
-        "scores": scores,
-        "retention_names": corpora,
-        "perplexity": {name: [math.exp(value) for value in series] for name, series in nll.items()},
-        "nll": nll,
-        "majority": {name: None if name in TEXT else 0.51 for name in tasks},
-        **aggregates(scores, list(metric.values()), nll),
-        "gate": None,
-        "registry": None,
-        "seconds": {"total": 101.0 * len(steps), "train": 70.0 * (len(steps) - 1), "evaluate": 15.0, "overhead": 16.0},
-        "steps": [_result_step(step) for step in steps[1:]],
-    }
-    run.write_json("results.json", results)
-
-
-def _result_step(step: dict) -> dict:
-    label = step["tasks"][0] if len(step["tasks"]) == 1 else "joint"
-    return {
-        "task": label,
-        "fingerprint": step["fingerprint"],
-        "directory": f"steps/{step['position']}-{label}-{step['fingerprint'][:8]}",
-        "mlflow_run_id": None,
-        "seconds": step["seconds"],
-        "tokens_per_second": step["training"]["tokens_per_second"],
-        "peak_memory_bytes": step["peak_memory_bytes"],
-    }
+    return Cell(
+        name=source.name,
+        role=role,
+        metric=metric,
+        value=value,
+        nll=nll,
+        perplexity=None if nll is None else math.exp(nll),
+        count=EXAMPLES,
+        tokens=40 * EXAMPLES if nll else None,
+        majority=majority,
+        digest=digest_of(source, split),
+        key=plan.cell_keys[source.name],
+        seconds=3.2,
+        time=moment,
+        higher_is_better=nll is None,
+    ).to_json()

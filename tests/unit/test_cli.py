@@ -70,7 +70,7 @@ def test_module_name_that_matches_nothing(call):
         ("deepspeed={optimizer: {type: Adam}}", "remove its optimizer"),
         ("strategy={name: sequential, strength: 2}", "does not take strength"),
         ("strategy={name: replay, shar: 0.1}", "did you mean 'share'?"),
-        ("strategy={name: ewc, strength: -1}", "strength is -1; use 0 or more"),
+        ("strategy={name: ewc, strength: -1}", "strength is -1; use a number of at least 0"),
         ("strategy={name: olora}", "adapter.carry: is continue, but strategy 'olora' needs stack"),
         ("adapter={type: ia3, carry: stack}", "'ia3' cannot be stacked"),
         ("adapter={type: prompt_tuning}", "virtual tokens"),

@@ -2,13 +2,14 @@
 
 import csv
 import io
+import math
 
 import numpy as np
 import pytest
 
 from pipelines.comparison.compare import tuning_config
 from pipelines.comparison.figures import examples_figure, pareto_front, tradeoff_figure
-from pipelines.comparison.intervals import paired
+from pipelines.comparison.intervals import paired_intervals
 from pipelines.comparison.methods import Comparison, merged, read_methods
 from pipelines.comparison.tables import as_csv, markdown
 from pipelines.errors import ConfigError
@@ -97,6 +98,15 @@ def test_bootstrap_covers_the_truth_about_nineteen_times_in_twenty():
     assert 88 <= hits <= 100
 
 
+def test_interval_of_many_examples_is_that_of_the_normal_distribution():
+    generator = np.random.default_rng(0)
+    parts = [(generator.normal(0.3, 1.0, 2000), np.ones(2000)) for _ in range(3)]
+    error = math.sqrt(sum(values.var(ddof=1) / len(values) for values, _ in parts)) / 3
+    interval = bootstrap(parts)
+    assert interval["low"] == pytest.approx(interval["mean"] - 1.96 * error, abs=0.2 * error)
+    assert interval["high"] == pytest.approx(interval["mean"] + 1.96 * error, abs=0.2 * error)
+
+
 def test_bootstrap_weighs_examples_and_counts_tasks_alike():
     parts = [(np.array([0.0, 1.0]), np.array([3.0, 1.0])), (np.array([1.0]), np.array([50.0]))]
     assert bootstrap(parts)["mean"] == pytest.approx((0.25 + 1.0) / 2)
@@ -114,14 +124,14 @@ def run_with(folder, correct: list[int], step: str = "task") -> RunDirectory:
 def test_pairs_are_of_one_seed_also_where_a_run_is_missing(tmp_path):
     reference = {0: run_with(tmp_path / "r0", [1, 1, 1, 1]), 1: run_with(tmp_path / "r1", [0, 1, 0, 1])}
     ours = {1: run_with(tmp_path / "o1", [0, 1, 0, 1])}  # its run with seed 0 failed
-    assert paired(ours, reference)["learning"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
-    assert paired(ours, {0: reference[0]}) is None
+    assert paired_intervals(ours, reference)["learning"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert paired_intervals(ours, {0: reference[0]}) is None
 
 
 def test_joint_training_has_no_difference_right_after_a_task(tmp_path):
     sequential = {0: run_with(tmp_path / "sequential", [0, 1])}
     joint = {0: run_with(tmp_path / "joint", [1, 1], step="joint")}
-    assert paired(joint, sequential) == {"learning": None, "forgetting": None}
+    assert paired_intervals(joint, sequential) == {"learning": None, "forgetting": None}
 
 
 def result() -> dict:

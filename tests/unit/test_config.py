@@ -1,13 +1,17 @@
 """The configuration: every problem at once, each with field, value and remedy."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from pipelines.config.loading import load_config, parse_config
+from pipelines.config.paths import CONFIGS
 from pipelines.config.tasks import TASKS
 from pipelines.errors import ConfigError
 from tests.conftest import minimal
+
+TEST_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def problems_of(raw) -> list[str]:
@@ -103,29 +107,23 @@ def test_broken_yaml_is_one_clear_problem(tmp_path, text):
     assert len(error.value.problems) == 1
 
 
-def test_shipped_configurations_are_valid(monkeypatch):
-    from pipelines.cli.helpers import CONFIGS
-
+def test_shipped_configurations_are_valid_and_name_nothing_outside_themselves(monkeypatch):
     monkeypatch.setenv("CURLORA_DEMO", "/somewhere")
-    files = sorted(CONFIGS.glob("*.yaml"))
-    assert {file.stem for file in files} >= {
-        "demo",
-        "paper-tiny",
-        "domains-tiny",
-        "paper-gpt2-large",
-        "paper-mistral-7b",
-        "llama-70b",
-        "mixed",
-        "long-15",
-        *(f"standard-cl-order{order}" for order in (1, 2, 3)),
-    }
-    for file in files:
-        assert load_config(file).name == file.stem
+    files = {file.stem: file for file in CONFIGS.glob("*.yaml")}
+    assert files.keys() == {"demo", "paper-gpt2-large", "paper-mistral-7b", "llama-70b"}
+    for name, file in files.items():
+        config = load_config(file)
+        assert config.name == name
+        for given in [config.base_model.path, *(source.data for source in [*config.tasks, *config.retention])]:
+            assert given.startswith("/somewhere/") or re.fullmatch(r"[\w-]+/[\w.-]+", given), given
+
+
+@pytest.mark.parametrize("file", sorted(TEST_CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_configurations_of_the_tests_are_valid_and_bear_the_name_of_their_file(file):
+    assert load_config(file).name == file.stem
 
 
 def test_sequences_are_in_their_published_orders():
-    from pipelines.cli.helpers import CONFIGS
-
     orders = {
         "standard-cl-order1": "dbpedia amazon yahoo agnews",
         "standard-cl-order2": "dbpedia amazon agnews yahoo",
@@ -133,12 +131,12 @@ def test_sequences_are_in_their_published_orders():
         "long-15": "mnli cb wic copa qqp boolq rte imdb yelp amazon sst2 dbpedia agnews multirc yahoo",
     }
     for name, order in orders.items():
-        assert " ".join(task.name for task in load_config(CONFIGS / f"{name}.yaml").tasks) == order
-    assert {task.kind for task in load_config(CONFIGS / "mixed.yaml").tasks} == set(TASKS)
+        assert " ".join(task.name for task in load_config(TEST_CONFIGS / f"{name}.yaml").tasks) == order
+    assert {task.kind for task in load_config(TEST_CONFIGS / "mixed.yaml").tasks} == set(TASKS)
 
 
 def test_the_ten_lines_of_the_readme_are_valid(tmp_path):
-    readme = (Path(__file__).parents[2] / "pipelines" / "docs" / "tasks.md").read_text()
+    readme = (Path(__file__).resolve().parents[2] / "pipelines" / "docs" / "tasks.md").read_text()
     lines = readme.split("```yaml\n")[1].split("```")[0]
     assert len(lines.strip().splitlines()) <= 10
     (tmp_path / "mine.yaml").write_text(lines)

@@ -7,14 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curlora import cur
+from curlora import CurloraConfig, cur
+from curlora.names import SELECTION_RULES
 
 
 def matrix(d=12, k=10, seed=0, dtype=torch.float64):
     return torch.randn(d, k, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-SAMPLING = ("inverse", "uniform", "importance", "leverage", "deim")
+SAMPLING = tuple(rule for rule in SELECTION_RULES if rule != "activation")
 
 
 @given(
@@ -168,3 +169,12 @@ def test_adam_scale_moves_the_update_as_far_as_a_lora_step():
     assert cur.scale_factor("adam", 1.0, m, r) * r == pytest.approx(0.58 * math.sqrt(m * r))
     assert cur.scale_factor("rsqrt", 2.0, m, r) == pytest.approx(0.5)
     assert cur.scale_factor("none", 2.0, m, r) == 2.0
+
+
+def test_a_line_in_the_registry_is_all_that_a_new_selection_rule_needs(monkeypatch):
+    monkeypatch.setitem(SELECTION_RULES, "first", f"{__name__}:select_first")
+    assert cur.select(matrix(), 3, CurloraConfig(selection="first").selection).indices.tolist() == [0, 1, 2]
+
+
+def select_first(candidates, rank, generator):
+    return candidates.allowed.nonzero()[:rank, 0]

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from curlora import CurloraConfig, cur
+from curlora.names import SELECTION_RULES
 
-RULES = ("inverse", "uniform", "importance", "leverage", "deim", "activation")
+RULES = tuple(SELECTION_RULES)
 
 
 @st.composite
@@ -190,7 +191,7 @@ def test_dropout_works_where_the_output_has_another_dtype_than_the_input():
 
 
 def test_only_z_is_kept_for_the_backward_pass():
-    """tokens·r + O(r²) numbers a layer: neither the input nor the output of the layer, nor anything of its size."""
+    """tokens·r + O(r²) numbers per layer: neither its input nor its output, nor anything of its size."""
     tokens, m, n, r = 64, 48, 40, 4
     model = adapted(one_layer(m, n), r=r)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

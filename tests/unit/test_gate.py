@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipelines.config.sections import GateConfig
-from pipelines.metrics.paired import mcnemar_worse, sign_flip, worse
+from pipelines.metrics.paired import mcnemar, paired_p_value, sign_flip
 from pipelines.promotion.gate import Side, judge_against
 
 NOTHING = {"learning_accuracy": None}
@@ -90,13 +90,22 @@ def test_a_floor_of_learning_holds_beside_the_champion():
 
 def test_outcomes_of_other_examples_cannot_be_paired():
     with pytest.raises(ValueError, match="different examples"):
-        worse(answers(1, 3), answers(1, 4))
+        paired_p_value(answers(1, 3), answers(1, 4))
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (5, 0), (0, 5), (9, 3), (30, 31)])
 def test_mcnemar_is_the_tail_of_a_fair_coin(lost, gained):
     flips = [math.comb(lost + gained, k) for k in range(lost + gained + 1)]
-    assert mcnemar_worse(lost, gained) == pytest.approx(sum(flips[lost:]) / sum(flips))
+    assert mcnemar(lost, gained) == pytest.approx(sum(flips[lost:]) / sum(flips))
+
+
+def test_mcnemar_ignores_examples_that_both_had_right_or_wrong():
+    # 30 of 88 lost, 8 gained, 50 alike: the upper tail of Binomial(38, 1/2) from 30
+    first = [{"id": i, "correct": i < 30 or i >= 38} for i in range(88)]
+    second = [{"id": i, "correct": i >= 30} for i in range(88)]
+    tail = sum(math.comb(38, k) for k in range(30, 39)) / 2**38
+    assert paired_p_value(first, second) == (pytest.approx(tail), "exact McNemar test")
+    assert paired_p_value(first, first) == (1.0, "exact McNemar test")
 
 
 def test_sign_flip_agrees_with_all_sign_choices():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.metrics import answers, paired, score_matrix
+from pipelines.metrics import answers, score_matrix
 
 SCORES = [  # three tasks; the second and third have a score before training
     [None, 0.50, 0.20],
@@ -68,11 +68,3 @@ def test_macro_f1_weighs_classes_equally():
     labels = [0] * 9 + [1]
     assert answers.accuracy([0] * 10, labels) == 0.9
     assert answers.macro_f1([0] * 10, labels) == pytest.approx((18 / 19) / 2)
-
-
-def test_mcnemar_agrees_with_the_binomial_test():
-    scipy_stats = pytest.importorskip("scipy.stats")
-    first = [True] * 30 + [False] * 8 + [True] * 50
-    second = [False] * 30 + [True] * 8 + [True] * 50
-    assert paired.mcnemar(first, second) == pytest.approx(scipy_stats.binomtest(8, 38).pvalue)
-    assert paired.mcnemar(first, first) == 1.0

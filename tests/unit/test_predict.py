@@ -195,7 +195,7 @@ def test_the_mlflow_model_is_code_without_pickles_and_asks_for_its_packages(serv
     folder = tmp_path / "model"
     files = [path.name for path in folder.rglob("*") if path.is_file()]
     assert not [name for name in files if name.endswith((".pkl", ".pickle", ".bin", ".pt"))]
-    assert {"served.py", "input_example.json"} <= set(files)
+    assert {"pyfunc_entry.py", "input_example.json"} <= set(files)
     requirements = (folder / "requirements.txt").read_text()
     assert "curlora==" in requirements and "+" not in requirements
     assert [column.name for column in served.metadata.get_input_schema().inputs] == ["text", "second", "choices"]

@@ -14,8 +14,8 @@ from sample_run import make_run
 
 from pipelines.reporting.drawing import colors
 from pipelines.reporting.formatting import duration, signed, size
-from pipelines.reporting.page import ReportError, story, write_figures, write_report
-from pipelines.reporting.summary import goodness, headlines, histories, print_summary
+from pipelines.reporting.page import ReportError, write_figures, write_report
+from pipelines.reporting.summary import goodness, headlines, histories, print_summary, story
 
 SHAPES = {
     "mixed": {"tasks": ("mrpc", "sst2", "biomed")},
@@ -122,7 +122,7 @@ def test_page_is_made_for_phone_and_print(mixed):
 
 def test_text_from_configuration_and_data_is_escaped(tmp_path):
     evil = '<script>alert("x")</script>'
-    run = make_run(tmp_path, tasks=("mrpc", "sst2"), base_model={"path": f"/models/{evil}"})
+    run = make_run(tmp_path, tasks=("mrpc", "sst2"), base_model={"path": str(tmp_path / evil)})
     results = run.results()
     # names have a safe alphabet in a configuration, but the page must not rely on it
     results["tasks"] = [evil, "sst2"]
@@ -135,6 +135,50 @@ def test_text_from_configuration_and_data_is_escaped(tmp_path):
     assert "script" not in {tag for tag, _ in page.tags}
     assert page.text.count(evil) >= 5  # still readable as text
     assert evil in printed(results)
+
+
+def renamed(value, names: dict[str, str]):
+    """A record with other names, as keys and as values."""
+    if isinstance(value, dict):
+        return {names.get(key, key): renamed(item, names) for key, item in value.items()}
+    if isinstance(value, list):
+        return [renamed(item, names) for item in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def test_no_text_can_leave_its_element_or_attribute(tmp_path):
+    """Names are safe in a configuration; a page of records from elsewhere must not rely on it."""
+    evil = "<script>alert(1)</script>\"'"
+    run = make_run(tmp_path)
+    names = dict.fromkeys(("mrpc", "accuracy", "sequential", "curlora", "cpu"), evil)
+    for directory in run.finished_steps().values():
+        run.write_json(f"{directory}/metrics.json", renamed(run.metrics(directory), names))
+    results = renamed(run.results(), names)
+    extras = [None, *({evil: 0.5} for _ in results["steps"])]
+    compared = {"name": evil, "metric": evil, "champion": 0.9, "candidate": 0.7, "loss": 0.2, "limit": 0.1, "p": 0.01}
+    results |= {
+        "run": evil,
+        "status": evil,
+        "base_model": evil,
+        "extras": {evil: extras},
+        "registry": {"uri": evil, "promoted": False, "hook_failure": evil},
+        "gate": {
+            "passed": False,
+            "reasons": [evil],
+            "notes": [evil],
+            "against": {"name": evil, "version": 1},
+            "comparisons": [compared | {"refused": True}],
+        },
+    }
+    run.write_json("results.json", results)
+    run.write_bytes("config.yaml", f"# {evil}\n".encode() + run.read_bytes("config.yaml"))
+    page = page_of(run)
+    assert "<script" not in run.read_bytes("report.html").decode()
+    assert page.text.count(evil) >= 30
+    known = {"alt", "aria-label", "charset", "class", "content", "href", "lang", "name", "open", "rel", "scope", "src"}
+    assert {name for _, attrs in page.tags for name in attrs} <= known | {"style"}
+    assert sum(evil in attrs.get("alt", "") for _, attrs in page.tags) >= 3
+    assert ("span", {"class": f"status {evil}"}) in page.tags
 
 
 def test_matrix_table_is_the_score_matrix(mixed):
@@ -231,12 +275,7 @@ def test_long_sequence_stays_readable_in_terminal_and_page(tmp_path):
 
 def test_half_done_run_has_a_page(tmp_path):
     run = make_run(tmp_path, finished=1, status="failed")
-    results = run.results()
-    undone = {"task": "sst2", "fingerprint": "f" * 32, "mlflow_run_id": None, "seconds": {}}
-    results["steps"] += [undone | {"peak_memory_bytes": None}, {**undone, "task": "biomed", "fingerprint": "e" * 32}]
-    results["scores"] += [[None] * 3] * 2
-    results["perplexity"]["wikitext2"] += [None, None]
-    run.write_json("results.json", results)
+    assert run.results()["scores"][2:] == [[None] * 3] * 2
     assert "1 of 3 steps are done so far" in page_of(run).text
     assert len(write_figures(run)) == 4
 

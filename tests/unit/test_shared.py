@@ -2,10 +2,12 @@
 
 import http.server
 import threading
+from pathlib import Path
 
 import pytest
 import yaml
 
+from cluster import jobs
 from cluster.jobs import job_id, load_for_cluster, runtime_env
 from pipelines.config.loading import parse_config
 from pipelines.errors import ConfigError
@@ -85,8 +87,21 @@ def test_a_jobs_name_follows_from_its_configuration_and_its_environment_from_not
     assert job_id(first, 1) == job_id(same, 1)
     assert job_id(first, 1) not in (job_id(first, 2), job_id(other, 1))
     assert runtime_env() == runtime_env()
-    assert ".venv/" in runtime_env()["excludes"]
     assert set(runtime_env()["env_vars"]) == {"RAY_JOB_STOP_WAIT_TIME_S"}  # no secret travels with a job
+
+
+def test_a_job_carries_the_checkout_without_what_is_large_or_another_machines(monkeypatch):
+    monkeypatch.setattr(jobs, "CODE", Path(__file__).resolve().parents[2])
+    assert runtime_env()["working_dir"] == str(jobs.CODE)
+    assert ".venv/" in runtime_env()["excludes"]
+
+
+def test_a_job_of_an_installed_package_carries_no_code(monkeypatch, tmp_path):
+    """What lies beside it in site-packages is not sent, a stray pyproject.toml of another package or not."""
+    monkeypatch.setattr(jobs, "CODE", tmp_path)
+    assert runtime_env().keys() == {"env_vars"}
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\n')
+    assert runtime_env().keys() == {"env_vars"}
 
 
 @pytest.fixture(params=[200, 401])

@@ -60,7 +60,7 @@ def test_what_makes_no_sense_is_bad_input(tmp_path, fields, expected):
 
 
 def test_the_section_in_the_readme_is_valid(tmp_path):
-    readme = (Path(__file__).parents[2] / "pipelines" / "docs" / "search.md").read_text()
+    readme = (Path(__file__).resolve().parents[2] / "pipelines" / "docs" / "search.md").read_text()
     block = readme.split("```yaml\n")[1].split("```")[0]
     (tmp_path / "search.yaml").write_text(block)
     raw = minimal(tmp_path, tmp_path, strategy={"name": "ilora"}, **read_yaml(tmp_path / "search.yaml"))

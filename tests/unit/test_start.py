@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from sample_run import make_config, make_run
 
 from pipelines.chain.plan import make_plan
 from pipelines.chain.results import build_results
@@ -10,6 +11,7 @@ from pipelines.chain.start import find_start
 from pipelines.config.loading import parse_config
 from pipelines.data.sources import digest_of
 from pipelines.errors import ConfigError
+from pipelines.promotion.publish import sync
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import lineage
 from pipelines.runs.start import record_start
@@ -120,18 +122,23 @@ def test_lineage_leads_through_several_runs(raw, earlier, tmp_path):
     assert find_start(parse_config(after(raw, second, "third", name="last", tasks=[extra]))) == start
 
 
-def test_a_run_that_goes_on_keeps_the_parent_it_began_with(raw, earlier, monkeypatch):
-    """An alias moves, for example to what this very run has made."""
-    steps = earlier.results()["steps"]
-    monkeypatch.setattr("pipelines.chain.start._registered", lambda config: (earlier.uri, steps[0]["fingerprint"]))
-    changes = {"name": "next", "start_from": "models:/m@champion", "tasks": raw["tasks"][2:]}
-    config = parse_config(raw | changes | {"tracking": {"uri": "sqlite:///x.db"}})
+def test_a_run_that_goes_on_keeps_the_parent_it_began_with(tmp_path):
+    """An alias moves in the registry, for example to what this very run has made."""
+    tracking = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "start"}
+    registered = {"tracking": tracking | {"register_as": "desk"}, "gate": {"max_forgetting": 0.5}}
+    first = make_run(tmp_path, name="first", tasks=("mrpc", "sst2"), **registered)
+    sync(first)
+    config = make_config(
+        tmp_path, name="next", tasks=("biomed",), start_from="models:/desk@champion", tracking=tracking
+    )
     run = RunDirectory(config.run_uri)
     plan = make_plan(config, run)
+    assert plan.start.fingerprint == first.results()["steps"][-1]["fingerprint"]
     record_start(run, plan.start)
-    monkeypatch.setattr("pipelines.chain.start._registered", lambda config: (earlier.uri, steps[1]["fingerprint"]))
+    second = make_run(tmp_path, name="second", tasks=("mrpc", "sst2"), drop=-0.02, **registered)
+    sync(second)
     assert make_plan(config, run) == plan
-    assert make_plan(config).start.fingerprint == steps[1]["fingerprint"]
+    assert make_plan(config).start.fingerprint == second.results()["steps"][-1]["fingerprint"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from curlora.continual import STRATEGIES, Example, Sequential, make_strategy
-from pipelines.config.sections import STRATEGIES as NAMES
+from pipelines.config.names import STRATEGIES as NAMES
 from pipelines.config.sections import TrainingConfig, micro_batch
 from pipelines.data.encoding import IGNORE
 from pipelines.distributed.world import World
@@ -110,7 +110,7 @@ def test_every_trainable_head_gets_a_gradient_even_without_examples(model):
 def test_a_replayed_example_goes_through_the_head_of_its_own_task_and_leaves_it_as_it_is(model):
     heads.attach_heads(model, {"reviews": 2, "old": 3}, seed=0)
     replay = make_strategy("replay", size=2)
-    replay.memory.add_task("old", [Example("old", (3, 4, 5), target=2), Example("old", (6, 7), target=0)], 0)
+    replay.reservoir.add_task("old", [Example("old", (3, 4, 5), target=2), Example("old", (6, 7), target=0)], 0)
     heads.train_heads(model, ("reviews",))
     batch, held = replay.batch(examples(2)), replay.held_heads()
     losses, _ = example_losses(model, collate(batch, World(0, 1, CPU)), held)

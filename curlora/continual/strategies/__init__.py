@@ -1,0 +1,1 @@
+"""One file per strategy: the file name is the name in configurations, and no other file belongs here."""

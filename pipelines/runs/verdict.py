@@ -1,0 +1,23 @@
+"""The gate's verdict in a word, as tags, events, decisions and pages show it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+
+class Verdict(str, Enum):
+    """`gate.passed` of `results.json`: true, false, or null while MLflow cannot be asked for the champion."""
+
+    PASSED = "passed"
+    REFUSED = "refused"
+    UNDECIDED = "undecided"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @classmethod
+    def of(cls, gate: Mapping[str, Any]) -> Verdict:
+        """The verdict of the section `gate` of `results.json`."""
+        return {True: cls.PASSED, False: cls.REFUSED}.get(gate.get("passed"), cls.UNDECIDED)
