@@ -11,7 +11,7 @@ from pipelines.config.tasks import ClassificationTask
 from pipelines.data.held_out import training_view
 from pipelines.data.identity import data_identity, score_identity
 from pipelines.errors import ConfigError, Problem
-from pipelines.preflight.data import check_judging_data
+from pipelines.preflight.data import check_trial_data
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan, base_fingerprint, fingerprint, step_fingerprint
 from pipelines.runs.start import Start
@@ -148,5 +148,5 @@ def planned(config: PipelineConfig, run: RunDirectory) -> tuple[PipelineConfig, 
     config = training_view(config) if config.search.when else config
     plan = make_plan(config, run, settings_found(run))
     if plan.undecided:
-        check_judging_data(config)
+        check_trial_data(config)
     return config, plan

@@ -9,7 +9,7 @@ from pipelines.config.pipeline import PipelineConfig
 from pipelines.data import held_out
 from pipelines.errors import ConfigError, Problem, did_you_mean
 from pipelines.lineage.background import Projector
-from pipelines.preflight.data import check_data, check_judging_data
+from pipelines.preflight.data import check_data, check_trial_data
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
 from pipelines.runs.lease import acquire_lease
@@ -42,7 +42,7 @@ def tune(
     run = RunDirectory(config.run_uri)
     config, plan = planned(held_out.training_view(config), run)
     if not plan.undecided:  # else `planned` has looked
-        check_judging_data(config)
+        check_trial_data(config)
     step = _step_of(plan, run, task)
     where = step_search.place(config, step.position, step.parent, plan.base_fingerprint)
     with acquire_lease(run) as lease:

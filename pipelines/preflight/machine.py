@@ -40,7 +40,7 @@ def examine(config: str | None = None) -> list[Finding]:
     """
     machine = [_python(), *_packages(), _processors(), _memory(), _disk(), _accelerator()]
     cluster = [_ray(), _jobs_api(os.environ.get("RAY_API_SERVER_ADDRESS"))]
-    return [*machine, *cluster, _registration(), *(_places(config) if config else [])]
+    return [*machine, *cluster, _registration(), *(_unshared_paths(config) if config else [])]
 
 
 def _python() -> Finding:
@@ -130,7 +130,7 @@ def _jobs_api(address: str | None) -> Finding:
     return Finding(subject, "warning", f"{address} {danger}; start it with RAY_AUTH_MODE=token (cluster/README.md)")
 
 
-def _places(path: str) -> list[Finding]:
+def _unshared_paths(path: str) -> list[Finding]:
     """What a configuration names and the nodes of a cluster would not see."""
     from pipelines.config.loading import (  # a broken environment is reported before this fails
         parse_config,

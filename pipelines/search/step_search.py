@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.search_space import with_values
-from pipelines.data.held_out import judging_view
+from pipelines.data.held_out import trial_view
 from pipelines.data.identity import data_identity, score_identity
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan, fingerprint, step_fingerprint
@@ -60,7 +60,7 @@ class Place:
 
 
 def place(config: PipelineConfig, position: int, parent: str, base: str) -> Place:
-    judged = judging_view(config, position)
+    judged = trial_view(config, position)
     new = tuple(t.name for t in config.tasks) if config.is_joint else (config.tasks[position - 1].name,)
     fresh = config.adapter.carry == "fresh"  # earlier tasks keep adapters of their own
     earlier = () if fresh or not config.search.objective.retention_weight else config.tasks[: position - 1]

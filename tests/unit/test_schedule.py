@@ -218,7 +218,7 @@ def test_a_job_that_breaks_off_is_sent_again_and_then_given_up_until_somebody_sa
     assert "is trained by job" in look()[0]
     assert jobs.sent[0] == jobs.sent[1]  # the same run, which goes on where it was
     jobs.status[list(jobs.status)[-1]] = "FAILED"
-    assert "failed: 2 jobs broke off (OutOfMemoryError: too large)" in look()[0]
+    assert "failed: 2 jobs failed (OutOfMemoryError: too large)" in look()[0]
     assert look() == ["nothing new among 1 domains"]
     schedule_decisions.again(config, "news")
     assert any("accepted" in line for line in look())
@@ -372,7 +372,7 @@ def test_cron_in_its_time_zone_and_what_a_restart_catches_up(raw, tmp_path):
         if last:
             folder.write_json("last_tick.json", last)
         assert Loop(config(catch_up=catch_up), [], print).is_due() is due, (last, catch_up)
-    with pytest.raises(ConfigError, match="is no time"):
+    with pytest.raises(ConfigError, match="is not a schedule"):
         next_times(config(cron="every day"))
 
 
