@@ -131,7 +131,7 @@ def test_a_run_that_goes_on_keeps_the_parent_it_began_with(tmp_path):
     )
     run = RunDirectory(config.run_uri)
     plan = make_plan(config, run)
-    assert plan.start.fingerprint == first.results()["steps"][-1]["fingerprint"]
+    assert plan.start.fingerprint == first.results().steps[-1].fingerprint
     record_start(run, plan.start)
     second = make_run(tmp_path, name="second", tasks=("mrpc", "sst2"), drop=-0.02, **registered)
     sync(second)
