@@ -6,13 +6,16 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from pipelines.cli.helpers import at_work, new_console, number_list, with_bar
 from pipelines.config.paths import CONFIGS
 from pipelines.errors import ConfigError, DemoError
-from pipelines.runs.event import Event
+
+if TYPE_CHECKING:
+    from pipelines.runs.event import Event
 
 
 @click.command()
