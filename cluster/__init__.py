@@ -1,1 +1,1 @@
-"""What a cluster needs: DeepSpeed settings, manifests and job submission."""
+"""Chains on a Ray cluster: jobs, the inbox of new domains, the schedule, DeepSpeed settings and manifests."""

@@ -1,4 +1,8 @@
-"""cluster.decisions."""
+"""What was decided on each domain of a schedule, as files that are never changed.
+
+One decision is `decisions/<time>.<domain>.<stamp>.<state>.<id>.json`. Its name holds everything that the next
+tick needs, so a listing of the folder is enough to know what is settled.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,17 @@ NAME_LENGTH = 64
 
 @dataclass(frozen=True)
 class Decision:
-    """A decision as its file name says it."""
+    """One decision, as read from its file name.
+
+    Attributes:
+        stamp: version of the domain that was decided on (`Domain.stamp`).
+        state: accepted, submitted, finished, refused, unchanged, failed, or again (withdraws the earlier ones).
+    """
 
     file: str
     domain: str
     stamp: str
-    kind: str
+    state: str
 
     @property
     def moment(self) -> float:
@@ -30,7 +39,7 @@ class Decision:
 
 
 class Ledger:
-    """The decisions of one schedule."""
+    """All decisions of one schedule, in order."""
 
     def __init__(self, folder: RunDirectory):
         self.folder = folder
@@ -42,23 +51,23 @@ class Ledger:
         for decision in self.all:
             entries = self._last.setdefault((decision.domain, decision.stamp), [])
             entries.append(decision)
-            if decision.kind == "again":
+            if decision.state == "again":
                 entries.clear()
 
     def of(self, domain: str, stamp: str) -> list[Decision]:
-        """The decisions on a domain in the form that has this stamp, oldest first."""
+        """Decisions on this version of a domain since it was last taken up `again`, oldest first."""
         return self._last.get((domain, stamp), [])
 
     def open(self) -> list[Decision]:
-        """`accepted` of every domain that is not settled yet."""
-        return [found[0] for found in self._last.values() if found and found[-1].kind not in SETTLED]
+        """The `accepted` decision of every domain that is not settled yet."""
+        return [found[0] for found in self._last.values() if found and found[-1].state not in SETTLED]
 
-    def record(self, domain: str, stamp: str, kind: str, **fields) -> None:
-        # after all others, also if a clock was set back: the order of names is the order of decisions
+    def record(self, domain: str, stamp: str, state: str, **fields) -> None:
+        # later than all others even if the clock was set back: decisions are ordered by file name
         last = int(self.all[-1].file.split(".")[0]) if self.all else 0
         moment = max(int(time.time() * 1e6), last + 1)
-        name = f"{moment:017d}.{domain}.{stamp}.{kind}.{uuid.uuid4().hex[:6]}.json"
-        self.folder.write_json(f"decisions/{name}", {"domain": domain, "stamp": stamp, "kind": kind, **fields})
+        name = f"{moment:017d}.{domain}.{stamp}.{state}.{uuid.uuid4().hex[:6]}.json"
+        self.folder.write_json(f"decisions/{name}", {"domain": domain, "stamp": stamp, "kind": state, **fields})
         self.read()
 
     def body(self, decision: Decision) -> dict:
@@ -66,13 +75,16 @@ class Ledger:
 
 
 def schedule_folder(config: PipelineConfig) -> RunDirectory:
-    """Where a schedule keeps what it knows. No run has a dot in its name."""
+    """Folder of a schedule's files; no run can have this name, as names contain no dot."""
     return RunDirectory(f"{config.run_uri}.domains")
 
 
-# -- by hand
 def again(config: PipelineConfig, domain: str) -> list[str]:
-    """Take back what was decided on a domain, so that the next tick looks at it anew; the stamps concerned."""
+    """Withdraw all decisions on a domain, so that the next tick considers it again; returns their stamps.
+
+    Raises:
+        ConfigError: the domain is being trained, or nothing was decided on it.
+    """
     ledger = Ledger(schedule_folder(config))
     if any(decision.domain == domain for decision in ledger.open()):
         raise ConfigError([Problem("--again", f"'{domain}' is being trained; wait for its job or cancel it")])
@@ -85,6 +97,7 @@ def again(config: PipelineConfig, domain: str) -> list[str]:
 
 
 def pause(config: PipelineConfig, on: bool) -> None:
+    """Suspend all ticks of a schedule, or resume them."""
     folder = schedule_folder(config)
     if on:
         folder.write_json("pause.json", {"time": time.time()})
@@ -93,6 +106,6 @@ def pause(config: PipelineConfig, on: bool) -> None:
 
 
 def history(config: PipelineConfig) -> list[dict]:
-    """Every decision, oldest first, with its moment."""
+    """All decisions, oldest first, each with its time."""
     ledger = Ledger(schedule_folder(config))
     return [{"time": decision.moment, **ledger.body(decision)} for decision in ledger.all]

@@ -1,8 +1,8 @@
-"""The inbox of domains: a folder (or bucket prefix) with a folder for every domain, written by somebody else.
+"""The inbox of new domains: a folder or bucket prefix with one folder per domain, written by others.
 
-Names, paths and rows in it are data: names keep to a safe alphabet, links and odd paths are refused, and nothing but
-data files is ever read, so a domain can bring neither code nor configuration. Looking costs a listing: sizes and
-versions (modification times, or etags of a bucket), no content.
+Its content is untrusted: names must be safe, symbolic links and odd paths are refused, and only data files are read,
+so a domain can bring neither code nor configuration. A scan lists names, sizes and versions (modification times or
+etags) and reads no content.
 """
 
 from __future__ import annotations
@@ -25,18 +25,16 @@ from pipelines.runs.identity import fingerprint
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
-DEPTH = 2  # a domain's own folder and one folder a split
-
-COPIED = "_COPIED"
-
+DEPTH = 2  # levels of folders: the domain's own and one per split
+COPIED = "_COPIED"  # marks a complete copy
+# keys under which the file systems of fsspec report modification times and versions
 TIMES = ("LastModified", "last_modified", "mtime", "updated", "created")
-
 TAGS = ("ETag", "etag", "md5Hash", "crc32c")
 
 
 @dataclass(frozen=True)
 class File:
-    """A data file: its path inside the domain, its bytes, and what changes when it changes."""
+    """A data file: its path inside the domain, its size in bytes, and a version that changes with its content."""
 
     path: str
     size: int
@@ -45,12 +43,12 @@ class File:
 
 @dataclass
 class Domain:
-    """A folder of the inbox as a listing shows it.
+    """A folder of the inbox, as listed.
 
     Attributes:
-        newest: when its newest file was written, unix seconds; None: the storage does not say.
-        marked: whether the marker of completeness is there.
-        problems: what of its names and paths cannot be accepted.
+        newest: modification time of its newest file in Unix seconds; None if the storage reports none.
+        marked: whether it contains the marker of completeness.
+        problems: names and paths that cannot be accepted, each with a remedy.
     """
 
     name: str
@@ -61,23 +59,23 @@ class Domain:
 
     @property
     def stamp(self) -> str:
-        """Identity of the listing: another one means that something was added or changed."""
+        """Version of the domain: changes when a file is added, changed or removed."""
         files = sorted((file.path, file.size, file.version) for file in self.files)
         return fingerprint([files, sorted(self.problems)])[:16]
 
     @property
     def key(self) -> str:
-        """Its name as part of a file name, also where the name itself is not safe."""
+        """Its name, or a substitute if the name is not safe in file names."""
         return self.name if SAFE_NAME.fullmatch(self.name) else f"unsafe-{fingerprint(self.name)[:8]}"
 
     def is_complete(self, quiet_seconds: float, now: float) -> bool:
-        """Whether nobody writes it any more: its marker is there, or its files have rested for long enough."""
+        """Whether it has its marker, or has not changed for `quiet_seconds`."""
         rested = self.newest is not None and now - self.newest >= quiet_seconds
         return self.marked or bool(self.files and rested)
 
 
 def scan(inbox: str, marker: str) -> list[Domain]:
-    """Every domain of an inbox, those that came first first.
+    """All domains of an inbox, oldest first.
 
     Raises:
         OSError: the inbox cannot be listed.
@@ -94,7 +92,7 @@ def _is_local(fs) -> bool:
     return "file" in (fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,))
 
 
-# -- a folder of this machine
+# -- local folders
 def _local(root: str, marker: str) -> list[Domain]:
     found = []
     for entry in os.scandir(root):
@@ -114,13 +112,13 @@ def _local_domain(folder: os.DirEntry, marker: str) -> Domain:
             domain.marked = True
             continue
         state = entry.stat(follow_symlinks=False)
-        kind = "a symbolic link" if entry.is_symlink() else None if entry.is_file() else "no plain file"
-        _add(domain, path, state.st_size, str(state.st_mtime_ns), state.st_mtime, kind)
+        refused_as = "a symbolic link" if entry.is_symlink() else None if entry.is_file() else "no plain file"
+        _add(domain, path, state.st_size, str(state.st_mtime_ns), state.st_mtime, refused_as)
     return domain
 
 
 def _entries(folder: str, prefix: str) -> Iterator[tuple[str, os.DirEntry]]:
-    """Files and links below a folder, by path; links are not followed."""
+    """(path, entry) of all files and links below a folder; links are not followed."""
     for entry in os.scandir(folder):
         path = f"{prefix}{entry.name}"
         if entry.is_dir(follow_symlinks=False) and path.count("/") < DEPTH:
@@ -129,7 +127,7 @@ def _entries(folder: str, prefix: str) -> Iterator[tuple[str, os.DirEntry]]:
             yield path, entry
 
 
-# -- a bucket
+# -- buckets
 def _remote(fs, root: str, marker: str) -> list[Domain]:
     fs.invalidate_cache()
     found: dict[str, Domain] = {}
@@ -153,13 +151,13 @@ def _seconds(value) -> float | None:
     return value.timestamp() if isinstance(value, datetime) else value
 
 
-def _add(domain: Domain, path: str, size: int, version: str, moment: float | None, kind: str | None) -> None:
-    """Take a file into a domain's listing, or say why it cannot be."""
+def _add(domain: Domain, path: str, size: int, version: str, moment: float | None, refused_as: str | None) -> None:
+    """Add a file to a domain, or a problem if it is something else or its path is not safe."""
     *folders, name = path.split("/")
     if name.startswith((".", "_")):
-        return  # traces of other programs
-    if kind:
-        domain.problems.append(f"{path} is {kind}; put the file itself there")
+        return  # left by other programs
+    if refused_as:
+        domain.problems.append(f"{path} is {refused_as}; put the file itself there")
     elif len(folders) >= DEPTH or not all(map(FILE_NAME.fullmatch, (*folders, name))) or ".." in path:
         domain.problems.append(f"{path!r} is not a safe path; use letters, digits, '.', _ and -, one folder deep")
     elif posixpath.splitext(name)[1].lower() in FORMATS:
@@ -168,11 +166,11 @@ def _add(domain: Domain, path: str, size: int, version: str, moment: float | Non
         domain.newest = max(domain.newest or 0.0, moment)
 
 
-# -- taking a domain over
+# -- copying a domain
 def copy_domain(inbox: str, domain: Domain, marker: str, target: RunDirectory, folder: str) -> str | None:
-    """Copy a domain's data files below `target`, so that what is trained stays what was checked; the copy's URI.
+    """Copy a domain's data files below `target`, so that exactly what was checked is trained; returns the copy's URI.
 
-    None if the domain changed meanwhile: it is not complete after all. Done already is done.
+    Returns None if the domain changed meanwhile, i.e. was not complete. An existing copy is kept.
     """
     uri = f"{target.uri}/{folder}"
     if target.exists(f"{folder}/{COPIED}"):
@@ -204,7 +202,7 @@ def _copy(fs, source: str, target: RunDirectory, path: str) -> None:
 
 
 def _open(fs, path: str):
-    """A file for reading; on a local disk never through a link that took its place since it was listed."""
+    """Open a file for reading; on a local disk, refuse a symbolic link that replaced it after the listing."""
     if not _is_local(fs):
         return fs.open(path, "rb")
     return open(os.open(Path(path), os.O_RDONLY | os.O_NOFOLLOW), "rb")

@@ -1,8 +1,8 @@
-"""A chain as a job on a Ray cluster: sent once, followed, found again.
+"""Runs a chain as a job on a Ray cluster: submits it once, follows it, finds it again.
 
-The name of a job follows from its configuration and the number of the attempt, so that whoever submits the same twice
-meets the job that is there. The configuration goes into the run's own storage; the job carries code and nothing else,
-and no secret: those are in the environment of the nodes.
+A job's name is derived from its configuration and the attempt, so submitting the same configuration twice finds the
+running job. The configuration is written to the run's storage; the job carries only code and never a secret: secrets
+belong into the environment of the nodes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import shlex
+import socket
 import time
 import tomllib
 from collections.abc import Callable, Iterable
@@ -33,22 +34,19 @@ EXCLUDES = [
     *("runs/", "mlruns/", "mlflow.db*", "*.safetensors", "*.ipynb"),
 ]
 
-STOP_SECONDS = 60  # for a driver that was asked to stop: its workers write a checkpoint first
-
+STOP_SECONDS = 60  # granted to a driver after a stop request, in which its workers write a checkpoint
 POLL_SECONDS = 1.0
-
-AGENT_SECONDS = 30  # for a cluster that has just started to be able to take jobs
-
-RUN_KEY = "curlora_run"
+AGENT_SECONDS = 30  # until a cluster that has just started accepts jobs
+RUN_KEY = "curlora_run"  # job metadata: name of the run
 
 
 class ClusterError(Unavailable):
-    """The cluster cannot be reached, refuses, or does not know the job."""
+    """The cluster cannot be reached, refuses the request, or does not know the job."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as the cluster describes it. `status`: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+    """A job as reported by the cluster. `status`: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
 
     id: str
     run: str
@@ -62,12 +60,12 @@ class Job:
         return self.status in ("STOPPED", "SUCCEEDED", "FAILED")
 
 
-# -- what is sent
+# -- what a job contains
 def load_for_cluster(path: str, overrides: Iterable[str], one_machine: bool) -> PipelineConfig:
-    """A configuration that a job can be made of.
+    """Load a configuration to be run as a job.
 
     Raises:
-        ConfigError: it is not valid, names what only this machine has, or holds a secret; all of it at once.
+        ConfigError: with every problem: invalid fields, paths that only this machine has, secrets.
     """
     raw = read_config(path, overrides)
     config = parse_config(raw)
@@ -79,10 +77,10 @@ def load_for_cluster(path: str, overrides: Iterable[str], one_machine: bool) -> 
 
 
 def load_for_tick(path: str, overrides: Iterable[str]) -> PipelineConfig:
-    """A configuration that means the same wherever a scheduler calls from.
+    """Load a configuration for `curlora tick`, which must mean the same in any working directory.
 
     Raises:
-        ConfigError: it is not valid, or relative places are in it.
+        ConfigError: invalid fields or relative paths.
     """
     raw = read_config(path, overrides)
     config = parse_config(raw)
@@ -92,7 +90,7 @@ def load_for_tick(path: str, overrides: Iterable[str]) -> PipelineConfig:
 
 
 def _self_contained(config: PipelineConfig) -> PipelineConfig:
-    """With the DeepSpeed settings of a file in the configuration itself."""
+    """Copy DeepSpeed settings from a file into the configuration."""
     if not isinstance(config.deepspeed, str) or not config.deepspeed.endswith(".json"):
         return config
     try:
@@ -103,9 +101,9 @@ def _self_contained(config: PipelineConfig) -> PipelineConfig:
 
 
 def runtime_env() -> dict:
-    """The same for every job of one version of the code, so that Ray keeps what it has unpacked.
+    """Ray's runtime environment of a job; equal for all jobs of one code version, so that Ray can cache it.
 
-    Where this package is installed rather than checked out, the nodes have it too: the image holds it.
+    If this package is installed rather than checked out, no code is sent: the image of the nodes contains it.
     """
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
     if not _is_checkout(CODE):
@@ -114,18 +112,18 @@ def runtime_env() -> dict:
 
 
 def _is_checkout(folder: Path) -> bool:
-    """Whether this project's sources lie there; site-packages may hold another package's stray pyproject.toml."""
+    """Whether the folder holds this project's sources; site-packages may contain another package's pyproject.toml."""
     project = folder / "pyproject.toml"
     return project.exists() and tomllib.loads(project.read_text(encoding="utf-8"))["project"]["name"] == "curlora"
 
 
 def job_id(config: PipelineConfig, attempt: int) -> str:
-    """The name of a job: run, digest of the whole configuration, number of the attempt."""
+    """Name of a job: run, digest of the configuration, number of the attempt."""
     return f"{config.name}-{fingerprint(config.model_dump())[:8]}-{attempt}"
 
 
 def _write_config(config: PipelineConfig) -> str:
-    """The configuration into the run's storage; where it lies."""
+    """Write the configuration to the run's storage and return its URI."""
     text = yaml.safe_dump(config.model_dump(), sort_keys=False).encode()
     run = RunDirectory(config.run_uri)
     name = f"submitted/{fingerprint(config.model_dump())[:8]}.yaml"
@@ -138,11 +136,12 @@ def _write_config(config: PipelineConfig) -> str:
 
 # -- the cluster
 class Cluster:
-    """The jobs of a Ray cluster, over its dashboard's address. Authenticates as Ray does: `RAY_AUTH_TOKEN_PATH` or
-    `RAY_AUTH_TOKEN` in the environment, with `RAY_AUTH_MODE=token`.
+    """The jobs of a Ray cluster, through the address of its dashboard.
+
+    Authenticates as Ray does: `RAY_AUTH_MODE=token` with `RAY_AUTH_TOKEN_PATH` or `RAY_AUTH_TOKEN`.
 
     Raises:
-        ClusterError: nobody there, or no valid token.
+        ClusterError: the cluster does not answer, or there is no valid token.
     """
 
     def __init__(self, address: str):
@@ -153,16 +152,14 @@ class Cluster:
             self._client = JobSubmissionClient(address)
 
     def is_this_machine(self) -> bool:
-        """Whether the cluster is one node, and that node is here: then every path is shared."""
-        import socket
-
+        """Whether this machine is the only node of the cluster, so that it sees every path."""
         with _errors(self.address):
             answer = self._client._do_request("GET", "/nodes?view=summary").json()
         nodes = [node for node in answer["data"]["summary"] if node["raylet"].get("state") == "ALIVE"]
         return [node["hostname"] for node in nodes] == [socket.gethostname()]
 
     def submit(self, config: PipelineConfig, verbose: bool = False) -> tuple[Job, bool]:
-        """Start the chain as a job, or find the one that is at work on it; (job, whether it is new)."""
+        """Start the chain as a job unless one is running; returns (job, whether it is new)."""
         attempt = 1
         while True:
             name = job_id(config, attempt)
@@ -176,7 +173,7 @@ class Cluster:
                 return job, False
 
     def _start(self, name: str, config: PipelineConfig, verbose: bool) -> bool:
-        """False if somebody else has started it at this moment."""
+        """Submit a job; False if somebody else submitted it at the same moment."""
         end = time.monotonic() + AGENT_SECONDS
         command = ["python", "-m", "pipelines", "run", _write_config(config), *(["--verbose"] if verbose else [])]
         while True:
@@ -197,18 +194,18 @@ class Cluster:
             time.sleep(POLL_SECONDS)
 
     def job(self, name: str) -> Job | None:
-        """A job by its name; None if the cluster does not know it."""
+        """The job of this name; None if the cluster does not know it."""
         return next((job for job in self.jobs() if job.id == name), None)
 
     def jobs(self, run: str | None = None) -> list[Job]:
-        """The jobs of a run (None: of all runs), oldest first."""
+        """The jobs of a run, or of all runs (None), oldest first."""
         with _errors(self.address):
             found = [_job(details) for details in self._client.list_jobs()]
         found = [job for job in found if job.run and run in (None, job.run)]
         return sorted(found, key=lambda job: (job.started or 0, job.id))
 
     def stop(self, name: str, wait: float) -> Job:
-        """Ask a job to end; it writes a checkpoint first. The job as it is after at most `wait` seconds."""
+        """Ask a job to stop, which writes a checkpoint first; returns its state after at most `wait` seconds."""
         with _errors(self.address):
             self._client.stop_job(name)
         end = time.monotonic() + wait
@@ -217,7 +214,7 @@ class Cluster:
         return job
 
     def follow(self, name: str, say: Callable[[str], None]) -> Job:
-        """Pass a job's output on until the job is over."""
+        """Pass a job's output to `say` until the job has ended."""
         with _errors(self.address):
             asyncio.run(self._tail(name, say))
         while not (job := self.job(name)).over:
@@ -242,8 +239,8 @@ def _job(details) -> Job:
 
 @contextlib.contextmanager
 def _errors(address: str):
-    """What the client or the network raise, as one line that says what to do."""
-    import aiohttp
+    """Turn errors of client and network into a `ClusterError` with a remedy."""
+    import aiohttp  # slow
     import requests
     from ray.exceptions import AuthenticationError
 
@@ -251,7 +248,7 @@ def _errors(address: str):
         yield
     except AuthenticationError as error:
         remedy = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file with the cluster's token"
-        raise ClusterError(f"{address} refuses: no valid token; {remedy}") from error
+        raise ClusterError(f"{address} rejects the request: no valid token; {remedy}") from error
     except (OSError, RuntimeError, ValueError, requests.RequestException, aiohttp.ClientError) as error:
         if isinstance(error, ClusterError):
             raise

@@ -1,8 +1,8 @@
-"""`curlora schedule`: ticks by a cron expression, one at a time, each in a process of its own.
+"""`curlora schedule`: runs ticks by a cron expression, one at a time, each in its own process.
 
-A tick that imported everything leaves nothing behind in a process that lives for months, and a tick that dies takes
-nothing with it. While a job is at work, ticks follow each other more closely, so that the next domain need not wait
-for the next cron time.
+With separate processes, a loop that lives for months accumulates nothing, and a tick that crashes does not end it.
+While a job is running, ticks follow every `follow_up` seconds, so that the next domain need not wait for the next cron
+time.
 """
 
 from __future__ import annotations
@@ -18,21 +18,28 @@ from pipelines.config.domains import DomainsConfig
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import ConfigError, Problem
 
-SKIP_SECONDS = 60  # how late a tick may begin under `catch_up: skip`
+SKIP_SECONDS = 60  # by which a tick may be late under `catch_up: skip`
 
 
 def cron_trigger(domains: DomainsConfig):
-    """Raises ConfigError if `cron` or `timezone` mean nothing."""
-    from apscheduler.triggers.cron import CronTrigger
+    """The trigger of `domains.cron`.
+
+    Raises:
+        ConfigError: `cron` or `timezone` is invalid.
+    """
+    from apscheduler.triggers.cron import CronTrigger  # slow
 
     try:
         return CronTrigger.from_crontab(domains.cron, timezone=domains.timezone)
     except (ValueError, KeyError, OSError) as error:
-        message = f"'{domains.cron}' in '{domains.timezone}' is no time ({error}); write e.g. cron: \"0 3 * * *\""
+        message = (
+            f"'{domains.cron}' in '{domains.timezone}' is not a schedule ({error}); write e.g. cron: \"0 3 * * *\""
+        )
         raise ConfigError([Problem("domains.cron", message)]) from error
 
 
 def next_times(config: PipelineConfig, count: int = 3) -> list[datetime]:
+    """The next times at which the loop would look."""
     trigger, found, moment = cron_trigger(config.domains), [], None
     for _ in range(count):
         moment = trigger.get_next_fire_time(moment, moment or datetime.now(trigger.timezone))
@@ -42,26 +49,26 @@ def next_times(config: PipelineConfig, count: int = 3) -> list[datetime]:
 
 
 class Loop:
-    """Ticks until it is ended.
+    """Runs ticks until interrupted.
 
     Args:
-        arguments: what `curlora tick` is called with.
-        say: one line for people at a time.
+        arguments: arguments of `curlora tick`.
+        say: called with each line of output.
     """
 
     def __init__(self, config: PipelineConfig, arguments: Sequence[str], say: Callable[[str], None]):
-        from apscheduler.executors.pool import ThreadPoolExecutor
+        from apscheduler.executors.pool import ThreadPoolExecutor  # slow
         from apscheduler.schedulers.blocking import BlockingScheduler
 
         self.config, self.arguments, self.say = config, list(arguments), say
-        # one thread: a tick by the clock waits for one that follows a job
+        # one thread: ticks by cron and ticks that follow a job wait for each other
         self.scheduler = BlockingScheduler(
             executors={"default": ThreadPoolExecutor(1)}, timezone=config.domains.timezone
         )
         self.trigger = cron_trigger(config.domains)
 
     def run(self) -> None:
-        """Blocks. Ctrl-C ends the loop, not the jobs."""
+        """Run the loop; blocks. Ctrl-C ends the loop, not the jobs."""
         once = self.config.domains.catch_up == "once"
         self.scheduler.add_job(
             self.look,
@@ -77,7 +84,7 @@ class Loop:
         self.scheduler.start()
 
     def is_due(self) -> bool:
-        """Whether a job was at work when a tick looked last, or a time was missed that is to be caught up."""
+        """Whether a tick is due now: a job was running at the last tick, or a cron time to be caught up was missed."""
         last = schedule_folder(self.config).read_json("last_tick.json")
         if last and last["at_work"]:
             return True
@@ -88,10 +95,10 @@ class Loop:
         return moment is None or self.trigger.get_next_fire_time(None, moment) <= datetime.now(zone)
 
     def look(self) -> None:
-        """One tick, in a process of its own."""
+        """Run one tick in a separate process."""
         command = [sys.executable, "-m", "pipelines", "tick", *self.arguments, "--json"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:  # it has said why; the next one may fare better
+        if done.returncode:  # the tick has printed the reason; the next one may succeed
             self.say(f"tick ended with exit code {done.returncode}")
             return
         outcome = json.loads(done.stdout)

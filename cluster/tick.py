@@ -1,16 +1,15 @@
-"""New domains train by themselves: one look at the inbox (`tick`), and a loop over it (`Loop`).
+"""One tick of the schedule: trains a new domain from the inbox, starting from the champion's adapter.
 
-A tick follows the job that is at work, then looks for a domain that the champion has not learned: complete, sound,
-and not decided on before. It copies the domain's data into the storage, continues the chain from the champion's
-adapter as a job on the cluster, writes down what it decided and why, and ends. Decisions are files that are never
-changed, below `<storage>/<name>.domains/`:
+A tick follows the running job, then looks for a complete and valid domain that was not decided on before and that the
+champion has not learned. It copies the domain's data into the storage, submits a chain that continues from the
+champion as a job, records its decision with the reasons, and ends. All files are below `<storage>/<name>.domains/`:
 
-    decisions/<time>.<domain>.<stamp>.<kind>.json   kind: accepted | submitted | finished, or refused | unchanged |
-                                                    failed; `again` takes the earlier ones of a domain back
-    data/<domain>-<stamp>/                          what was checked, and is trained
+    decisions/<time>.<domain>.<stamp>.<state>.<id>.json   accepted, submitted, finished, refused, unchanged or failed;
+                                                          `again` withdraws the earlier ones of a domain
+    data/<domain>-<stamp>/                                the checked copy that is trained
     pause.json, last_tick.json, lease.json
 
-A listing of names says what is known, so a tick with nothing new reads no decision, no data and imports nothing slow.
+File names alone tell what is decided: a tick without news reads no content and imports nothing slow.
 """
 
 from __future__ import annotations
@@ -21,10 +20,15 @@ from dataclasses import dataclass, field
 
 from cluster.decisions import NAME_LENGTH, Decision, Ledger, schedule_folder
 from cluster.inbox import Domain, copy_domain, scan
+from pipelines.chain.start import find_start
 from pipelines.config.domains import DomainsConfig
 from pipelines.config.loading import parse_config
 from pipelines.config.pipeline import PipelineConfig
-from pipelines.errors import ConfigError, LeaseHeld, Problem, Unavailable
+from pipelines.data.sources import digest_of
+from pipelines.errors import ConfigError, DataError, LeaseHeld, LineageError, Problem, Unavailable
+from pipelines.lineage import registry
+from pipelines.preflight.hub import hub_available
+from pipelines.preflight.portability import open_secrets, unshared
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.lease import acquire_lease
 from pipelines.runs.results import Results
@@ -33,7 +37,7 @@ from pipelines.runs.verdict import Verdict
 
 @dataclass
 class Outcome:
-    """What a tick did, in sentences for people; `at_work`: a job runs, another tick should look at it soon."""
+    """What a tick did, in sentences; `at_work`: a job is running, so the next tick should follow soon."""
 
     did: list[str] = field(default_factory=list)
     at_work: bool = False
@@ -43,7 +47,7 @@ class Outcome:
 
 
 def check_schedule(config: PipelineConfig) -> None:
-    """Raises ConfigError if domains cannot be scheduled with this configuration."""
+    """Raise ConfigError if domains cannot be scheduled with this configuration."""
     problems = []
     if config.domains is None:
         problems.append(Problem("domains", "is null; name an inbox, e.g. domains: {inbox: s3://…, template: {…}}"))
@@ -51,22 +55,21 @@ def check_schedule(config: PipelineConfig) -> None:
         why = "the champion that a new domain continues from is a version of it"
         problems.append(Problem("tracking.register_as", f"is null; name a model: {why}"))
     if config.gate is None:
-        problems.append(Problem("gate", "is null, so that no candidate would ever become champion; set its limits"))
+        problems.append(Problem("gate", "is null, so no candidate could become champion; set its limits"))
     if problems:
         raise ConfigError(problems)
 
 
-# -- one look
 def tick(config: PipelineConfig, cluster: Callable, dry_run: bool = False) -> Outcome:
-    """Look once. Safe to call at any rate, from anywhere, also twice at the same time.
+    """Look at the inbox once. Safe to call at any rate and from several machines at the same time.
 
     Args:
-        cluster: called without arguments where jobs are to be looked at or sent; a `cluster.submit.Cluster`.
-        dry_run: only say what would be done.
+        cluster: returns the `cluster.jobs.Cluster`; called only if jobs are to be queried or submitted.
+        dry_run: only report what would be done.
 
     Raises:
-        ConfigError: the configuration itself is at fault; no domain is blamed for it.
-        Unavailable: cluster or registry are away; call again later.
+        ConfigError: the configuration itself is at fault, not a domain.
+        Unavailable: cluster or registry cannot be reached; call again later.
     """
     folder = schedule_folder(config)
     if folder.exists("pause.json"):
@@ -80,19 +83,19 @@ def tick(config: PipelineConfig, cluster: Callable, dry_run: bool = False) -> Ou
     ledger = Ledger(folder)
     fresh = [domain for domain in found if not ledger.of(domain.key, domain.stamp)]
     if not fresh and not ledger.open():
-        return _told(folder, Outcome([f"nothing new among {len(found)} domains"]), dry_run)
+        return _recorded(folder, Outcome([f"nothing new among {len(found)} domains"]), dry_run)
     if dry_run:
         return _forecast(config.domains, ledger, fresh)
     try:
         with acquire_lease(folder):
-            ledger.read()  # somebody may have decided just before
+            ledger.read()  # another tick may have decided meanwhile
             fresh = [domain for domain in found if not ledger.of(domain.key, domain.stamp)]
-            return _told(folder, _Look(config, ledger, cluster).at(fresh), dry_run)
+            return _recorded(folder, _Tick(config, ledger, cluster).at(fresh), dry_run)
     except LeaseHeld:
         return Outcome(["another tick is at work"], at_work=True)
 
 
-def _told(folder: RunDirectory, outcome: Outcome, dry_run: bool) -> Outcome:
+def _recorded(folder: RunDirectory, outcome: Outcome, dry_run: bool) -> Outcome:
     if not dry_run:
         folder.write_json("last_tick.json", outcome.to_json() | {"time": time.time()})
     return outcome
@@ -111,8 +114,8 @@ def _forecast(domains: DomainsConfig, ledger: Ledger, fresh: Sequence[Domain]) -
     return outcome
 
 
-class _Look:
-    """The part of a tick that changes something; one at a time."""
+class _Tick:
+    """The part of a tick that has effects; runs under the lease of the schedule."""
 
     def __init__(self, config: PipelineConfig, ledger: Ledger, cluster: Callable):
         self.config, self.domains, self.ledger = config, config.domains, ledger
@@ -142,14 +145,14 @@ class _Look:
     def _say(self, domain: str, text: str) -> None:
         self.outcome.did.append(f"{domain}: {text}")
 
-    def _settle(self, domain: Domain, kind: str, **fields) -> None:
-        self.ledger.record(domain.key, domain.stamp, kind, **fields)
-        self._say(domain.key, f"{kind}: {'; '.join(fields['reasons'])}")
+    def _settle(self, domain: Domain, state: str, **fields) -> None:
+        self.ledger.record(domain.key, domain.stamp, state, **fields)
+        self._say(domain.key, f"{state}: {'; '.join(fields['reasons'])}")
 
     # -- a new domain
 
     def _take(self, domain: Domain) -> None:
-        """Copy, check and submit a complete domain, or say why not."""
+        """Copy, check and submit a complete domain, or record why not."""
         label = f"{domain.key}-{domain.stamp[:8]}"
         data = copy_domain(self.domains.inbox, domain, self.domains.marker, self.ledger.folder, f"data/{label}")
         if data is None:
@@ -157,11 +160,11 @@ class _Look:
             return
         champion = self._champion()
         chain = self._chain(domain, data, champion)
-        kind, reasons = self._judge(domain, chain, champion)
+        state, reasons = self._check(domain, chain, champion)
         if reasons:
             self.ledger.folder.remove(f"data/{label}")
-            inbox = f"{self.domains.inbox.rstrip('/')}/{domain.name}"  # where a person can mend it
-            self._settle(domain, kind, reasons=[reason.replace(data, inbox) for reason in reasons])
+            inbox = f"{self.domains.inbox.rstrip('/')}/{domain.name}"  # where its owner can correct it
+            self._settle(domain, state, reasons=[reason.replace(data, inbox) for reason in reasons])
             return
         self._check_chain(chain)
         parent = chain.start_from or "the base"
@@ -171,19 +174,16 @@ class _Look:
         self._submit(domain.key, domain.stamp, chain)
 
     def _champion(self):
-        from pipelines.errors import LineageError
-        from pipelines.lineage.registry import champion  # imports mlflow
-
         try:
-            return champion(self.config.tracking.uri, self.config.tracking.register_as)
+            return registry.champion(self.config.tracking.uri, self.config.tracking.register_as)
         except LineageError as error:
             raise Unavailable(str(error)) from error
 
     def _chain(self, domain: Domain, data: str, champion) -> PipelineConfig:
-        """What is to be trained: the champion's tasks, as they were trained, and the new one.
+        """The chain to train: the champion's tasks as they were trained, then the new one.
 
         Raises:
-            ConfigError: the champion's run is gone, or its tasks and this configuration do not go together.
+            ConfigError: the champion's run is gone, or its tasks do not fit this configuration.
         """
         raw = self.config.model_dump() | {"domains": None, "name": self._run_name(domain)}
         tasks = list(raw["tasks"])
@@ -204,15 +204,11 @@ class _Look:
         ending = f"-{domain.name[:40]}-{domain.stamp[:8]}"
         return self.config.name[: NAME_LENGTH - len(ending)] + ending
 
-    def _judge(self, domain: Domain, chain: PipelineConfig, champion) -> tuple[str, list[str]]:
-        """Why this domain is not trained: (kind of decision, reasons); no reasons: it is."""
-        from pipelines.preflight.hub import hub_available
+    def _check(self, domain: Domain, chain: PipelineConfig, champion) -> tuple[str, list[str]]:
+        """(state, reasons) why this domain is not trained; it is trained if there are no reasons."""
+        from pipelines.preflight.data import check_data  # imports numpy; a tick without news needs none
 
         hub_available(chain)
-        from pipelines.data.sources import digest_of
-        from pipelines.errors import DataError
-        from pipelines.preflight.data import check_data  # imports datasets, after the hub was asked for
-
         taken = {"base", *(source.name for source in [*self.config.tasks, *self.config.retention])}
         if domain.name in taken:
             return "refused", [f"the name '{domain.name}' is taken in the configuration; rename the folder"]
@@ -227,10 +223,7 @@ class _Look:
         return "unchanged", [f"version {champion.version} has learned these very rows"] if known else []
 
     def _check_chain(self, chain: PipelineConfig) -> None:
-        """Raises ConfigError where not the domain but the schedule's own configuration is at fault."""
-        from pipelines.chain.start import find_start
-        from pipelines.preflight.portability import open_secrets, unshared
-
+        """Raise ConfigError if the schedule's own configuration is at fault rather than the domain."""
         one_machine = self.domains.shared_paths or self.cluster.is_this_machine()
         problems = [*unshared(chain, one_machine), *open_secrets(chain)]
         if problems:
@@ -246,9 +239,9 @@ class _Look:
         self.outcome.at_work = True
 
     def _follow(self, accepted: Decision) -> None:
-        """What became of an accepted domain; a job that broke off goes on a few times."""
+        """Follow an accepted domain; a failed job is submitted again up to `max_attempts` times."""
         chain = PipelineConfig.model_validate(self.ledger.body(accepted)["config"])
-        submitted = [d for d in self.ledger.of(accepted.domain, accepted.stamp) if d.kind == "submitted"]
+        submitted = [d for d in self.ledger.of(accepted.domain, accepted.stamp) if d.state == "submitted"]
         job = self.cluster.job(self.ledger.body(submitted[-1])["job"]) if submitted else None
         results = RunDirectory(chain.run_uri).results()
         if job is not None and not job.over:
@@ -260,9 +253,8 @@ class _Look:
             self._submit(accepted.domain, accepted.stamp, chain)
         else:
             last = (job.message.strip().splitlines() or ["no message"])[-1] if job else "the cluster forgot the job"
-            reason = (
-                f"{len(submitted)} jobs broke off ({last}); mend it, then: curlora tick … --again {accepted.domain}"
-            )
+            remedy = f"correct the cause, then: curlora tick … --again {accepted.domain}"
+            reason = f"{len(submitted)} jobs failed ({last}); {remedy}"
             self.ledger.record(accepted.domain, accepted.stamp, "failed", run=chain.name, reasons=[reason])
             self._say(accepted.domain, f"failed: {reason}")
 

@@ -18,6 +18,7 @@ from pipelines.chain.results import build_results
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import ConfigError, Problem, RunDirectoryError, RunFailed, RunStopped, and_then
 from pipelines.lineage.background import Projector
+from pipelines.preflight.data import check_data
 from pipelines.promotion.publish import already_published, publish
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.event import Event
@@ -25,6 +26,7 @@ from pipelines.runs.identity import StepPlan
 from pipelines.runs.lease import Lease, acquire_lease
 from pipelines.runs.results import Results
 from pipelines.runs.start import record_start
+from pipelines.search import run_search, step_search
 from pipelines.workers.assignment import Assignment
 from pipelines.workers.failures import GroupLost, WorkersFailed, WorkersSilent
 from pipelines.workers.group import WorkerGroup
@@ -89,8 +91,6 @@ def run_chain(
         RunFailed: training stopped.
         RunStopped: somebody asked for it.
     """
-    from pipelines.preflight.data import check_data
-
     run = RunDirectory(config.run_uri)
     with contextlib.ExitStack() as stack:
         if not group and not run.is_finished:
@@ -134,30 +134,33 @@ def _workers(drive: Drive, group: WorkerGroup | None, verbose: bool, address: st
     Raises:
         ConfigError: the adapter does not fit the model, or the workers the cluster.
     """
-    from pipelines.preflight.model import check_fits  # imports torch and PEFT: workers start meanwhile
-
     config = drive.config
     if group:
-        check_fits(config)
+        _check_fits(config)
         yield [group]
         return
     with cluster(config, verbose, address):
         if drive.plan.undecided:
-            check_fits(config)
-            from pipelines.search.run_search import warm_groups
-
-            with warm_groups(config, drive.run, gpus_per_worker(config), verbose) as groups:
+            _check_fits(config)
+            with run_search.warm_groups(config, drive.run, gpus_per_worker(config), verbose) as groups:
                 yield groups
             return
         group = WorkerGroup(config, config.run_uri, gpus_per_worker(config), verbose)
         group.start()
         try:
-            check_fits(config)  # meanwhile the workers import what they need
+            _check_fits(config)  # meanwhile the workers import what they need
         except ConfigError:
             group.kill()
             raise
         yield [group]
         group.close()
+
+
+def _check_fits(config: PipelineConfig) -> None:
+    """Raises ConfigError if the adapter or the strategy does not fit the model."""
+    from pipelines.preflight.model import check_fits  # imports torch and PEFT
+
+    check_fits(config)
 
 
 @contextlib.contextmanager
@@ -265,8 +268,6 @@ def _run_segments(drive: Drive, segment_length: int | None) -> None:
 
 def _search(drive: Drive) -> None:
     """Find the setting of the first step that has none, and take over what its best trial has trained."""
-    from pipelines.search import run_search, step_search
-
     plan, run = drive.plan, drive.run
     step = plan.steps[plan.undecided - 1]
     where = step_search.place(drive.config, step.position, step.parent, plan.base_fingerprint)

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pipelines.chain.start import find_start
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.tasks import ClassificationTask
+from pipelines.data.held_out import training_view
+from pipelines.data.identity import data_identity, score_identity
 from pipelines.errors import ConfigError, Problem
+from pipelines.preflight.data import check_trial_data
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan, base_fingerprint, fingerprint, step_fingerprint
 from pipelines.runs.start import Start
+from pipelines.search.step_search import settings_found
 
 SettingOf = Callable[[PipelineConfig, int, str, str], PipelineConfig | None]
 
@@ -80,8 +84,6 @@ def make_plan(
     Raises:
         ConfigError: `start_from` names nothing that this configuration can grow from.
     """
-    from pipelines.data.identity import data_identity  # imports `datasets`
-
     base = base_fingerprint(config.base_model)
     start = find_start(config, run)
     identities = {task.name: data_identity(task) for task in config.tasks}
@@ -109,8 +111,6 @@ def make_plan(
 
 
 def _cell_keys(config: PipelineConfig) -> dict[str, str]:
-    from pipelines.data.identity import score_identity
-
     return {source.name: fingerprint(score_identity(source, config)) for source in [*config.tasks, *config.retention]}
 
 
@@ -145,12 +145,8 @@ def planned(config: PipelineConfig, run: RunDirectory) -> tuple[PipelineConfig, 
     """The configuration as its chain is trained, and the plan with every setting that a search has found so far."""
     if not config.search:
         return config, make_plan(config, run)
-    from pipelines.data.held_out import training_view
-    from pipelines.preflight.data import check_judging_data
-    from pipelines.search.step_search import settings_found
-
     config = training_view(config) if config.search.when else config
     plan = make_plan(config, run, settings_found(run))
     if plan.undecided:
-        check_judging_data(config)
+        check_trial_data(config)
     return config, plan

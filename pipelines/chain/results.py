@@ -9,6 +9,7 @@ from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
 from pipelines.runs.results import Results, SearchSummary, StepSummary
 from pipelines.runs.step_record import Cell, Seconds, StepRecord
+from pipelines.search.step_search import summaries
 
 
 def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status: str) -> Results:
@@ -70,8 +71,6 @@ def _step_summary(step: StepPlan, row: StepRecord | None) -> StepSummary:
 def _searches(config: PipelineConfig, plan: Plan, run: RunDirectory) -> tuple[SearchSummary, ...] | None:
     if not config.search:
         return None
-    from pipelines.search.step_search import summaries
-
     return summaries(config, run, plan.steps, plan.base_fingerprint)
 
 

@@ -10,9 +10,11 @@ import posixpath
 from collections.abc import Iterator
 
 from pipelines.config.pipeline import PipelineConfig
-from pipelines.errors import ConfigError, Problem
+from pipelines.errors import ConfigError, LineageError, Problem
+from pipelines.lineage.registry import by_alias
 from pipelines.runs.directory import RunDirectory
-from pipelines.runs.records import lineage, trained_on
+from pipelines.runs.identity import base_fingerprint
+from pipelines.runs.records import choose_step, lineage, trained_on
 from pipelines.runs.start import RECORD, Start
 
 
@@ -60,9 +62,6 @@ def _registered(config: PipelineConfig) -> tuple[str, str]:
         raise _fault(f"'{config.start_from}' has no alias; write models:/<name>@champion")
     if config.tracking is None:
         raise _fault(f"'{config.start_from}' needs a model registry; set tracking.uri, or name <run>/<step>")
-    from pipelines.errors import LineageError
-    from pipelines.lineage.registry import by_alias  # imports mlflow
-
     try:
         version = by_alias(config.tracking.uri, name, alias)
     except LineageError as error:
@@ -76,8 +75,6 @@ def _registered(config: PipelineConfig) -> tuple[str, str]:
 
 
 def _read(config: PipelineConfig, run_uri: str, step: str) -> Start:
-    from pipelines.runs.records import choose_step
-
     run = RunDirectory(run_uri)
     results = run.results()
     if results is None:
@@ -118,8 +115,6 @@ def _learned(run: RunDirectory, directory: str) -> dict[str, str]:
 # -- whether it fits
 def _misfits(config: PipelineConfig, start: Start) -> Iterator[Problem]:
     """What of the configuration keeps it from growing from there; each with the value that would."""
-    from pipelines.runs.identity import base_fingerprint
-
     ours = config.base_model
     if base_fingerprint(ours) != start.base_fingerprint:
         theirs = ", ".join(f"{field}: {'null' if value is None else value}" for field, value in start.base.items())

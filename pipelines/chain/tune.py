@@ -9,7 +9,7 @@ from pipelines.config.pipeline import PipelineConfig
 from pipelines.data import held_out
 from pipelines.errors import ConfigError, Problem, did_you_mean
 from pipelines.lineage.background import Projector
-from pipelines.preflight import data
+from pipelines.preflight.data import check_data, check_trial_data
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.event import Event
 from pipelines.runs.identity import StepPlan
@@ -35,8 +35,6 @@ def tune(
         RunFailed: no trial trained to its end.
         RunStopped: somebody asked for it.
     """
-    from pipelines.preflight.data import check_data  # imports `datasets`
-
     if config.search is None:
         raise ConfigError([Problem("search", f"is null; say what to search, e.g. {EXAMPLE}")])
     problems = check_data(config, warn=lambda text: on_event(Event("warning", text=text)))
@@ -45,7 +43,7 @@ def tune(
     run = RunDirectory(config.run_uri)
     config, plan = planned(held_out.training_view(config), run)
     if not plan.undecided:  # else `planned` has looked
-        data.check_judging_data(config)
+        check_trial_data(config)
     step = _step_of(plan, run, task)
     where = step_search.place(config, step.position, step.parent, plan.base_fingerprint)
     with acquire_lease(run) as lease:

@@ -14,6 +14,7 @@ import warnings
 import click
 
 from pipelines.cli.helpers import load_object
+from pipelines.errors import ConfigError, LeaseHeld, RunDirectoryError, Unavailable
 
 COMMANDS = {
     "demo": "pipelines.cli.training:demo",
@@ -62,8 +63,6 @@ class _Commands(click.Group):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context):
-        from pipelines.errors import ConfigError, LeaseHeld, RunDirectoryError, Unavailable
-
         signal.signal(signal.SIGTERM, _interrupt)  # what a scheduler sends means the same as Ctrl-C
         if "--verbose" not in sys.argv:
             warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing a user could mend

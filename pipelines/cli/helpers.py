@@ -10,6 +10,8 @@ import time
 
 import click
 
+from pipelines.errors import RunFailed, RunStopped
+
 LINE_SECONDS = 10.0
 
 
@@ -47,8 +49,6 @@ def at_work(as_json: bool):
     Args:
         as_json: whatever libraries print (Ray tells of lost nodes) goes to stderr: a script reads stdout.
     """
-    from pipelines.errors import RunFailed, RunStopped
-
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             yield

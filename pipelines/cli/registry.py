@@ -9,6 +9,7 @@ import sys
 import click
 
 from pipelines.cli.helpers import open_run
+from pipelines.errors import LineageError
 
 
 @click.command()
@@ -28,7 +29,6 @@ def promote(run: str, version: int | None, force: bool, reason: str, no_hook: bo
     Example:  curlora promote support-bot
               curlora promote support-bot --to 3 --reason "the new one misreads invoices"
     """
-    from pipelines.errors import LineageError
     from pipelines.promotion import promotion
 
     if force and not reason.strip():
@@ -63,7 +63,6 @@ def ui(run: str | None, storage: str, port: int) -> None:
     \b
     Example:  curlora ui demo
     """
-    from pipelines.errors import LineageError
     from pipelines.lineage.store import page_url, ui_command, ui_environment
 
     uri, page = "sqlite:///mlflow.db", f"http://127.0.0.1:{port}"

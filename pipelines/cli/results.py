@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from pipelines.cli.helpers import open_run
-from pipelines.runs.lease import acquire_lease
+from pipelines.errors import ConfigError, LineageError, Problem
 
 
 @click.command()
@@ -23,6 +23,8 @@ def delete(run: str, storage: str, yes: bool) -> None:
     \b
     Example:  curlora delete demo
     """
+    from pipelines.runs.lease import acquire_lease
+
     directory = open_run(run, storage)
     if not yes:
         click.confirm(f"Delete {directory.uri} with all its adapters?", abort=True)
@@ -63,7 +65,6 @@ def sync(run: str, storage: str, uri: str | None) -> None:
     \b
     Example:  curlora sync demo --uri http://127.0.0.1:5000
     """
-    from pipelines.errors import LineageError
     from pipelines.promotion.publish import sync as send
 
     try:
@@ -90,7 +91,6 @@ def lineage(adapter: str, as_json: bool, figure: Path | None, uri: str | None, s
     \b
     Example:  curlora lineage models:/support-bot@champion --figure lineage.png
     """
-    from pipelines.errors import LineageError
     from pipelines.lineage.ancestry import as_text, find
 
     try:
@@ -162,8 +162,6 @@ def predict(run: str, task: str, texts, file: Path | None, step: str | None, as_
     \b
     Example:  curlora predict demo --task scipy --text "Compute the inverse of a matrix."
     """
-    from pipelines.errors import ConfigError, Problem
-
     if bool(texts) == bool(file):
         raise ConfigError([Problem("", "give either --text or --file")])
     directory = open_run(run, storage)

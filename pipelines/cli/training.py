@@ -6,13 +6,16 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from pipelines.cli.helpers import at_work, new_console, number_list, with_bar
 from pipelines.config.paths import CONFIGS
-from pipelines.preflight.hub import split_unreachable
-from pipelines.runs.event import Event
+from pipelines.errors import ConfigError, DemoError
+
+if TYPE_CHECKING:
+    from pipelines.runs.event import Event
 
 
 @click.command()
@@ -30,7 +33,6 @@ def demo(overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve each other on a busy machine
     from pipelines.demo.build import prepare_demo
-    from pipelines.errors import DemoError
 
     try:
         assets = with_bar("Preparing the demo's model (once)", prepare_demo)
@@ -63,15 +65,14 @@ def run(config, overrides, dry_run, address, segment_length, redo, as_json, verb
 
 
 def _run(path, overrides, as_json, verbose, address=None, segment_length=None, redo=()) -> None:
+    from pipelines.chain.driver import run_chain
     from pipelines.config.loading import load_config
+    from pipelines.preflight.hub import hub_available
     from pipelines.reporting.progress import ChainProgress
+    from pipelines.reporting.summary import print_summary, print_verdict
 
     config = load_config(path, overrides)
-    from pipelines.preflight.hub import hub_available
-
     hub_available(config)
-    from pipelines.chain.driver import run_chain
-
     console = new_console(err=as_json)
     steps = 1 if config.is_joint else len(config.tasks)
     with at_work(as_json), ChainProgress(console, steps, config.name) as progress:
@@ -79,8 +80,6 @@ def _run(path, overrides, as_json, verbose, address=None, segment_length=None, r
     if as_json:
         click.echo(json.dumps(results.to_json(), indent=1))
         return
-    from pipelines.reporting.summary import print_summary, print_verdict
-
     if not results.ran:
         console.print("Everything is done already; nothing was trained.")
     print_summary(results, console)
@@ -92,13 +91,12 @@ def _run(path, overrides, as_json, verbose, address=None, segment_length=None, r
 
 def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from pipelines.config.loading import load_config
-    from pipelines.errors import ConfigError
+    from pipelines.preflight.data import check_data
+    from pipelines.preflight.hub import hub_available, split_unreachable
 
     config = load_config(path, overrides)
-    from pipelines.preflight.hub import hub_available
-
     online = hub_available(config)
-    from pipelines.preflight.data import check_data
+    # these import huggingface_hub, which reads once whether it is offline
     from pipelines.preflight.memory import memory_by_stage
     from pipelines.preflight.model import check_model, model_facts
 
@@ -242,17 +240,15 @@ def tune(config, task, overrides, address, as_json, verbose) -> None:
     \b
     Example:  curlora tune my.yaml --set search.trials=24
     """
+    from pipelines.chain.tune import tune as search_step
     from pipelines.config.loading import load_config
     from pipelines.config.search_space import describe
+    from pipelines.preflight.hub import hub_available
     from pipelines.reporting.progress import ChainProgress
     from pipelines.search.table import markdown
 
     loaded = load_config(config, overrides)
-    from pipelines.preflight.hub import hub_available
-
     hub_available(loaded)
-    from pipelines.chain.tune import tune as search_step
-
     console = new_console(err=as_json)
     with at_work(as_json), ChainProgress(console, 1, loaded.name) as progress:
         result = search_step(loaded, task, progress, verbose, address)

@@ -15,13 +15,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from pipelines.chain.driver import run_chain
+from pipelines.chain.plan import make_plan
 from pipelines.comparison.figures import examples_figure, tradeoff_figure
 from pipelines.comparison.intervals import paired_intervals
 from pipelines.comparison.methods import EXAMPLES_MARK, Comparison, Method
 from pipelines.comparison.tables import AGGREGATES, as_csv, markdown
 from pipelines.config.loading import parse_config
 from pipelines.config.pipeline import PipelineConfig
-from pipelines.errors import ConfigError, Problem
+from pipelines.data.held_out import validation_view
+from pipelines.errors import ConfigError, Problem, RunFailed
 from pipelines.metrics.paired import mean_and_error
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.event import Event
@@ -29,6 +32,7 @@ from pipelines.runs.identity import fingerprint
 from pipelines.runs.results import Results
 from pipelines.search.objective import loss_of
 from pipelines.workers.group import WorkerGroup, groups_that_fit
+from pipelines.workers.ray_cluster import cluster, gpus_per_worker
 
 if TYPE_CHECKING:
     from pipelines.chain.plan import Plan
@@ -51,9 +55,7 @@ def compare(
     Raises:
         ConfigError: a method's configuration is impossible, before anything is trained.
     """
-    import ray
-
-    from pipelines.workers.ray_cluster import cluster, gpus_per_worker
+    import ray  # slow
 
     configs = {m.name: _parsed(m, comparison.configuration(m)) for m in comparison.methods}
     first = next(iter(configs.values()))
@@ -113,7 +115,7 @@ def _parsed(method: Method, raw: dict) -> PipelineConfig:
         config = parse_config(raw)
     except ConfigError as error:
         raise ConfigError(Problem(f"{method.name}: {p.field}", p.message) for p in error.problems) from error
-    from pipelines.preflight.model import check_model
+    from pipelines.preflight.model import check_model  # imports torch
 
     if problems := check_model(config):
         raise ConfigError(Problem(f"{method.name}: {p.field}", p.message) for p in problems)
@@ -148,8 +150,7 @@ def _learning_rates(comparison: Comparison, pool: GroupPool) -> dict[str, float 
 
 def tuning_config(comparison: Comparison, method: Method, rate: float) -> PipelineConfig:
     """A trial of a learning rate: the first task alone, scored on validation data."""
-    from curlora.continual import STRATEGIES
-    from pipelines.data.held_out import validation_view
+    from curlora.continual import STRATEGIES  # imports torch and PEFT
 
     raw = comparison.configuration(method, seed=comparison.seeds[0], learning_rate=rate)
     raw |= {"name": f"tune-{method.safe_name}-{rate:g}".replace(".", "_"), "retention": []}
@@ -172,10 +173,6 @@ def validation_loss(results: Results) -> float:
 
 def _run(config: PipelineConfig, group: WorkerGroup, on_event) -> Results | None:
     """Train what a run is missing; its results.json, or None if training failed."""
-    from pipelines.chain.driver import run_chain
-    from pipelines.chain.plan import make_plan
-    from pipelines.errors import RunFailed
-
     _reuse_base_scores(config, make_plan(config))
     on_event(Event("run", name=config.name))
     try:

@@ -1,4 +1,4 @@
-"""The section `domains:`: the inbox of new domains and when to look into it."""
+"""The section `domains:`, for `curlora tick` and `curlora schedule`: where new domains arrive and when to look."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DURATION = re.compile(r"(\d+(?:\.\d+)?) *([smhd]?)")
 
 
 def _seconds(value: Any) -> Any:
-    """`90`, `"30s"`, `"10m"`, `"2h"`, `"1d"` as seconds."""
+    """Convert `90`, `"30s"`, `"10m"`, `"2h"` or `"1d"` to seconds; leave anything else to validation."""
     found = DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]] if found else value
 
@@ -24,19 +24,23 @@ Duration = Annotated[float, Field(ge=0), BeforeValidator(_seconds)]
 
 
 class DomainsConfig(Section):
-    """New domains that train by themselves: what `curlora tick` and `curlora schedule` go by."""
+    """Continual training on domains that arrive in an inbox, by `curlora tick` and `curlora schedule`."""
 
-    inbox: str = Field(description="folder or URI with a folder for every domain, of {train,test}.<format>")
-    template: dict[str, Any] = Field(description="the task that a domain becomes, without name and data")
-    marker: str = Field("_SUCCESS", description="file whose presence says that a domain is complete")
-    quiet_period: Duration = Field(600.0, description="a domain without the marker is complete after so long a rest")
-    address: str | None = Field(None, description="dashboard of the cluster that trains; null: RAY_API_SERVER_ADDRESS")
-    shared_paths: bool = Field(False, description="every node mounts the paths here as this machine does")
-    cron: str = Field("0 3 * * *", description="when curlora schedule looks: minute hour day month weekday")
-    timezone: str = Field("UTC", description="of cron, e.g. Europe/Berlin")
-    catch_up: Literal["once", "skip"] = Field("once", description="what to do about times that were missed")
-    follow_up: Duration = Field(60.0, gt=0, description="between two looks while a job is at work")
-    max_attempts: int = Field(3, gt=0, description="jobs that may break off before a domain is given up")
+    inbox: str = Field(description="Folder or URI with one folder per domain, which holds {train,test}.<format>.")
+    template: dict[str, Any] = Field(description="Task that a domain becomes; name and data come from its folder.")
+    marker: str = Field("_SUCCESS", description="File whose presence marks a domain as complete.")
+    quiet_period: Duration = Field(
+        600.0, description="Time without changes after which a domain without marker is complete, e.g. 10m."
+    )
+    address: str | None = Field(None, description="Dashboard URL of the Ray cluster; null: RAY_API_SERVER_ADDRESS.")
+    shared_paths: bool = Field(False, description="All nodes mount the paths of this machine.")
+    cron: str = Field("0 3 * * *", description="When curlora schedule looks: minute hour day month weekday.")
+    timezone: str = Field("UTC", description="Time zone of cron, e.g. Europe/Berlin.")
+    catch_up: Literal["once", "skip"] = Field(
+        "once", description="Missed cron times: look once for all, or skip them."
+    )
+    follow_up: Duration = Field(60.0, gt=0, description="Time between two looks while a job is running, e.g. 1m.")
+    max_attempts: int = Field(3, gt=0, description="Jobs that may fail before a domain is given up.")
 
     @field_validator("template")
     @classmethod

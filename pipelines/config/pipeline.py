@@ -1,7 +1,6 @@
-"""The YAML configuration of a run as pydantic models, with every rule about it.
+"""The whole configuration of a run, and the rules between its sections.
 
-`load_config` turns a file and `--set` overrides into a `PipelineConfig` or raises one `ConfigError` that lists *all*
-problems, each with the field, the value found and the remedy. Nothing here touches data, models or a cluster.
+`config/loading.py` makes one from a YAML file. Nothing here touches data, models or a cluster.
 """
 
 from __future__ import annotations
@@ -29,25 +28,37 @@ from pipelines.config.tasks import RetentionCorpus, Task
 
 
 class PipelineConfig(Section):
-    name: str
-    base_model: BaseModelConfig
-    storage: str = "./runs"
+    """Configuration of a run: one chain of fine-tunes, its evaluation and its records."""
+
+    name: str = Field(description="Name of the run: its folder below storage and its MLflow run.")
+    base_model: BaseModelConfig = Field(description="The frozen base model.")
+    storage: str = Field("./runs", description="Folder or URI, visible to all nodes, in which runs are kept.")
     start_from: str | None = Field(
-        None, description="what the chain grows from: <run URI or path>/<step> or models:/name@alias; null: the base"
+        None,
+        description="Adapter to continue from: <run path or URI>/<step> or models:/<name>@<alias>; null: start at the "
+        "base.",
     )
-    adapter: AdapterConfig = AdapterConfig()
-    strategy: StrategyConfig = StrategyConfig()
-    training: TrainingConfig = TrainingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    resources: ResourcesConfig = ResourcesConfig()
-    durability: DurabilityConfig = DurabilityConfig()
-    deepspeed: str | dict[str, Any] = Field("zero2", description="zero1 | zero2 | zero3 | zero3-offload | path | map")
-    tasks: list[Task] = Field(default_factory=list, description="may be empty where domains bring them")
-    retention: list[RetentionCorpus] = Field(default_factory=list)
-    search: SearchConfig | None = Field(None, description="null: every field as it stands")
-    tracking: TrackingConfig | None = Field(TrackingConfig(), description="null: no MLflow")
-    gate: GateConfig | None = None
-    domains: DomainsConfig | None = None
+    adapter: AdapterConfig = Field(AdapterConfig(), description="The adapter that is trained.")
+    strategy: StrategyConfig = Field(StrategyConfig(), description="How earlier tasks are protected.")
+    training: TrainingConfig = Field(TrainingConfig(), description="Optimisation of each task.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Scoring after each step.")
+    resources: ResourcesConfig = Field(ResourcesConfig(), description="Number of workers and what each needs.")
+    durability: DurabilityConfig = Field(DurabilityConfig(), description="Checkpoints, timeouts and restarts.")
+    deepspeed: str | dict[str, Any] = Field(
+        "zero2", description="DeepSpeed settings: zero1, zero2, zero3, zero3-offload, path of a JSON file, or a map."
+    )
+    tasks: list[Task] = Field(
+        default_factory=list, description="Tasks in the order of training; may be empty if domains is set."
+    )
+    retention: list[RetentionCorpus] = Field(
+        default_factory=list, description="Text whose perplexity is measured after each step and never trained on."
+    )
+    search: SearchConfig | None = Field(None, description="Hyperparameter search; null: none.")
+    tracking: TrackingConfig | None = Field(TrackingConfig(), description="MLflow; null: record nothing there.")
+    gate: GateConfig | None = Field(None, description="Limits that a finished chain must keep; null: no gate.")
+    domains: DomainsConfig | None = Field(
+        None, description="Inbox of new domains for curlora tick and schedule; null: none."
+    )
 
     @field_validator("name")
     @classmethod

@@ -1,4 +1,4 @@
-"""The section `search:`: space, objective, number of trials, scheduler."""
+"""The section `search:`: search space, objective, number of trials and scheduler of a hyperparameter search."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pipelines.config.sections import Section
 
 
 class Range(Section):
-    """Numbers between two ends, both included. Whole ends mean whole numbers; write 1.0 for fractions."""
+    """Numbers from `low` to `high`, both included: integers if both are integers (write 1.0 for real numbers)."""
 
-    low: int | float
-    high: int | float
-    log: bool = Field(False, description="equal chances for equal ratios: for learning rates")
+    low: int | float = Field(description="Smallest value.")
+    high: int | float = Field(description="Largest value.")
+    log: bool = Field(False, description="Draw uniformly on a logarithmic scale, e.g. for learning rates.")
 
     @model_validator(mode="after")
     def _is_a_range(self):
@@ -36,47 +36,58 @@ Choices = Annotated[
 
 
 class Objective(Section):
-    """What a trial is judged by, on validation data alone: learning − retention_weight × retention loss.
+    """What a search maximises, on validation data alone: learning − retention_weight × retention loss.
 
-    Learning is the new task's score (minus its NLL for text); retention loss is the mean, over earlier tasks and
-    retained text, of what each has lost since before the trial (score, or nats a token).
+    Learning is the score of the new task (for language modelling, its negative NLL). Retention loss is the mean, over
+    earlier tasks and retention corpora, of what each has lost during the trial (score, or nats per token).
     """
 
-    retention_weight: float = Field(1.0, ge=0)
-    max_examples: int | None = Field(None, gt=0, description="seeded subset of each validation part")
-    max_retention_tokens: int | None = Field(20_000, gt=0, description="the beginning of each retained text")
+    retention_weight: float = Field(1.0, ge=0, description="Weight of the retention loss; 0: learning alone.")
+    max_examples: int | None = Field(
+        None, gt=0, description="Examples per validation split, a seeded subset; null: all."
+    )
+    max_retention_tokens: int | None = Field(
+        20_000, gt=0, description="Tokens from the beginning of each retention corpus; null: all."
+    )
 
 
-SEARCHED = ("adapter", "strategy", "training")
-
-CARRIED = ("adapter", "strategy.name")  # what an adapter that goes from task to task cannot change on its way
+SEARCHED = ("adapter", "strategy", "training")  # sections whose fields can be searched
+CARRIED = ("adapter", "strategy.name")  # cannot change between tasks that share one adapter
 
 
 class SearchConfig(Section):
-    """Settings found by trials on validation data: `run` searches before its first task or before every one."""
+    """Hyperparameter search on validation data, before the first task of a run or before every task."""
 
     when: Literal["first", "every"] | None = Field(
-        "first", description="first: on the first task, kept for all; every: before each task; null: curlora tune only"
+        "first",
+        description="first: search on the first task and keep the setting; every: search before each task; "
+        "null: only by curlora tune.",
     )
     space: dict[str, Choices] = Field(
-        min_length=1, description="field path → a list of values, or a range {low, high, log}"
+        min_length=1, description="Field path → list of values, or range {low, high, log}."
     )
     start_with: list[dict[str, Any]] = Field(
-        default_factory=list, description="settings tried first, of any fields: field path → value"
+        default_factory=list, description="Settings to try first, each a map from field path to value."
     )
-    trials: int | None = Field(None, gt=0, description="with start_with; default: 16, or all of a grid")
-    algorithm: Literal["random", "optuna", "grid"] = "random"
-    scheduler: Literal["asha", "none"] = Field("asha", description="asha: trials that lag behind at a rung end there")
-    reduction: int = Field(3, ge=2, description="asha: one in so many goes on from a rung")
-    rungs: int = Field(2, ge=1, le=6, description="asha: rungs before the end, each at 1/reduction of the next")
-    objective: Objective = Objective()
+    trials: int | None = Field(None, gt=0, description="Trials, start_with included; null: 16, or the whole grid.")
+    algorithm: Literal["random", "optuna", "grid"] = Field(
+        "random", description="How settings are chosen: at random, by Optuna's TPE, or all combinations of lists."
+    )
+    scheduler: Literal["asha", "none"] = Field(
+        "asha", description="asha stops trials that lag behind; none trains all to the end."
+    )
+    reduction: int = Field(3, ge=2, description="ASHA: one in this many trials continues after a rung.")
+    rungs: int = Field(2, ge=1, le=6, description="ASHA: rungs before the end, each at 1/reduction of the next.")
+    objective: Objective = Field(Objective(), description="What the search maximises.")
     trial_training: dict[str, Any] = Field(
         default_factory=dict,
-        description="training fields of trials alone, e.g. {max_train_examples: 2000}; the winner then trains anew",
+        description="Training fields of trials only, e.g. {max_train_examples: 2000}; the winner is trained anew.",
     )
-    max_concurrent: int | None = Field(None, gt=0, description="default: as many trials as the cluster holds")
-    time_budget: float | None = Field(None, gt=0, description="seconds for one search; trials end there")
-    seed: int = Field(0, ge=0)
+    max_concurrent: int | None = Field(None, gt=0, description="Trials at the same time; null: as many as fit.")
+    time_budget: float | None = Field(
+        None, gt=0, description="Seconds after which a search stops its trials; null: no limit."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the random settings.")
 
     @field_validator("space")
     @classmethod

@@ -10,15 +10,17 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from pipelines.config.explaining import describe_error
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.search import CARRIED, SEARCHED, Range, SearchConfig
 from pipelines.errors import ConfigError, Problem, did_you_mean
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TRIALS = 16
 
@@ -83,6 +85,8 @@ def _grid(search: SearchConfig) -> Iterator[Values]:
 
 
 def _random(search: SearchConfig) -> Iterator[Values]:
+    import numpy as np  # only a configuration with a random search needs it
+
     generator = np.random.default_rng(search.seed)
     seen: list[Values] = []
     misses = 0

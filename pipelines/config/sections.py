@@ -1,4 +1,4 @@
-"""The sections of a configuration that stand alone: base model, adapter, strategy, training, resources and others."""
+"""Sections of a configuration that depend on no other: model, adapter, strategy, training, resources and so on."""
 
 from __future__ import annotations
 
@@ -15,40 +15,54 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 class Section(BaseModel):
+    """A part of the configuration: immutable, and strict about unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class BaseModelConfig(Section):
-    """The frozen base model."""
+    """The base model. Its weights stay frozen throughout the chain."""
 
-    path: str = Field(description="local folder or hub id of a causal language model")
-    revision: str | None = Field(None, description="hub revision")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen weights")
-    quantization: Literal["8bit", "4bit"] | None = Field(
-        None, description="8bit (LLM.int8) | 4bit (NF4) by bitsandbytes, frozen; dtype is what it computes in"
+    path: str = Field(description="Local folder or hub id of a causal language model.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub; null: the default branch.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Data type in which the frozen weights are kept and computed with."
     )
-    trust_remote_code: bool = Field(False, description="run model code that comes with the weights")
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        None,
+        description="Quantise the linear layers with bitsandbytes: 8bit is LLM.int8, 4bit is NF4, both computing in "
+        "dtype; null: no quantisation.",
+    )
+    trust_remote_code: bool = Field(False, description="Run the model code that is published with the weights.")
     architecture: dict[str, Any] | None = Field(
-        None, description="the base's config.json, inline: lets --dry-run work where the hub is out of reach"
+        None,
+        description="Content of the model's config.json, for --dry-run without access to the hub; null: read it from "
+        "path.",
     )
 
 
 class AdapterConfig(Section):
-    """What trains. `curlora` has fields of its own; `options` goes to any other PEFT type unchanged."""
+    """The trained adapter: the fields of CURLoRA, and `options` for any other PEFT type."""
 
-    type: str = Field("curlora", description="curlora | none (heads only) | lora | any PEFT type installed")
-    r: int = Field(23, gt=0, description="rank")
-    alpha: float = Field(1.0, gt=0, description="scale of the update (lora: lora_alpha)")
-    target_modules: str | list[str] = Field("all-linear", description="module name suffixes, or all-linear")
-    selection: str = Field("inverse", description="rule that samples rows and columns")
-    whiten: bool = Field(True, description="train U between orthonormal factors")
-    scale: Literal["adam", "rsqrt", "none"] = Field("adam", description="scale of whitened factors")
+    type: str = Field("curlora", description="curlora, none (train heads only), lora, or any other PEFT type.")
+    r: int = Field(23, gt=0, description="Rank: columns and rows sampled per layer (curlora), or the rank of LoRA.")
+    alpha: float = Field(1.0, gt=0, description="Scale of the weight update; for lora, lora_alpha.")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="Names of the adapted modules, matched from the end, or all-linear."
+    )
+    selection: str = Field("inverse", description="Rule by which curlora selects columns and rows of a weight.")
+    whiten: bool = Field(True, description="Train U between orthonormalised C and R (curlora).")
+    scale: Literal["adam", "rsqrt", "none"] = Field(
+        "adam",
+        description="Factor of the update when whiten is on: adam keeps the step length of LoRA, rsqrt is alpha/√r, "
+        "none is alpha.",
+    )
     carry: Literal["continue", "stack", "fresh"] = Field(
         "continue",
-        description="continue: the same adapter through all tasks; stack: a new block a task beside the frozen old "
-        "ones (curlora, lora); fresh: a new adapter for every task",
+        description="What the next task starts from: continue trains the same adapter, stack freezes it below a new "
+        "block (curlora, lora), fresh starts a new adapter for every task.",
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="further fields of the PEFT config")
+    options: dict[str, Any] = Field(default_factory=dict, description="Further fields of the adapter's PEFT config.")
 
     @field_validator("selection")
     @classmethod
@@ -59,10 +73,10 @@ class AdapterConfig(Section):
 
 
 class StrategyConfig(Section):
-    """How training protects earlier tasks. Options other than the name belong to the strategy."""
+    """The continual-learning strategy. All keys other than `name` are options of the strategy itself."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: str = "sequential"
+    name: str = Field("sequential", description="Strategy that protects earlier tasks; sequential protects nothing.")
 
     @field_validator("name")
     @classmethod
@@ -77,20 +91,30 @@ class StrategyConfig(Section):
 
 
 class TrainingConfig(Section):
-    learning_rate: float = Field(3.0e-3, gt=0)
-    head_learning_rate: float = Field(1.0e-2, gt=0)
-    epochs: float = Field(3, gt=0)
-    max_steps: int | None = Field(None, gt=0, description="optimizer steps a task; overrides epochs")
-    batch_size: int = Field(16, gt=0, description="examples an optimizer step, over all workers")
-    gradient_accumulation: int = Field(1, gt=0, description="micro-batches an optimizer step")
-    max_length: int = Field(128, ge=8, description="tokens a sequence")
-    warmup_ratio: float = Field(0.1, ge=0, lt=1)
-    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 turns it off")
-    seed: int = Field(0, ge=0)
-    gradient_checkpointing: bool = False
-    max_train_examples: int | None = Field(None, gt=0, description="seeded subset of each task's training split")
+    """Optimisation of one task; every task of the sequence is trained with the same settings."""
+
+    learning_rate: float = Field(3.0e-3, gt=0, description="Peak learning rate of the adapter.")
+    head_learning_rate: float = Field(1.0e-2, gt=0, description="Peak learning rate of the classifier heads.")
+    epochs: float = Field(3, gt=0, description="Passes over the training split of each task.")
+    max_steps: int | None = Field(
+        None, gt=0, description="Optimizer steps per task, in place of epochs; null: epochs decides."
+    )
+    batch_size: int = Field(16, gt=0, description="Examples per optimizer step, over all workers.")
+    gradient_accumulation: int = Field(1, gt=0, description="Micro-batches per optimizer step.")
+    max_length: int = Field(128, ge=8, description="Longest training sequence, in tokens.")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the optimizer steps that warm up.")
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="Learning-rate schedule within a task."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of the adapter; heads have none.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 turns clipping off.")
+    seed: int = Field(0, ge=0, description="Seed of initialisation, data order, dropout and subsampling.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    max_train_examples: int | None = Field(
+        None, gt=0, description="Examples per task, a seeded subset of its training split; null: all."
+    )
 
     @model_validator(mode="after")
     def _micro_batches(self):
@@ -103,19 +127,27 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    max_examples: int | None = Field(None, gt=0, description="seeded subset of each test split")
-    max_retention_tokens: int | None = Field(None, gt=0, description="the beginning of each retention corpus")
-    seed: int = Field(0, ge=0, description="of the subset; the same rows under every training seed")
-    batch_tokens: int = Field(8192, gt=0, description="padded tokens a forward pass")
+    """What is scored after each step, and how much of it."""
+
+    max_examples: int | None = Field(None, gt=0, description="Examples per test split, a seeded subset; null: all.")
+    max_retention_tokens: int | None = Field(
+        None, gt=0, description="Tokens from the beginning of each retention corpus; null: all."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the subset; the same rows whatever training.seed is.")
+    batch_tokens: int = Field(8192, gt=0, description="Tokens per forward pass, padding included.")
     earlier_every: int = Field(
-        1, gt=0, description="earlier tasks are scored after every so many steps, and at the end"
+        1, gt=0, description="Score earlier tasks after every n-th step, and after the last one."
     )
 
 
 class ResourcesConfig(Section):
-    workers: int = Field(2, gt=0)
-    gpus_per_worker: float | Literal["auto"] = Field("auto", description="auto: 1 where the cluster has GPUs")
-    cpus_per_worker: float = Field(1, gt=0)
+    """Workers of the chain and what Ray reserves for each."""
+
+    workers: int = Field(2, gt=0, description="Worker processes that train together.")
+    gpus_per_worker: float | Literal["auto"] = Field(
+        "auto", description="GPUs per worker; auto: 1 if the cluster has GPUs, else 0."
+    )
+    cpus_per_worker: float = Field(1, gt=0, description="CPU cores that Ray reserves per worker.")
 
     @field_validator("gpus_per_worker")
     @classmethod
@@ -126,22 +158,28 @@ class ResourcesConfig(Section):
 
 
 class DurabilityConfig(Section):
-    """What a run does against loss. Recorded, but no part of a step's identity: it changes no result."""
+    """How a run protects itself against failures. It changes no result and enters no fingerprint."""
 
-    checkpoint_seconds: float = Field(30.0, ge=0, description="between two checkpoints in the middle of a step")
+    checkpoint_seconds: float = Field(30.0, ge=0, description="Seconds between checkpoints within a step.")
     hang_timeout: float = Field(
-        600.0, gt=0, description="seconds without a forward pass after which a worker ends itself and is restarted"
+        600.0, gt=0, description="Seconds without a forward pass after which a worker exits and is restarted."
     )
     start_timeout: float = Field(
-        600.0, gt=0, description="seconds without a sign of life from the workers after which the run fails"
+        600.0, gt=0, description="Seconds without any sign of life from the workers after which the run fails."
     )
-    max_failures: int = Field(3, ge=0, description="restarts without any progress between them")
+    max_failures: int = Field(
+        3, ge=0, description="Restarts of the workers without progress in between before the run fails."
+    )
 
 
 class TrackingConfig(Section):
-    uri: str = "sqlite:///mlflow.db"
-    experiment: str | None = Field(None, description="default: the run's name")
-    register_as: str | None = Field(None, description="model of the registry that finished chains become versions of")
+    """MLflow: where the chain is recorded."""
+
+    uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI.")
+    experiment: str | None = Field(None, description="MLflow experiment; null: the run's name.")
+    register_as: str | None = Field(
+        None, description="Registered model that finished chains become versions of; null: none are registered."
+    )
 
     @field_validator("register_as")
     @classmethod
@@ -150,29 +188,47 @@ class TrackingConfig(Section):
 
 
 class GateConfig(Section):
-    """Limits that a finished chain is held against; the verdict stands in results.json.
+    """Limits that a finished chain must keep; the verdict is written to results.json.
 
-    Against a champion (tracking.register_as) they are what each task and each corpus may lose; see pipelines/gate.py.
+    Without a champion (see tracking.register_as) they apply to the aggregates of the chain; against a champion, to the
+    loss on each single task and corpus (pipelines/promotion/gate.py).
     """
 
-    max_forgetting: float | None = Field(0.02, ge=0)
-    max_nll_increase: float | None = Field(0.05, ge=0)
-    max_perplexity_ratio: float | None = Field(1.05, gt=0)
-    min_learning_accuracy: float | None = Field(None, ge=0, le=1)
-    promote: bool = Field(True, description="a candidate that passes becomes the champion; false: by curlora promote")
-    on_promotion: list[str] | None = Field(
-        None, min_length=1, description="command and arguments run after a promotion, without a shell"
+    max_forgetting: float | None = Field(
+        0.02, ge=0, description="Largest loss of a task's score (accuracy, F1, ROUGE-L), from 0 to 1; null: no limit."
     )
-    hook_timeout: float = Field(600.0, gt=0, description="seconds that the command may take")
+    max_nll_increase: float | None = Field(
+        0.05, ge=0, description="Largest increase of a language-modelling task's loss, nats per token; null: no limit."
+    )
+    max_perplexity_ratio: float | None = Field(
+        1.05, gt=0, description="Largest perplexity on retained text relative to before; null: no limit."
+    )
+    min_learning_accuracy: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Smallest mean score of tasks right after their training; null: no limit.",
+    )
+    promote: bool = Field(
+        True, description="Make a candidate that passes the champion at once; false: only by curlora promote."
+    )
+    on_promotion: list[str] | None = Field(
+        None, min_length=1, description="Command and arguments to run after a promotion, without a shell; null: none."
+    )
+    hook_timeout: float = Field(600.0, gt=0, description="Seconds that the on_promotion command may take.")
 
 
 def check_name(value: str) -> str:
-    """Names become folder names and tags: a safe alphabet only."""
+    """Return a name that is safe in folder names and tags.
+
+    Raises:
+        ValueError: it has other characters than letters, digits, _ and -, or more than 64.
+    """
     if not SAFE_NAME.fullmatch(value):
         raise ValueError(f"'{value}' is not a safe name; use letters, digits, _ and - (at most 64)")
     return value
 
 
 def micro_batch(training: TrainingConfig, world_size: int) -> int:
-    """Examples a rank and pass, rounded up."""
+    """Examples per rank and forward pass, rounded up."""
     return math.ceil(training.batch_size / training.gradient_accumulation / world_size)

@@ -1,4 +1,4 @@
-"""Tasks and retention corpora as a configuration describes them, and prompt templates."""
+"""Tasks and retention corpora of a configuration, and the rules of prompt templates."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.config.sections import Section, check_name
+from pipelines.metrics.answers import GENERATION_METRICS
 
 FIELD_NAME = re.compile(r"[^\W\d][\w\- ]*")
 
 
 class Source(Section):
-    """Where rows come from: a folder with `{train,validation,test}.<format>`, a file, a hub id or any fsspec URI.
+    """Where rows come from. Formats: jsonl, json, csv, tsv, parquet, txt (pipelines/data/sources.py)."""
 
-    Formats: jsonl, json, csv, tsv, parquet, txt (see pipelines/sources.py).
-    """
-
-    name: str
-    data: str
-    subset: str | None = Field(None, description="configuration name of a hub dataset")
-    revision: str | None = Field(None, description="revision of a hub dataset")
+    name: str = Field(description="Name in results, folders and MLflow: letters, digits, _ and -.")
+    data: str = Field(description="Folder with {train,validation,test}.<format>, file, hub id or fsspec URI.")
+    subset: str | None = Field(None, description="Configuration of a hub dataset; null: its default.")
+    revision: str | None = Field(None, description="Revision of a hub dataset; null: its default branch.")
 
     @field_validator("name")
     @classmethod
@@ -32,35 +30,41 @@ class Source(Section):
 
 
 class TaskSource(Source):
-    """A task of the sequence. Its behaviour lies in pipelines/kinds, one file a kind."""
+    """A task of the sequence. What each kind of task does is defined in pipelines/data/kinds/, one file per kind."""
 
     SOURCE_FIELDS: ClassVar = frozenset({"data", "subset", "revision"})
     SCORING_FIELDS: ClassVar = frozenset({"metric", "max_new_tokens", "normalization"})
 
     splits: dict[Literal["train", "validation", "test"], str] = Field(
-        default_factory=dict, description="split expression for each part, e.g. {test: 'validation[:500]'}"
+        default_factory=dict, description="Split expression per part, e.g. {test: 'validation[:500]'}."
     )
 
     def training_identity(self) -> dict:
-        """The fields that shape training; where the data lies does not count, its digest does."""
+        """The fields that affect training. The location of the data is left out: its digest counts."""
         return self.model_dump(exclude=set(self.SOURCE_FIELDS | self.SCORING_FIELDS))
 
     def scoring_identity(self) -> dict:
-        """The fields that shape a score."""
+        """The fields that affect a score."""
         return self.model_dump(exclude=set(self.SOURCE_FIELDS))
 
 
 class ClassificationTask(TaskSource):
-    kind: Literal["classification"]
-    head: Literal["classifier", "verbalizer"] = "classifier"
-    text: str | list[str] = Field("text", description="field(s) that hold the text; several are joined by newlines")
-    label: str = "label"
-    labels: list[str] | dict[int, str] | None = Field(
-        None, description="class names by position, or by label value; default: labels.json beside the data"
+    """One of several classes, by a linear head or by the text that names the class."""
+
+    kind: Literal["classification"] = Field(description="Kind of the task.")
+    head: Literal["classifier", "verbalizer"] = Field(
+        "classifier", description="classifier: a linear layer on the last token; verbalizer: the likeliest label text."
     )
-    prompt: str | None = Field(None, description="verbalizer: template with {field} names; the label text follows")
-    verbalizer: list[str] | None = Field(None, description="text of each label, in order; default: the class names")
-    metric: Literal["accuracy", "macro_f1"] = "accuracy"
+    text: str | list[str] = Field("text", description="Field(s) with the text; several are joined by newlines.")
+    label: str = Field("label", description="Field with the class: its position, value or name.")
+    labels: list[str] | dict[int, str] | None = Field(
+        None, description="Class names by position or by label value; null: labels.json beside the data."
+    )
+    prompt: str | None = Field(
+        None, description="Template with {field} names that the label text follows; null: none (head classifier)."
+    )
+    verbalizer: list[str] | None = Field(None, description="Text of each label, in order; null: the class names.")
+    metric: Literal["accuracy", "macro_f1"] = Field("accuracy", description="Score of the task, from 0 to 1.")
 
     @field_validator("prompt")
     @classmethod
@@ -81,10 +85,14 @@ class ClassificationTask(TaskSource):
 
 
 class LanguageModelingTask(TaskSource):
-    kind: Literal["language-modeling"]
-    text: str = "text"
+    """Next-token prediction on text, scored by NLL in nats per token."""
+
+    kind: Literal["language-modeling"] = Field(description="Kind of the task.")
+    text: str = Field("text", description="Field with the text.")
     documents: Literal["separate", "joined"] = Field(
-        "separate", description="separate: no token sees another document; joined: one stream with end tokens between"
+        "separate",
+        description="separate: no token sees another document; joined: one stream, with an end-of-text token after "
+        "each document.",
     )
 
     @property
@@ -93,14 +101,22 @@ class LanguageModelingTask(TaskSource):
 
 
 class GenerationTask(TaskSource):
-    """Prompt and completion as templates, or one field with chat messages whose last one is the completion."""
+    """An answer written after a prompt: two templates, or a field with chat messages whose last one is the answer."""
 
-    kind: Literal["generation"]
-    prompt: str | None = Field(None, description="template with {field} names")
-    completion: str | None = Field(None, description="template of the answer, e.g. '{answer}'")
-    messages: str | None = Field(None, description="field with [{role, content}, …], by the tokenizer's chat template")
-    max_new_tokens: int = Field(32, gt=0, description="longest answer in an evaluation")
-    metric: Literal["rouge_l", "token_f1", "exact_match"] = "rouge_l"
+    kind: Literal["generation"] = Field(description="Kind of the task.")
+    prompt: str | None = Field(None, description="Template of the prompt with {field} names; null: messages is used.")
+    completion: str | None = Field(
+        None, description="Template of the answer, e.g. '{answer}'; null: messages is used."
+    )
+    messages: str | None = Field(
+        None,
+        description="Field with [{role, content}, …], rendered by the tokenizer's chat template; null: prompt and "
+        "completion are used.",
+    )
+    max_new_tokens: int = Field(32, gt=0, description="Longest answer in an evaluation, in tokens.")
+    metric: Literal[tuple(GENERATION_METRICS)] = Field(
+        "rouge_l", description="Score of an answer against the reference, from 0 to 1."
+    )
 
     @field_validator("prompt", "completion")
     @classmethod
@@ -121,16 +137,16 @@ class GenerationTask(TaskSource):
 class MultipleChoiceTask(TaskSource):
     """The likeliest of several continuations of a prompt."""
 
-    kind: Literal["multiple-choice"]
-    prompt: str = Field(description="template with {field} names; a choice follows")
+    kind: Literal["multiple-choice"] = Field(description="Kind of the task.")
+    prompt: str = Field(description="Template with {field} names that a choice follows.")
     choices: str | list[str] = Field(
-        description="field with a list of texts, or templates of the choices, e.g. ['{ending1}', '{ending2}']"
+        description="Field with a list of texts, or one template per choice, e.g. ['{ending1}', '{ending2}']."
     )
-    label: str = Field("label", description="field with the right choice: its index from 0, its letter, or its text")
+    label: str = Field("label", description="Field with the right choice: its index from 0, letter or text.")
     normalization: Literal["none", "tokens", "characters"] = Field(
-        "none", description="what the log-likelihood of a choice is divided by before choices are compared"
+        "none", description="Divide the log-likelihood of a choice by its length in tokens or characters."
     )
-    metric: Literal["accuracy"] = "accuracy"
+    metric: Literal["accuracy"] = Field("accuracy", description="Score of the task, from 0 to 1.")
 
     @field_validator("prompt", "choices")
     @classmethod
@@ -153,12 +169,14 @@ Task = Annotated[typing.Union[tuple(TASKS.values())], Field(discriminator="kind"
 
 
 class RetentionCorpus(Source):
-    """Text that no task trains on: its perplexity says what happened to the model's general language."""
+    """Text that no task trains on; its perplexity shows what happened to general language modelling."""
 
-    text: str = "text"
-    split: str = "test"
-    window: int | None = Field(None, ge=8, description="tokens of context; default: the model's own, at most 1024")
-    stride: int | None = Field(None, ge=1, description="new tokens a window; default: half a window")
+    text: str = Field("text", description="Field with the text.")
+    split: str = Field("test", description="Split of the data to score.")
+    window: int | None = Field(
+        None, ge=8, description="Tokens per window; null: the context of the model, at most 1024."
+    )
+    stride: int | None = Field(None, ge=1, description="Tokens scored per window; null: half a window.")
 
     @model_validator(mode="after")
     def _stride_fits(self):
@@ -168,10 +186,10 @@ class RetentionCorpus(Source):
 
 
 def check_template(template: str | None) -> str | None:
-    """A template holds plain `{field}` names only: no attributes, no indices, no conversions.
+    """Return a template that holds plain `{field}` names only: no attributes, indices or conversions.
 
     Raises:
-        ValueError: unbalanced braces, or something else than a name between them.
+        ValueError: unbalanced braces, or anything but a field name between them.
     """
     for name in template_fields(template or ""):
         if not FIELD_NAME.fullmatch(name):
@@ -180,7 +198,7 @@ def check_template(template: str | None) -> str | None:
 
 
 def template_fields(template: str) -> list[str]:
-    """Field names of a `"… {field} …"` template, in order and once each.
+    """Field names of a template such as `"Q: {question}"`, in order, each once.
 
     Raises:
         ValueError: unbalanced braces.

@@ -101,7 +101,7 @@ def _broken_table(path: str, separator: str, at_most: int) -> list[Problem]:
 
 
 def _broken_parquet(path: str) -> list[Problem]:
-    import pyarrow
+    import pyarrow  # slow
     from pyarrow import parquet
 
     try:

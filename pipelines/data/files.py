@@ -57,7 +57,7 @@ def _files_of_part(data: str, stem: str) -> list[str]:
 
 
 def _filesystem(path: str):
-    import fsspec
+    import fsspec  # slow
 
     try:
         return fsspec.core.url_to_fs(path)

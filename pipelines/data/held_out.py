@@ -33,20 +33,23 @@ def training_view(config: PipelineConfig) -> PipelineConfig:
     return config.model_copy(update={"tasks": tasks})
 
 
-def judging_view(config: PipelineConfig, position: int) -> PipelineConfig:
+def trial_view(config: PipelineConfig, position: int) -> PipelineConfig:
     """A training view as trials see it: tasks up to `position` and retained text scored on validation data.
 
     Raises:
         ConfigError: a retained text has nothing but its test split.
     """
     seen = len(config.tasks) if config.is_joint else position
-    tasks = [_judged(task) if KEPT in task.splits.get("train", "") else validation_view(task) for task in config.tasks]
+    tasks = [
+        _scored_on_held_out(task) if KEPT in task.splits.get("train", "") else validation_view(task)
+        for task in config.tasks
+    ]
     limits = config.search.objective
     evaluation = {"max_examples": limits.max_examples, "max_retention_tokens": limits.max_retention_tokens}
     return config.model_copy(
         update={
             "tasks": [*tasks[:seen], *config.tasks[seen:]],
-            "retention": _judged_texts(config) if limits.retention_weight else [],
+            "retention": _retention_without_test(config) if limits.retention_weight else [],
             "evaluation": config.evaluation.model_copy(update=evaluation),
             "search": None,
             "tracking": None,
@@ -55,13 +58,13 @@ def judging_view(config: PipelineConfig, position: int) -> PipelineConfig:
     )
 
 
-def _judged(task: TaskSource) -> TaskSource:
+def _scored_on_held_out(task: TaskSource) -> TaskSource:
     """A task of a training view that is judged by its tenth of train."""
     held = task.splits["train"].replace(KEPT, HELD)
     return task.model_copy(update={"splits": {**task.splits, "test": held}})
 
 
-def _judged_texts(config: PipelineConfig) -> list[RetentionCorpus]:
+def _retention_without_test(config: PipelineConfig) -> list[RetentionCorpus]:
     texts, problems = [], []
     for index, corpus in enumerate(config.retention):
         for split in ("validation", "train"):

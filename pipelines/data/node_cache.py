@@ -22,7 +22,7 @@ def cache_folder(name: str) -> Path:
 @contextlib.contextmanager
 def node_lock(name: str) -> Iterator[None]:
     """One process of this node at a time; released by the system when a process dies."""
-    from filelock import FileLock
+    from filelock import FileLock  # slow
 
     file = cache_folder("locks") / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock"
     with FileLock(str(file)):

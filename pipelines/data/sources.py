@@ -89,7 +89,7 @@ def _load(
 
 
 def _load_hub(data: str, subset: str | None, revision: str | None, expression: str) -> datasets.Dataset:
-    import datasets
+    import datasets  # slow
 
     try:
         with node_lock(f"hub-{data}-{subset}-{revision}"):  # the workers of a node: one downloads, the others wait
@@ -118,7 +118,7 @@ def _carved(rows: datasets.Dataset, side: str) -> datasets.Dataset:
 
 def _read(files: dict[str, tuple[str, ...]], expression: str, data: str) -> datasets.Dataset:
     """The rows of an expression such as `train` or `validation[:500]` over named lists of files."""
-    import datasets
+    import datasets  # slow
 
     local = {stem: [local_copy(path) for path in paths] for stem, paths in files.items()}
     paths = [path for group in local.values() for path in group]
@@ -136,7 +136,7 @@ def _read(files: dict[str, tuple[str, ...]], expression: str, data: str) -> data
 
 def _builder(suffix: str, paths: Sequence[str], file_is_document: bool) -> tuple[str, dict]:
     """Name and options of the `datasets` builder of a format."""
-    import datasets
+    import datasets  # slow
 
     if suffix in (".csv", ".tsv"):
         separator = "\t" if suffix == ".tsv" else ","

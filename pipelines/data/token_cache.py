@@ -22,7 +22,7 @@ class Sequences(Sequence):
     """Encoded sequences in a memory-mapped Arrow file, one a row."""
 
     def __init__(self, path: Path):
-        import pyarrow
+        import pyarrow  # slow
 
         self.file = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
         counts = [self.file.get_batch(i).num_rows for i in range(self.file.num_record_batches)]
@@ -61,7 +61,7 @@ def cached_sequences(identity: dict, encoder: Encoder, make: Callable[[], Iterab
 
 
 def _write(sequences: Iterable[Encoded], path: Path) -> None:
-    import pyarrow
+    import pyarrow  # slow
 
     whole, tokens = pyarrow.int64(), pyarrow.list_(pyarrow.int32())
     kinds = {"example": whole, "input_ids": tokens, "start": whole, "choice": whole, "breaks": tokens}

@@ -28,8 +28,8 @@ def prepare_environment() -> None:
     """
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     with _not_imported("mlflow"):  # the autotuner would, for a second of each worker's start; nobody tunes here
-        import deepspeed
-    import deepspeed.ops
+        import deepspeed  # slow
+    import deepspeed.ops  # slow
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.distributed.is_initialized():
@@ -87,7 +87,7 @@ def ready_for_inference(model: nn.Module, settings: dict, world: World) -> Itera
     if not is_partitioned(model):
         yield model.to(world.device)
         return
-    import deepspeed
+    import deepspeed  # slow
 
     with hooks_restored(model):
         engine, *_ = deepspeed.initialize(model=model, config=settings)
@@ -118,7 +118,7 @@ def gathered_copy(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor
     copies = {}
     for name, parameter in parameters.items():
         if hasattr(parameter, "ds_id"):
-            import deepspeed
+            import deepspeed  # slow
 
             with deepspeed.zero.GatheredParameters([parameter]):
                 copies[name] = parameter.detach().float().cpu().clone()
@@ -131,7 +131,7 @@ def gathered_copy(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor
 def writable(parameter: nn.Parameter):
     """A parameter that can be written as a whole, also when partitioned."""
     if hasattr(parameter, "ds_id"):
-        import deepspeed
+        import deepspeed  # slow
 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             yield

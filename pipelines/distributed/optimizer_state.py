@@ -13,7 +13,7 @@ def training_state(engine, parameters: dict[str, nn.Parameter]) -> dict[str, tor
 
     Any number of ranks and any ZeRO stage give the same. Every rank must call it.
     """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # slow
 
     _link_moments(engine)
     state = {}
@@ -60,7 +60,7 @@ def adam_step(engine) -> int:
 
 def _set_full(engine, parameter: nn.Parameter, key: str | None, value: torch.Tensor) -> None:
     """Set an optimizer state (None: the fp32 master) of a parameter on every rank's part of it."""
-    import deepspeed.utils as ds
+    import deepspeed.utils as ds  # slow
 
     if _is_plain(parameter):
         target = parameter.data if key is None else _base_optimizer(engine).state[parameter][key]

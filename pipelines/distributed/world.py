@@ -54,7 +54,7 @@ def current_world() -> World:
     """This process's place among the workers of a Ray Train run (or alone)."""
     if not torch.distributed.is_initialized():
         return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    import ray.train.torch
+    import ray.train.torch  # slow
 
     return World(
         rank=torch.distributed.get_rank(),

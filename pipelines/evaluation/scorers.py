@@ -13,7 +13,7 @@ from pipelines.data.encoding import IGNORE, Encoded
 from pipelines.data.kinds.base import EvaluationSet, Scored
 from pipelines.distributed.world import World
 from pipelines.models.heads import get_head
-from pipelines.models.losses import accepts, keep_logits, last_hidden, next_token_losses, place, token_nll
+from pipelines.models.losses import accepts, keep_logits, last_hidden, next_token_losses, position_ids, token_nll
 from pipelines.models.padding import Padded, last_token_features, pad
 
 
@@ -51,7 +51,7 @@ def by_choice(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded],
         input_ids=prompts.ids,
         attention_mask=prompts.mask,
         use_cache=True,
-        **place(model, prompts.positions),
+        **position_ids(model, prompts.positions),
         **keep_logits(model, 1),
     )
     cache = seen.past_key_values
@@ -71,7 +71,7 @@ def by_choice(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded],
             attention_mask=torch.cat([prompts.mask[owner], answers.mask[:, : given.shape[1]]], 1),
             past_key_values=cache,
             use_cache=True,
-            **place(model, positions),
+            **position_ids(model, positions),
         ).logits
         if later:
             sums += (token_nll(logits, answers.ids[:, 1:]).double() * answers.mask[:, 1:]).sum(1)
@@ -85,8 +85,8 @@ def sequence_nll(model: nn.Module, padded: Padded, starts: Sequence[int]) -> lis
     """Summed NLL of each row's tokens from `starts` on (≥ 1, counted without padding, on whichever side that is)."""
     counted = padded.mask.bool() & (padded.positions >= torch.tensor(starts, device=padded.ids.device)[:, None])
     targets = torch.where(counted, padded.ids, IGNORE)
-    places = place(model, padded.positions)
-    found = next_token_losses(model, targets, input_ids=padded.ids, attention_mask=padded.mask, **places)
+    positions = position_ids(model, padded.positions)
+    found = next_token_losses(model, targets, input_ids=padded.ids, attention_mask=padded.mask, **positions)
     return found.losses.double().sum(1).tolist()
 
 
@@ -115,7 +115,7 @@ def greedy(model: nn.Module, padded: Padded, limit: int, stops: Sequence[int], w
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
-            **place(model, positions),
+            **position_ids(model, positions),
             **keep_logits(model, 1),
         )
         cache = output.past_key_values

@@ -27,7 +27,7 @@ def export_step(run: RunDirectory, step: str | None, form: str, target: Path) ->
         )
     if target.exists() and any(target.iterdir()):
         raise ConfigError([Problem("--to", f"{target} is not empty; name a new folder")])
-    import transformers
+    import transformers  # slow
 
     from pipelines.models.base import load_base, load_tokenizer
 
@@ -46,7 +46,7 @@ def export_step(run: RunDirectory, step: str | None, form: str, target: Path) ->
 
 
 def _write(adapter_type: str, form: str, base, adapter: Path, target: Path) -> None:
-    import peft
+    import peft  # slow
 
     from curlora.conversion import to_lora, to_merged
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.tasks import TaskSource
@@ -98,14 +99,12 @@ def load_folder(folder: Path | None, config: PipelineConfig, tasks: Iterable[str
 
 def _with_adapter(model: torch.nn.Module, folder: Path, config: PipelineConfig) -> torch.nn.Module:
     if (folder / "adapter").exists():
-        import peft
+        import peft  # slow
 
         import curlora  # noqa: F401  registers its tuner with PEFT
 
         model = peft.PeftModel.from_pretrained(model, str(folder / "adapter"))
     if (folder / "heads.safetensors").exists():
-        from safetensors.torch import load_file
-
         saved = load_file(folder / "heads.safetensors")
         classes = {name.removesuffix(".bias"): len(t) for name, t in saved.items() if name.endswith(".bias")}
         heads.attach_heads(model, classes, config.training.seed)

@@ -14,6 +14,7 @@ from mlflow.pyfunc import PythonModel
 
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import ConfigError, Problem
+from pipelines.runs.identity import base_fingerprint
 
 STEP = "step"  # name of the artifact folder: adapter/, heads.safetensors, config.json, model.json
 
@@ -31,7 +32,7 @@ class AdapterModel(PythonModel):
         Raises:
             ConfigError: the base is another one than the adapter was trained on.
         """
-        from pipelines.inference.predict import load_folder
+        from pipelines.inference.predict import load_folder  # imports torch
 
         folder = Path(context.artifacts[STEP])
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -44,7 +45,7 @@ class AdapterModel(PythonModel):
 
     def predict(self, context, model_input, params: dict[str, Any] | None = None):
         """A data frame of answers, in the rows' order."""
-        import pandas as pd
+        import pandas as pd  # slow
 
         task = (params or {}).get("task") or self.task
         rows = [_present(row) for row in pd.DataFrame(model_input).to_dict("records")]
@@ -58,8 +59,6 @@ def _present(row: dict) -> dict:
 
 
 def _check_base(config: PipelineConfig, expected: str) -> None:
-    from pipelines.runs.identity import base_fingerprint
-
     path = config.base_model.path
     try:
         found = base_fingerprint(config.base_model)

@@ -188,7 +188,7 @@ def _tag(run, name: str) -> str | None:
 
 
 def _version(client, model_uri: str):
-    from mlflow.exceptions import MlflowException
+    from mlflow.exceptions import MlflowException  # slow
 
     name, at, alias = model_uri.removeprefix(MODELS).partition("@")
     if not at:

@@ -66,7 +66,7 @@ class Adapter:
 
 def write_model(adapter: Adapter, target: Path, model_id: str | None = None) -> None:
     """The folder that `mlflow.pyfunc.load_model` loads: MLmodel, code, requirements, adapter, heads, example."""
-    import mlflow.pyfunc
+    import mlflow.pyfunc  # slow
     from mlflow.models import Model
 
     with tempfile.TemporaryDirectory() as scratch, _silent():
@@ -176,7 +176,7 @@ class LoggedModels:
 
     def _link(self, run_id: str, model, metrics: StepRecord) -> None:
         """As output of its run, with the parent adapter as input. MLflow would add both again every time."""
-        from mlflow.entities import LoggedModelInput
+        from mlflow.entities import LoggedModelInput  # slow
 
         run = self.client.get_run(run_id)
         self._add_outputs(run, {model.model_id: metrics.position})
@@ -193,7 +193,7 @@ class LoggedModels:
 
     def _add_outputs(self, run, made: Mapping[str, int]) -> None:
         """Add the outputs (model id → position) that a run lacks."""
-        from mlflow.entities import LoggedModelOutput
+        from mlflow.entities import LoggedModelOutput  # slow
 
         known = {output.model_id for output in run.outputs.model_outputs}
         missing = [LoggedModelOutput(model_id, step) for model_id, step in made.items() if model_id not in known]
@@ -250,7 +250,7 @@ def _with_classes(task: TaskSource, metrics: StepRecord) -> TaskSource:
 # -- signature and example
 def signature(config: PipelineConfig, default: str):
     """Columns of all tasks (those of one are given at a time), the parameter `task`, and what may come out."""
-    from mlflow.models import ModelSignature
+    from mlflow.models import ModelSignature  # slow
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
     columns: dict[str, Any] = {}
@@ -266,7 +266,7 @@ def signature(config: PipelineConfig, default: str):
 
 def _type_of(task: TaskSource, column: str):
     """Text, but for a chat (role and content) and a list of choices."""
-    from mlflow.types import DataType
+    from mlflow.types import DataType  # slow
     from mlflow.types.schema import Array, Object, Property
 
     if isinstance(task, GenerationTask) and column == task.messages:
@@ -277,7 +277,7 @@ def _type_of(task: TaskSource, column: str):
 
 
 def _outputs(tasks: Sequence[TaskSource]) -> dict[str, Any]:
-    from mlflow.types import DataType
+    from mlflow.types import DataType  # slow
     from mlflow.types.schema import AnyType
 
     columns: dict[str, Any] = {}

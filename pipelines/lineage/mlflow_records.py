@@ -95,7 +95,7 @@ def send_metrics(
     datasets: Mapping[str, tuple[str, str]] | None = None,
 ) -> None:
     """Metrics of a run; of a logged model too, with the (name, digest) of the data that each was measured on."""
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric  # slow
 
     of_run = run_id if model_id else None
     metrics = [
@@ -135,7 +135,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
 
 def send_params(to: Target, run, wanted: Mapping[str, str]) -> None:
     """New parameters are logged. MLflow never changes one, so a later value goes to a tag `changed.<name>`."""
-    from mlflow.entities import Param
+    from mlflow.entities import Param  # slow
 
     stored = run.data.params
     missing = [Param(key, value) for key, value in wanted.items() if key not in stored]
@@ -146,7 +146,7 @@ def send_params(to: Target, run, wanted: Mapping[str, str]) -> None:
 
 
 def set_tags(to: Target, run, wanted: Mapping[str, str]) -> None:
-    from mlflow.entities import RunTag
+    from mlflow.entities import RunTag  # slow
 
     tags = [RunTag(key, value) for key, value in wanted.items() if run.data.tags.get(key) != value]
     for batch in _batches(tags, PARAMS_A_BATCH):
@@ -174,7 +174,7 @@ def _log_inputs(to: Target, run_id: str, batch: list) -> None:
 
     The other's dataset is there a moment later, and is found.
     """
-    from mlflow.exceptions import MlflowException
+    from mlflow.exceptions import MlflowException  # slow
 
     for pause in INPUT_PAUSES:
         try:
@@ -187,7 +187,7 @@ def _log_inputs(to: Target, run_id: str, batch: list) -> None:
 
 
 def _dataset(name: str, digest: str, rows: int, source: str | None, context: str):
-    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.entities import Dataset, DatasetInput, InputTag  # slow
 
     dataset = Dataset(
         name=name,

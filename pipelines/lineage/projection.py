@@ -42,6 +42,7 @@ from pipelines.lineage.mlflow_records import (
     upload_files,
     upload_folder,
 )
+from pipelines.lineage.searches import project_searches
 from pipelines.lineage.store import artifact_root, connect, errors, quiet
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import fingerprint
@@ -165,8 +166,6 @@ class _Known:
 
 
 def _send(known: _Known, steps: Steps) -> dict[str, str]:
-    from pipelines.lineage.searches import project_searches  # which uses what is here
-
     known.models.steps = steps
     ids = {"parent": known.parent_id}
     for directory, metrics in steps:
@@ -180,7 +179,7 @@ def _send(known: _Known, steps: Steps) -> dict[str, str]:
 
 
 def _experiment(client, uri: str, name: str) -> str:
-    from mlflow.exceptions import MlflowException
+    from mlflow.exceptions import MlflowException  # slow
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:

@@ -108,7 +108,7 @@ def by_number(uri: str, name: str, number: int) -> Version | None:
 
 
 def _asked(uri: str, question) -> Version | None:
-    from mlflow.exceptions import MlflowException
+    from mlflow.exceptions import MlflowException  # slow
 
     with errors(uri, REMEDY), quiet():
         try:
@@ -175,7 +175,7 @@ def register(uri: str, name: str, run_id: str, ancestry: Ancestry) -> tuple[Vers
 
 
 def _make_model(client, name: str) -> None:
-    from mlflow.exceptions import MlflowException
+    from mlflow.exceptions import MlflowException  # slow
 
     try:
         client.create_registered_model(name, description=NOTE)

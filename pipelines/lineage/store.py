@@ -134,7 +134,7 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def errors(uri: str, remedy: str) -> Iterator[None]:
     """Whatever the client, its database driver or the network raises, as one clear line."""
-    import requests
+    import requests  # slow
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 

@@ -44,7 +44,7 @@ def mcnemar(lost: int, gained: int) -> float:
     Args:
         lost, gained: examples that only the champion, or only the candidate, had right.
     """
-    from scipy.stats import binomtest
+    from scipy.stats import binomtest  # slow
 
     return float(binomtest(lost, lost + gained, alternative="greater").pvalue) if lost + gained else 1.0
 
@@ -87,7 +87,7 @@ def bootstrap(parts: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> 
     Args:
         parts: (values, weights) of each task, both (examples,).
     """
-    from scipy.stats import bootstrap as resample
+    from scipy.stats import bootstrap as resample  # slow
 
     if not parts:
         return None

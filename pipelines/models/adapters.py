@@ -11,9 +11,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import peft
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
+import curlora  # noqa: F401  registers its tuner with PEFT
 from pipelines.config.sections import AdapterConfig
 from pipelines.errors import ConfigError, Problem, did_you_mean
 from pipelines.models import frozen_lora
@@ -30,12 +35,6 @@ def peft_config(adapter: AdapterConfig, seed: int):
     Raises:
         ConfigError: unknown type or option, or a kind that cannot go through a chain.
     """
-    # importing curlora registers its tuner with PEFT
-    from peft import PromptLearningConfig
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    import curlora  # noqa: F401
-
     types = {str(getattr(key, "value", key)).lower(): cls for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if adapter.type.lower() not in types:
         hint = did_you_mean(adapter.type, [*types, "none"])
@@ -45,7 +44,7 @@ def peft_config(adapter: AdapterConfig, seed: int):
         raise ConfigError([Problem("adapter.carry", reason)])
     frozen_lora.check(adapter)
     config_class = types[adapter.type.lower()]
-    if issubclass(config_class, PromptLearningConfig):
+    if issubclass(config_class, peft.PromptLearningConfig):
         reason = (
             f"'{adapter.type}' puts virtual tokens before the text; choose an adapter inside the layers, e.g. lora"
         )
@@ -95,8 +94,6 @@ def attach_adapter(
 
 
 def _attach(base: nn.Module, config, parent: Path | None, extend: bool) -> nn.Module:
-    import peft
-
     stacked = getattr(config, "carry", None) == "stack"
     if parent is not None and stacked:
         config.blocks = peft.PeftConfig.from_pretrained(str(parent)).blocks
@@ -120,8 +117,6 @@ def attach_final_form(base: nn.Module, adapter: AdapterConfig, seed: int, steps:
     """
     if adapter.type not in STACKABLE:
         return attach_adapter(base, adapter, seed)
-    import peft
-
     config = peft_config(adapter, seed)
     if adapter.type == "lora":
         config = frozen_lora.widened(
@@ -154,8 +149,6 @@ def save_adapter(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: 
     Args:
         weights: full (gathered) tensors by parameter name, adapter buffers included.
     """
-    from safetensors.torch import save_file
-
     adapter, heads = split_weights(weights)
     if heads:
         save_file({name: tensor.contiguous() for name, tensor in heads.items()}, folder / "heads.safetensors")
@@ -202,8 +195,6 @@ def _joined(model: nn.Module):
 
 def _check_shapes(file: Path, weights: Mapping[str, torch.Tensor]) -> None:
     """A partitioned parameter would be saved as an empty shard: never publish that."""
-    from safetensors import safe_open
-
     with safe_open(file, "pt") as saved:
         sizes = [saved.get_slice(name).get_shape() for name in saved.keys()]  # noqa: SIM118
     if not sizes or any(0 in size for size in sizes):

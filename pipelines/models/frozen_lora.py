@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import peft
 import torch
 from torch import Tensor, nn
 
@@ -79,8 +80,6 @@ def attach(base: nn.Module, config, adapter: AdapterConfig, parent: Path | None,
         config: LoraConfig of the trained part.
         extend: `parent` is what the next task starts from, else it is what is to be evaluated.
     """
-    import peft
-
     if parent is not None and not extend:
         saved = peft.PeftConfig.from_pretrained(str(parent))
         saved.inference_mode = False
@@ -115,8 +114,6 @@ def _add_frozen(model: nn.Module, config) -> None:
 
 def _load(model: nn.Module, folder: Path, *adapters: str) -> None:
     """Copy a saved LoRA into the named adapters of the model, rank after rank."""
-    import peft
-
     weights = peft.utils.save_and_load.load_peft_weights(str(folder), device="cpu")
     for adapter in adapters:
         parts = weights

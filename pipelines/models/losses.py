@@ -128,7 +128,7 @@ def keep_logits(model: nn.Module, positions: Tensor | int) -> dict:
     return {"logits_to_keep": positions} if accepts(model, "logits_to_keep") else {}
 
 
-def place(model: nn.Module, positions: Tensor) -> dict:
+def position_ids(model: nn.Module, positions: Tensor) -> dict:
     """`position_ids` for models that know them; the others count by the mask."""
     return {"position_ids": positions} if accepts(model, "position_ids") else {}
 

@@ -11,9 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.sections import micro_batch
 from pipelines.distributed.zero_settings import deepspeed_settings, stage_of
+from pipelines.models.adapters import attach_adapter
 from pipelines.preflight.memory import DTYPE_BYTES, ModelFacts, memory_by_stage
 from pipelines.preflight.model import base_on_meta, model_facts
 
@@ -66,8 +70,6 @@ def shape_of(config: PipelineConfig) -> Shape:
         ConfigError: the base cannot be described, or the adapter does not fit it.
         ValueError: an adapter that has no cost model.
     """
-    from pipelines.models.adapters import attach_adapter
-
     base = base_on_meta(config)
     text = base.config.get_text_config()
     adapter_of = {"none": "none", "curlora": "curlora", "lora": "lora"}.get(config.adapter.type)
@@ -88,9 +90,6 @@ def shape_of(config: PipelineConfig) -> Shape:
 
 
 def _dense_layers(model, adapter: str, r: int) -> Iterator[Dense]:
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
     adapted = {name for name, module in model.named_modules() if hasattr(module, "base_layer")}
     inside = tuple(f"{name}." for name in adapted)
     for name, module in model.named_modules():

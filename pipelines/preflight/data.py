@@ -15,20 +15,20 @@ from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.tasks import RetentionCorpus, Source, TaskSource
 from pipelines.data.damage import silent_damage
 from pipelines.data.encoding import Encoder
-from pipelines.data.held_out import judging_view
+from pipelines.data.held_out import trial_view
 from pipelines.data.kinds import kind_of
 from pipelines.data.kinds.base import Kind, short
-from pipelines.data.row_places import files_of, place
+from pipelines.data.row_locations import files_of, row_location
 from pipelines.data.sets import scored_length
 from pipelines.data.sources import digest_of, load_split, records
 from pipelines.errors import ConfigError, DataError, Problem, did_you_mean
 
 
-def check_judging_data(config: PipelineConfig) -> None:
+def check_trial_data(config: PipelineConfig) -> None:
     """Raises ConfigError with every problem of the data that trials of a training view would be judged by."""
     # which imports the tokenizer's library
 
-    problems = check_data(judging_view(config, len(config.tasks)), warn=lambda text: None)
+    problems = check_data(trial_view(config, len(config.tasks)), warn=lambda text: None)
     if problems:
         raise ConfigError(Problem(f"search: {p.field}", p.message) for p in problems)
 
@@ -65,7 +65,7 @@ def check_data(config: PipelineConfig, warn: Warn = lambda text: None) -> list[P
 
 def _tokenizer(config: PipelineConfig):
     """The base's tokenizer; None where it cannot be had: that is the model's problem, reported with it."""
-    import transformers
+    import transformers  # slow
 
     base = config.base_model
     try:
@@ -78,7 +78,7 @@ def _tokenizer(config: PipelineConfig):
 
 def _context(config: PipelineConfig) -> int:
     """Tokens of the base's context, as the workers see it."""
-    import transformers
+    import transformers  # slow
 
     from pipelines.models.base import context_length
 
@@ -151,7 +151,7 @@ class _Check:
             if reasons:
                 bad += 1
                 if bad <= AT_MOST:
-                    where = place(self.source, split, number)
+                    where = row_location(self.source, split, number)
                     self.found += [Problem(self.field, f"{where}: {reason}") for reason in reasons]
         if bad > AT_MOST:
             self._add(f"{self.source.name}/{split}: {bad - AT_MOST} more rows have such problems")

@@ -40,7 +40,7 @@ def examine(config: str | None = None) -> list[Finding]:
     """
     machine = [_python(), *_packages(), _processors(), _memory(), _disk(), _accelerator()]
     cluster = [_ray(), _jobs_api(os.environ.get("RAY_API_SERVER_ADDRESS"))]
-    return [*machine, *cluster, _registration(), *(_places(config) if config else [])]
+    return [*machine, *cluster, _registration(), *(_unshared_paths(config) if config else [])]
 
 
 def _python() -> Finding:
@@ -71,7 +71,7 @@ def _processors() -> Finding:
 
 
 def _memory() -> Finding:
-    import psutil
+    import psutil  # slow
 
     free = psutil.virtual_memory().available / 2**30
     level = "ok" if free >= MIN_MEMORY_GIB else "warning"
@@ -87,7 +87,7 @@ def _disk() -> Finding:
 
 
 def _accelerator() -> Finding:
-    import torch
+    import torch  # slow
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(count))
@@ -98,7 +98,7 @@ def _ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return Finding("ray cluster", "ok", "RAY_ADDRESS is not set; each run starts a local cluster")
-    import ray
+    import ray  # slow
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -130,9 +130,12 @@ def _jobs_api(address: str | None) -> Finding:
     return Finding(subject, "warning", f"{address} {danger}; start it with RAY_AUTH_MODE=token (cluster/README.md)")
 
 
-def _places(path: str) -> list[Finding]:
+def _unshared_paths(path: str) -> list[Finding]:
     """What a configuration names and the nodes of a cluster would not see."""
-    from pipelines.config.loading import parse_config, read_config
+    from pipelines.config.loading import (  # a broken environment is reported before this fails
+        parse_config,
+        read_config,
+    )
     from pipelines.config.pipeline import PipelineConfig
     from pipelines.preflight.portability import unshared
 

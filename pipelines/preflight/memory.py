@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipelines.config.pipeline import PipelineConfig
+from pipelines.models.base import QUANTISED_BYTES
 
 ADAM_BYTES = 12  # fp32 master copy and two moments of a trained number
 
@@ -72,8 +73,6 @@ def memory_by_stage(facts: ModelFacts, config: PipelineConfig) -> dict[str, dict
 
 def weight_bytes(facts: ModelFacts, config: PipelineConfig) -> float:
     """Bytes of the whole base."""
-    from pipelines.models.base import QUANTISED_BYTES
-
     size = DTYPE_BYTES[config.base_model.dtype]
     taken_in = facts.linear_parameters if config.base_model.quantization else 0
     each = QUANTISED_BYTES.get(config.base_model.quantization or "", 0.0)

@@ -10,11 +10,19 @@ from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 
+import torch
+import transformers
+
+from curlora.continual import Strategy, make_strategy
+from curlora.sizes import adapter_file_bytes
 from pipelines.config.paths import looks_local
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.data.kinds import kind_of
+from pipelines.distributed.zero_settings import deepspeed_settings, stage_of
 from pipelines.errors import ConfigError, Problem
 from pipelines.models import frozen_lora
+from pipelines.models.adapters import adapter_parameters, attach_adapter, attach_final_form
+from pipelines.models.base import quantised_numbers
 from pipelines.preflight.memory import ModelFacts
 
 
@@ -52,10 +60,6 @@ def base_on_meta(config: PipelineConfig):
     Raises:
         ConfigError: no such model, or its description cannot be read.
     """
-    # slow imports: only commands that look at the model pay for them
-    import torch
-    import transformers
-
     base = config.base_model
     try:
         if looks_local(base.path) and not Path(base.path).is_dir():
@@ -73,8 +77,6 @@ def base_on_meta(config: PipelineConfig):
 
 def _description(config: PipelineConfig):
     """The model's config: from its folder or the hub, else `base_model.architecture`."""
-    import transformers
-
     base = config.base_model
     try:
         return transformers.AutoConfig.from_pretrained(
@@ -99,14 +101,10 @@ def check_model(config: PipelineConfig) -> list[Problem]:
 
 
 def _check_deepspeed(config: PipelineConfig) -> None:
-    from pipelines.distributed.zero_settings import deepspeed_settings, stage_of
-
     check_quantisation(config, stage_of(deepspeed_settings(config.deepspeed)))
 
 
 def _check_strategy(config: PipelineConfig) -> None:
-    from curlora.continual import make_strategy
-
     try:
         strategy = make_strategy(config.strategy.name, **config.strategy.options)
     except ValueError as error:
@@ -126,9 +124,6 @@ def _unmet(config: PipelineConfig, strategy) -> Iterator[Problem]:
     if strategy.needs_heads and all(kind_of(task).scorer != "head" for task in config.tasks):
         message = f"'{name}' holds what classifier heads say, and no task has one; choose another, e.g. rehearsal"
         yield Problem("strategy.name", message)
-    from curlora.continual import Strategy
-    from pipelines.models.adapters import attach_adapter
-
     if type(strategy).check is Strategy.check:
         return  # it works on any model: no need to build one
     try:
@@ -145,10 +140,6 @@ def model_facts(config: PipelineConfig) -> ModelFacts:
     Raises:
         ConfigError: the base cannot be described, or the adapter does not fit it.
     """
-    from curlora.sizes import adapter_file_bytes
-    from pipelines.models.adapters import adapter_parameters, attach_adapter, attach_final_form
-    from pipelines.models.base import quantised_numbers
-
     base = base_on_meta(config)
     base_parameters, linear_parameters = sum(p.numel() for p in base.parameters()), quantised_numbers(base)
     text = base.config.get_text_config()

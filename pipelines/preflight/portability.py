@@ -22,7 +22,7 @@ SQLITE = "sqlite:///"
 TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|ghp_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})\b")
 
 
-def named_places(config: PipelineConfig) -> Iterator[tuple[str, str]]:
+def named_paths(config: PipelineConfig) -> Iterator[tuple[str, str]]:
     """(field, value) of everything that a configuration reads or writes; hub ids are not places."""
     yield "storage", config.storage
     if config.start_from and not config.start_from.startswith("models:/"):
@@ -45,7 +45,7 @@ def unshared(config: PipelineConfig, one_machine: bool) -> list[Problem]:
         one_machine: the cluster is this machine, or its paths are known to be the same everywhere.
     """
     problems = []
-    for field, value in named_places(config):
+    for field, value in named_paths(config):
         path = os.path.expandvars(_path(value))
         remedy = "a bucket such as s3://…, or a folder that every node mounts at the same path"
         if field == "tracking.uri":

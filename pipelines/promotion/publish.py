@@ -11,6 +11,9 @@ from dataclasses import replace
 
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import LineageError, RunDirectoryError
+from pipelines.lineage.projection import project
+from pipelines.promotion import promotion
+from pipelines.promotion.promotion import settle
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import fingerprint
 from pipelines.runs.results import Results, StepSummary
@@ -35,8 +38,6 @@ def publish(run: RunDirectory, config: PipelineConfig, results: Results, send: S
     Args:
         send: brings MLflow up to the run directory.
     """
-    from pipelines.promotion import promotion
-
     undecided = not results.gate or results.gate["passed"] is None
     verdict = promotion.decide(run, config, results) if undecided else results.gate
     results = replace(results, gate=verdict, registry=None)
@@ -75,8 +76,6 @@ def sync(run: RunDirectory, uri: str | None = None) -> tuple[dict[str, str], str
     Raises:
         LineageError: MLflow is away or refuses.
     """
-    from pipelines.lineage.projection import project
-
     config, results = run.config(), run.results()
     tracking = config.tracking
     target = uri or (tracking.uri if tracking else "sqlite:///mlflow.db")
@@ -87,8 +86,6 @@ def sync(run: RunDirectory, uri: str | None = None) -> tuple[dict[str, str], str
         return run.read_json(STAMP)["runs"], target, warnings
     ids = project(run, target, experiment)
     if finished:
-        from pipelines.promotion.promotion import settle
-
         settle(run, config, results, ids, target)
     return ids, target, []
 

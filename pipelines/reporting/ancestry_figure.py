@@ -102,7 +102,7 @@ def _dot(ancestry: Ancestry, link: Link, size: float) -> dict:
 
 def _draw_grid(ancestry: Ancestry) -> Figure:
     """One line per step, column by column; the number is the step's position in the whole ancestry."""
-    from matplotlib.collections import LineCollection
+    from matplotlib.collections import LineCollection  # slow
 
     count = len(ancestry.links)
     rows = max(GRID_ROWS, math.ceil(count / GRID_COLUMNS))

@@ -60,7 +60,7 @@ def colors(values: Iterable[float]) -> list[tuple[str, str]]:
 
     Black or white text, whichever has the higher contrast (at least 4.6 : 1; WCAG 2 luminance).
     """
-    from matplotlib import colormaps
+    from matplotlib import colormaps  # slow
     from matplotlib.colors import to_hex
 
     pairs = []

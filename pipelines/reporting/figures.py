@@ -54,7 +54,7 @@ def draw_matrix(results: Results, _steps: Sequence[StepRecord]) -> Figure:
 
 
 def _write_numbers(ax: Axes, results: Results, shades: list[list[float | None]]) -> None:
-    from matplotlib.patches import Rectangle
+    from matplotlib.patches import Rectangle  # slow
 
     for t, row in enumerate(results.scores):
         for i, value in enumerate(row):

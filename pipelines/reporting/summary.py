@@ -17,7 +17,7 @@ from pipelines.runs.verdict import Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table  # slow
 
 MANY = 12  # with more tasks a matrix has no room for numbers and a chart none for names
 
@@ -235,7 +235,7 @@ def histories(results: Results) -> list[TaskHistory]:
 # -- the terminal
 def summary_table(results: Results) -> Table:
     """The score matrix; for a long sequence one line per task, which fits any terminal."""
-    from rich.table import Table
+    from rich.table import Table  # slow
 
     if len(results.tasks) > MANY // 2:
         return _history_table(results)
@@ -256,7 +256,7 @@ def summary_table(results: Results) -> Table:
 
 
 def _history_table(results: Results) -> Table:
-    from rich.table import Table
+    from rich.table import Table  # slow
 
     table = Table(title="Each task on its test split", title_justify="left")
     table.add_column("task", no_wrap=True)
@@ -269,7 +269,7 @@ def _history_table(results: Results) -> Table:
 
 
 def headline_table(results: Results) -> Table:
-    from rich.table import Table
+    from rich.table import Table  # slow
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)

@@ -152,7 +152,7 @@ class Watch(tune.Stopper):
 
 def optuna_sampler(search: SearchConfig, known: Sequence[Values]) -> Searcher:
     """Optuna's TPE over the space; `known` settings, of an earlier start, are proposed again first."""
-    import optuna
+    import optuna  # an optional dependency
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -26,6 +26,8 @@ from pipelines.runs.lease import Lease
 from pipelines.runs.step_record import Cell
 from pipelines.search import objective, table
 from pipelines.search.step_search import Place
+from pipelines.search.trial import prune
+from pipelines.search.trial_spec import Spec
 from pipelines.workers.assignment import Assignment
 from pipelines.workers.failures import GroupLost, WorkersFailed, WorkersSilent
 from pipelines.workers.group import RemoteGroup, groups_that_fit
@@ -98,8 +100,6 @@ def search(
 
 
 def _spec(where: Place, run: RunDirectory, parent_directory: str | None, base_directory: str, lease: Lease):
-    from pipelines.search.trial_spec import Spec
-
     search = where.config.search
     levels = range(search.rungs, 0, -1) if search.scheduler == "asha" else ()
     return Spec(
@@ -131,7 +131,7 @@ def _changes_the_loss(path: str) -> bool:
 
 def _check_models(where: Place, known: list[Values]) -> None:
     """Raises ConfigError where an adapter or a strategy of a setting does not fit the model."""
-    from pipelines.preflight.model import check_model
+    from pipelines.preflight.model import check_model  # imports torch
 
     single = [{path: end} for path, space in where.config.search.space.items() for end in _ends(space)]
     seen, problems = set(), []
@@ -201,8 +201,7 @@ def _work(running: Running, run: RunDirectory, assignment: Assignment) -> None:
 # -- the trials
 def _run_trials(running: Running, known: list[Values]) -> tuple[list[dict], int]:
     """(records of the trials that have ended, number of those that have not)."""
-    from pipelines.search import ray_tune
-    from pipelines.search.trial import prune
+    from pipelines.search import ray_tune  # imports Ray Tune
 
     spec, search = running.spec, running.search
     sampler = None
@@ -325,7 +324,7 @@ def concurrent(config: PipelineConfig, resources: dict, gpus: float) -> int:
 @contextlib.contextmanager
 def warm_groups(config: PipelineConfig, run: RunDirectory, gpus: float, verbose: bool) -> Iterator[list[RemoteGroup]]:
     """Worker groups for trials; the first one trains the chain as well, so that nothing else needs room."""
-    import ray
+    import ray  # slow
 
     count = concurrent(config, ray.cluster_resources(), gpus)
     groups = [RemoteGroup(config, f"{run.uri}/search", gpus, verbose) for _ in range(count)]

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.search_space import with_values
-from pipelines.data.held_out import judging_view
+from pipelines.data.held_out import trial_view
+from pipelines.data.identity import data_identity, score_identity
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan, fingerprint, step_fingerprint
 from pipelines.runs.results import SearchSummary
 from pipelines.runs.step_record import Seconds, TrainedStep, step_label
+from pipelines.search.trial_spec import copy_step
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,7 @@ class Place:
 
 
 def place(config: PipelineConfig, position: int, parent: str, base: str) -> Place:
-    from pipelines.data.identity import data_identity, score_identity
-
-    judged = judging_view(config, position)
+    judged = trial_view(config, position)
     new = tuple(t.name for t in config.tasks) if config.is_joint else (config.tasks[position - 1].name,)
     fresh = config.adapter.carry == "fresh"  # earlier tasks keep adapters of their own
     earlier = () if fresh or not config.search.objective.retention_weight else config.tasks[: position - 1]
@@ -116,8 +116,6 @@ def summaries(
 
 def adopt(run: RunDirectory, where: Place, step: StepPlan) -> bool:
     """Take over what the winning trial has trained, if that is this very step at full length."""
-    from pipelines.search.trial_spec import copy_step
-
     chosen = where.found(run)["chosen"]
     if chosen["fingerprint"] != step.fingerprint or run.metrics(step.directory):
         return False

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from safetensors import torch as safetensors
 
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
@@ -41,10 +42,8 @@ class Checkpoint:
 
 def save(run: RunDirectory, plan: StepPlan, checkpoint: Checkpoint) -> int:
     """Write a checkpoint and forget the oldest; returns its bytes."""
-    from safetensors.torch import save as to_bytes
-
     name = f"{plan.checkpoints}/{checkpoint.step:08d}"
-    data = to_bytes({key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()})
+    data = safetensors.save({key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()})
     values = {
         "fingerprint": plan.fingerprint,
         "step": checkpoint.step,
@@ -73,8 +72,6 @@ def load(run: RunDirectory, plan: StepPlan, step: int) -> Checkpoint:
     Raises:
         ValueError: it is cut off, damaged, or of another step of the chain.
     """
-    from safetensors.torch import load as from_bytes
-
     name = f"{plan.checkpoints}/{step:08d}"
     try:
         values = json.loads(run.read_bytes(f"{name}.json"))
@@ -85,7 +82,7 @@ def load(run: RunDirectory, plan: StepPlan, step: int) -> Checkpoint:
         raise ValueError(f"checkpoint {name} belongs to another step")
     if hashlib.sha256(data).hexdigest() != values.get("sha256"):
         raise ValueError(f"checkpoint {name} is damaged: its tensors are not those that were written")
-    return Checkpoint(step, from_bytes(data), values)
+    return Checkpoint(step, safetensors.load(data), values)
 
 
 def newest(run: RunDirectory, plan: StepPlan) -> tuple[Checkpoint | None, list[str]]:

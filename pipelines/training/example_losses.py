@@ -11,7 +11,7 @@ from curlora.continual import Example, StepOutput
 from pipelines.data.encoding import IGNORE
 from pipelines.distributed.world import World
 from pipelines.models.heads import heads_of, trainable_heads
-from pipelines.models.losses import next_token_losses, place
+from pipelines.models.losses import next_token_losses, position_ids
 from pipelines.models.padding import last_token_features
 from pipelines.training.batches import MicroBatch, collate
 
@@ -28,7 +28,7 @@ def example_losses(model: nn.Module, batch: MicroBatch, held: Iterable[str] = ()
     else:
         # without a mask Transformers takes positions that start anew for documents apart; what pads a row stands
         # behind it, where no real token looks
-        seen = place(model, batch.position_ids)
+        seen = position_ids(model, batch.position_ids)
     found = next_token_losses(model, labels, input_ids=batch.input_ids, **seen)
     hidden = found.hidden
     losses = found.losses.sum(1) / (labels[:, 1:] != IGNORE).sum(1).clamp(min=1)

@@ -48,7 +48,7 @@ class WorkerGroup:
         Raises:
             GroupLost: nobody works on it any more.
         """
-        import ray
+        import ray  # slow
 
         if self._reference is None:
             raise GroupLost("the workers are gone")
@@ -66,7 +66,7 @@ class WorkerGroup:
 
     def close(self) -> None:
         """Let the workers leave."""
-        import ray
+        import ray  # slow
 
         if self._reference is None:
             return
@@ -85,7 +85,7 @@ class WorkerGroup:
 
     def kill(self) -> None:
         """End the workers now."""
-        import ray
+        import ray  # slow
 
         reference, self._reference = self._reference, None
         if reference is not None:
@@ -95,7 +95,7 @@ class WorkerGroup:
 
     def _give_back(self) -> None:
         """Free what the workers hold: Ray Train's own cleaner asks a dashboard for it, and ours is off."""
-        import ray
+        import ray  # slow
         from ray.util.placement_group import PlacementGroup, remove_placement_group
 
         with contextlib.suppress(OSError):
@@ -113,7 +113,7 @@ class WorkerGroup:
         self._reference = _here(fit_group).remote(self.config.model_dump(), f"{self.uri}/train", name, settings)
 
     def _raise_loss(self) -> None:
-        import ray
+        import ray  # slow
 
         reference, self._reference = self._reference, None
         try:
@@ -127,7 +127,7 @@ class RemoteGroup:
     """A `WorkerGroup` in an actor of its own, with the same methods: several processes use it, one after another."""
 
     def __init__(self, config: PipelineConfig, uri: str, gpus_per_worker: float, verbose: bool = False):
-        import ray
+        import ray  # slow
 
         # starts anew, without workers, if its node is lost
         remote = ray.remote(num_cpus=0, max_restarts=-1)(WorkerGroup)
@@ -149,7 +149,7 @@ class RemoteGroup:
         self._call("kill")
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        import ray
+        import ray  # slow
 
         try:
             return ray.get(getattr(self._actor, method).remote(*arguments))
@@ -170,7 +170,7 @@ def groups_that_fit(config: PipelineConfig, resources: dict, gpus_per_worker: fl
 
 def _here(function: Callable):
     """A Ray task on this node, which outlives the others."""
-    import ray
+    import ray  # slow
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
@@ -179,7 +179,7 @@ def _here(function: Callable):
 
 def fit_group(raw_config: dict, storage: str, name: str, settings: dict) -> None:
     """One `TorchTrainer.fit`, as a Ray task."""
-    import ray.train
+    import ray.train  # slow
 
     from pipelines.workers.lean_trainer import LeanTorchTrainer
 
@@ -206,7 +206,7 @@ def fit_group(raw_config: dict, storage: str, name: str, settings: dict) -> None
 def work(settings: dict) -> None:
     """What Ray Train calls in a worker. Imports there, so that the processes around it stay small."""
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    import ray.train
+    import ray.train  # slow
     from ray.util import get_current_placement_group
 
     from pipelines.workers.worker import serve

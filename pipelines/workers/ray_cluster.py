@@ -27,7 +27,7 @@ _early: Future | None = None
 def early_cluster(verbose: bool = False, address: str | None = None) -> Iterator[None]:
     """Start a local cluster in the background for the `cluster` that is asked for within; end it if none is."""
     global _early
-    import ray
+    import ray  # slow
 
     if address or os.environ.get("RAY_ADDRESS") or ray.is_initialized() or _early:
         yield
@@ -51,7 +51,7 @@ def cluster(config: PipelineConfig, verbose: bool = False, address: str | None =
         ConfigError: the workers can never be placed there.
     """
     global _early
-    import ray
+    import ray  # slow
 
     early, _early = _early, None
     mine = early is not None or not ray.is_initialized()
@@ -73,7 +73,7 @@ def connect(verbose: bool = False, address: str | None = None) -> None:
     local = not (address or os.environ.get("RAY_ADDRESS"))
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
+    import ray  # slow
 
     settings = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if local:
@@ -131,7 +131,7 @@ def gpus_per_worker(config: PipelineConfig, resources: dict | None = None) -> fl
     if value != "auto":
         return value
     if resources is None:
-        import ray
+        import ray  # slow
 
         resources = ray.cluster_resources()
     return 1.0 if resources.get("GPU", 0) else 0.0

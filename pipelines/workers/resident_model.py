@@ -161,7 +161,9 @@ def load_frozen_base(base: BaseModelConfig, settings: dict, world: World) -> tup
     """The base without gradients, its tokenizer, and an object that must stay referenced while the model lives: under
     ZeRO-3 (`world.lockstep`) it makes Transformers load shards only."""
     from transformers.integrations import HfDeepSpeedConfig  # imports DeepSpeed, after its environment is set
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    unset_hf_deepspeed_config()  # of an earlier base under ZeRO-3: Transformers would partition this one too
     partitioning = HfDeepSpeedConfig(settings) if world.lockstep else None
     returned = engine.freed_memory_returned() if partitioning else contextlib.nullcontext()
     with stdout_to_stderr(), returned:

@@ -26,7 +26,7 @@ def test_without_the_token_nothing_is_accepted(head, config, tmp_path):
         environment = head.environment | {"RAY_AUTH_TOKEN_PATH": str(path)}
         refused = head.curlora("submit", str(config), env=environment)
         assert refused.returncode == 1
-        assert "refuses: no valid token" in refused.stderr
+        assert "rejects the request: no valid token" in refused.stderr
         assert head.ray("job", "list", env=environment, check=False).returncode != 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from pipelines.cli.app import main
+from pipelines.cli.app import COMMANDS, GROUPS, main
 from tests.conftest import minimal
 
 
@@ -129,10 +129,24 @@ def test_status_of_nothing_and_of_an_unknown_run(tmp_path, monkeypatch):
 
 
 def test_every_command_has_help_with_an_example():
-    for name, command in main.commands.items():
+    for name in COMMANDS:
         text = CliRunner().invoke(main, [name, "--help"]).output
         assert "Example" in text, name
-        assert command.help
+
+
+def test_help_lists_every_command_in_one_group():
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(COMMANDS)
+    text = CliRunner().invoke(main, ["--help"]).output
+    assert all(f"\n  {name} " in text for name in COMMANDS)
+
+
+def test_help_needs_no_library_but_click():
+    code = (
+        "import sys; from click.testing import CliRunner; from pipelines.cli.app import main\n"
+        "CliRunner().invoke(main, ['--help'])\n"
+        "print([m for m in ('pydantic', 'numpy', 'yaml', 'fsspec', 'rich') if m in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 def test_help_imports_nothing_slow():

@@ -1,12 +1,15 @@
 """The configuration: every problem at once, each with field, value and remedy."""
 
 import re
+import typing
 from pathlib import Path
 
 import pytest
 
 from pipelines.config.loading import load_config, parse_config
 from pipelines.config.paths import CONFIGS
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.config.sections import Section
 from pipelines.config.tasks import TASKS
 from pipelines.errors import ConfigError
 from tests.conftest import minimal
@@ -158,3 +161,27 @@ def test_the_ten_lines_of_the_readme_are_valid(tmp_path):
 def test_tasks_that_make_no_sense(tmp_path, task, expected):
     found = problems_of(minimal(tmp_path, tmp_path, tasks=[{"name": "t", "data": "x"} | task]))
     assert expected in "\n".join(found)
+
+
+def sections_below(section: type[Section]) -> list[type[Section]]:
+    return [section, *(nested for child in section.__subclasses__() for nested in sections_below(child))]
+
+
+@pytest.mark.parametrize("section", sections_below(Section)[1:], ids=lambda section: section.__name__)
+def test_every_field_of_the_configuration_explains_itself_in_a_sentence(section):
+    assert section.__dict__.get("__doc__"), "a section says what it is for"
+    for name, field in section.model_fields.items():
+        text = field.description or ""
+        assert re.fullmatch(r"\S.{7,}\.", text), f"{name}: '{text}' is no sentence"
+        optional = type(None) in typing.get_args(field.annotation)
+        assert not optional or "null" in text, f"{name}: what does null mean?"
+
+
+def test_all_sections_of_a_configuration_are_walked():
+    nested = {
+        part
+        for field in PipelineConfig.model_fields.values()
+        for part in [field.annotation, *typing.get_args(field.annotation)]
+        if isinstance(part, type) and issubclass(part, Section)
+    }
+    assert nested and nested < set(sections_below(Section))

@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.chain.plan import make_plan
 from pipelines.config.loading import parse_config
-from pipelines.data.held_out import judging_view, training_view
+from pipelines.data.held_out import training_view, trial_view
 from pipelines.data.sources import load_split
 from pipelines.errors import ConfigError
 from pipelines.runs.directory import RunDirectory
@@ -52,7 +52,7 @@ def found(where, run: RunDirectory, values: dict, **fields) -> None:
 
 def test_without_validation_data_a_tenth_of_train_is_kept_from_training_and_judges(raw):
     config = training_view(parse_config(raw))
-    judged = judging_view(config, 1)
+    judged = trial_view(config, 1)
     train = load_split(config.tasks[0], "train")["sentence"]
     held = load_split(judged.tasks[0], "test")["sentence"]
     assert len(train) + len(held) == 24
@@ -63,19 +63,19 @@ def test_without_validation_data_a_tenth_of_train_is_kept_from_training_and_judg
 def test_validation_data_judges_where_there_is_any_and_training_stays_whole(raw, reviews):
     write_jsonl(reviews / "validation.jsonl", [{"sentence": "the joke is warm", "label": 1}] * 3)
     config = training_view(parse_config(raw))
-    judged = judging_view(config, 1)
+    judged = trial_view(config, 1)
     assert len(load_split(config.tasks[0], "train")) == 24
     assert load_split(judged.tasks[0], "test")["sentence"] == ["the joke is warm"] * 3
 
 
 def test_retained_text_is_judged_on_another_split_than_its_scores_come_from(raw):
-    judged = judging_view(training_view(parse_config(raw)), 1)
+    judged = trial_view(training_view(parse_config(raw)), 1)
     assert judged.retention[0].split == "train"
     raw["retention"][0]["split"] = "train"
     with pytest.raises(ConfigError, match="retention_weight: 0"):
-        judging_view(training_view(parse_config(raw)), 1)
+        trial_view(training_view(parse_config(raw)), 1)
     raw["search"]["objective"] = {"retention_weight": 0}
-    assert judging_view(training_view(parse_config(raw)), 1).retention == []
+    assert trial_view(training_view(parse_config(raw)), 1).retention == []
 
 
 # -- where it lies

@@ -11,7 +11,7 @@ from cluster import jobs
 from cluster.jobs import job_id, load_for_cluster, runtime_env
 from pipelines.config.loading import parse_config
 from pipelines.errors import ConfigError
-from pipelines.preflight import portability as places
+from pipelines.preflight import portability
 from pipelines.preflight.machine import _jobs_api, examine
 from tests.conftest import minimal
 
@@ -51,7 +51,7 @@ def test_a_disk_of_this_machine_serves_a_cluster_that_is_this_machine_and_no_oth
     found = problems(load, raw, one_machine=False)
     assert list(found) == ["storage", "base_model.path", "tasks.0.data"]
     assert "lies on a disk of this machine" in found["storage"]
-    monkeypatch.setattr(places, "local_disk", lambda path: None)  # a network file system
+    monkeypatch.setattr(portability, "local_disk", lambda path: None)  # a network file system
     assert load(raw, one_machine=False).storage == raw["storage"]
 
 

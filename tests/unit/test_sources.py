@@ -13,7 +13,7 @@ from pipelines.config.loading import parse_config
 from pipelines.data import sources
 from pipelines.data.files import local_copy
 from pipelines.data.held_out import validation_view
-from pipelines.data.row_places import place
+from pipelines.data.row_locations import row_location
 from pipelines.data.sources import batches, digest_of, load_split, records
 from pipelines.errors import DataError
 from tests.conftest import minimal, write_jsonl
@@ -59,7 +59,7 @@ def test_parts_of_a_split_are_read_by_name(tmp_path, layout):
     assert [row["sentence"] for row in records(load_split(source(tmp_path / "d"), "train"))] == [
         row["sentence"] for row in ROWS
     ]
-    assert place(source(tmp_path / "d"), "train", 21).endswith(f"{layout.format(1)}.jsonl:2")
+    assert row_location(source(tmp_path / "d"), "train", 21).endswith(f"{layout.format(1)}.jsonl:2")
 
 
 def test_text_is_a_document_a_paragraph_or_a_document_a_file(tmp_path):
@@ -136,7 +136,7 @@ def test_a_bucket_is_a_folder_like_any_other(tmp_path, bucket, form):
 
     assert label_set(there).names == ("no", "yes")
     if form != "parquet":
-        assert place(there, "train", 4) == f"s3://tasks/{form}/train.{form}:{5 if form == 'jsonl' else 6}"
+        assert row_location(there, "train", 4) == f"s3://tasks/{form}/train.{form}:{5 if form == 'jsonl' else 6}"
 
 
 def test_what_is_missing_in_a_bucket_is_named(bucket):
@@ -207,4 +207,4 @@ def test_without_validation_a_tenth_of_train_is_held_out_of_it(tmp_path):
     sentences = sorted(row["sentence"] for row in [*kept, *held_out])
     assert sentences == sorted(row["sentence"] for row in ROWS)
     assert digest_of(view, "train") != digest_of(source(tmp_path / "without"), "train")
-    assert "row" in place(view, "test", 1)
+    assert "row" in row_location(view, "test", 1)

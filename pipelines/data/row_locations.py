@@ -25,7 +25,7 @@ def _paths(source: Source, split: str) -> list[str]:
     return [path for group in groups for path in group]
 
 
-def place(source: Source, split: str, row: int) -> str:
+def row_location(source: Source, split: str, row: int) -> str:
     """Where a row (counted from 0) stands: `file:line`, or split and row number where there are no lines."""
     by_number = f"{source.data}, {split} row {row + 1}"
     if re.search(r"[\[+@]", split_expression(source, split)):

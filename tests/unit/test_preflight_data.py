@@ -19,8 +19,8 @@ TESTED = [{"text": "a bright story", "label": 0}, {"text": "a slow joke", "label
 
 
 @pytest.fixture
-def door(tmp_path, model, tokenizer):
-    """(problems, warnings) of one task; files are written into `door.folder`."""
+def check(tmp_path, model, tokenizer):
+    """(problems, warnings) of one task; files are written into `check.folder`."""
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     folder = tmp_path / "data"
@@ -40,23 +40,23 @@ def door(tmp_path, model, tokenizer):
     return check
 
 
-def test_good_data_passes_without_a_word(door):
-    assert door() == ("", "")
+def test_good_data_passes_without_a_word(check):
+    assert check() == ("", "")
 
 
-def test_all_problems_come_at_once(door):
-    write_jsonl(door.folder / "train.jsonl", [*GOOD, {"text": "", "label": 0}, {"text": "a plot", "label": None}])
-    write_jsonl(door.folder / "test.jsonl", [TESTED[0], {"text": None, "label": 1}])
-    problems, _ = door()
-    assert f"{door.folder}/train.jsonl:5: 'text' is empty text; fill it or drop the row" in problems
-    assert f"{door.folder}/train.jsonl:6: the label 'label' is missing; fill it or drop the row" in problems
-    assert f"{door.folder}/test.jsonl:2: 'text' is missing" in problems
+def test_all_problems_come_at_once(check):
+    write_jsonl(check.folder / "train.jsonl", [*GOOD, {"text": "", "label": 0}, {"text": "a plot", "label": None}])
+    write_jsonl(check.folder / "test.jsonl", [TESTED[0], {"text": None, "label": 1}])
+    problems, _ = check()
+    assert f"{check.folder}/train.jsonl:5: 'text' is empty text; fill it or drop the row" in problems
+    assert f"{check.folder}/train.jsonl:6: the label 'label' is missing; fill it or drop the row" in problems
+    assert f"{check.folder}/test.jsonl:2: 'text' is missing" in problems
 
 
-def test_lines_are_those_of_the_file_also_with_blank_ones_between(door):
+def test_lines_are_those_of_the_file_also_with_blank_ones_between(check):
     rows = [json.dumps(row) for row in (*GOOD, {"text": " ", "label": 0})]
-    (door.folder / "train.jsonl").write_text("\n\n".join(rows) + "\n")
-    assert "train.jsonl:9: 'text' is empty text" in door()[0]
+    (check.folder / "train.jsonl").write_text("\n\n".join(rows) + "\n")
+    assert "train.jsonl:9: 'text' is empty text" in check()[0]
 
 
 @pytest.mark.parametrize(
@@ -70,78 +70,78 @@ def test_lines_are_those_of_the_file_also_with_blank_ones_between(door):
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], "test.jsonl:1: label 0 is outside the label set"),
     ],
 )
-def test_wrong_columns_types_and_labels(door, rows, expected):
-    write_jsonl(door.folder / "train.jsonl", rows)
-    assert expected in door()[0]
+def test_wrong_columns_types_and_labels(check, rows, expected):
+    write_jsonl(check.folder / "train.jsonl", rows)
+    assert expected in check()[0]
 
 
-def test_a_label_that_train_lacks_is_found(door):
-    write_jsonl(door.folder / "test.jsonl", [*TESTED, {"text": "x", "label": 2}])
-    assert "the label(s) 'c' never occur in train" in door(labels=["a", "b", "c"])[0]
+def test_a_label_that_train_lacks_is_found(check):
+    write_jsonl(check.folder / "test.jsonl", [*TESTED, {"text": "x", "label": 2}])
+    assert "the label(s) 'c' never occur in train" in check(labels=["a", "b", "c"])[0]
 
 
-def test_one_class_in_test_is_a_warning(door):
-    write_jsonl(door.folder / "test.jsonl", [row | {"label": 1} for row in TESTED])
-    problems, warnings = door()
+def test_one_class_in_test_is_a_warning(check):
+    write_jsonl(check.folder / "test.jsonl", [row | {"label": 1} for row in TESTED])
+    problems, warnings = check()
     assert problems == ""
     assert "task/test: all 2 rows have the same label '1'; scores on it say little" in warnings
 
 
-def test_many_bad_rows_are_counted_not_listed(door):
-    write_jsonl(door.folder / "train.jsonl", [*GOOD, *[{"text": "", "label": 0}] * 50])
-    problems, _ = door()
+def test_many_bad_rows_are_counted_not_listed(check):
+    write_jsonl(check.folder / "train.jsonl", [*GOOD, *[{"text": "", "label": 0}] * 50])
+    problems, _ = check()
     assert len(problems.splitlines()) == 6
     assert "task/train: 45 more rows have such problems" in problems
 
 
-def test_overlap_is_a_warning_with_its_count(door):
+def test_overlap_is_a_warning_with_its_count(check):
     copied = {"text": "the  film is good", "label": 0}  # spaces do not hide it
-    write_jsonl(door.folder / "test.jsonl", [*TESTED, copied, copied])
-    problems, warnings = door()
+    write_jsonl(check.folder / "test.jsonl", [*TESTED, copied, copied])
+    problems, warnings = check()
     assert problems == ""
     assert warnings.startswith("task: 2 of 4 test texts also occur in train")
 
 
-def test_broken_encoding_names_file_line_and_byte(door):
+def test_broken_encoding_names_file_line_and_byte(check):
     for name, line in (("train.jsonl", b'{"text": "caf\xe9", "label": 0}\n'), ("train.csv", b"caf\xe9,1\n")):
-        (door.folder / "train.jsonl").unlink(missing_ok=True)
+        (check.folder / "train.jsonl").unlink(missing_ok=True)
         head = b"text,label\n" if name.endswith("csv") else b""
-        (door.folder / name).write_bytes(head + line * 2)
-        problems, _ = door()
-        assert f"{door.folder}/{name}:{2 if head else 1}: " in problems
+        (check.folder / name).write_bytes(head + line * 2)
+        problems, _ = check()
+        assert f"{check.folder}/{name}:{2 if head else 1}: " in problems
         assert "UTF-8" in problems
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
-def test_truncated_files(door, form):
-    (door.folder / "train.jsonl").unlink()
-    file = door.folder / f"train.{form}"
+def test_truncated_files(check, form):
+    (check.folder / "train.jsonl").unlink()
+    file = check.folder / f"train.{form}"
     if form == "jsonl":
         write_jsonl(file, GOOD)
     elif form == "csv":
         file.write_text("text,label\n" + "".join(f'"{row["text"]}",{row["label"]}\n' for row in GOOD))
     else:
         parquet.write_table(pyarrow.Table.from_pylist(GOOD), file)
-    assert door()[0] == ""
+    assert check()[0] == ""
     content = file.read_bytes()
     file.write_bytes(content[: -len(content) // 3] if form == "parquet" else content[:-5])
-    problems, _ = door()
-    place = {"jsonl": "train.jsonl:4", "csv": "train.csv:5", "parquet": "train.parquet"}[form]
-    assert f"{door.folder}/{place}" in problems
+    problems, _ = check()
+    where = {"jsonl": "train.jsonl:4", "csv": "train.csv:5", "parquet": "train.parquet"}[form]
+    assert f"{check.folder}/{where}" in problems
 
 
-def test_text_that_vanishes_and_answers_that_leave_no_room(door):
-    problems, _ = door(
+def test_text_that_vanishes_and_answers_that_leave_no_room(check):
+    problems, _ = check(
         head="verbalizer", prompt="{text}:", verbalizer=["good", "warm and bright and good"], max_length=8
     )
     assert "nothing of the prompt would be left; raise max_length" in problems
-    assert "has no tokens" in door(head="verbalizer", prompt="{text}:", verbalizer=["good", ""])[0]
-    assert "verbalizer has 1 texts for 2 labels" in door(head="verbalizer", prompt="{text}:", verbalizer=["x"])[0]
+    assert "has no tokens" in check(head="verbalizer", prompt="{text}:", verbalizer=["good", ""])[0]
+    assert "verbalizer has 1 texts for 2 labels" in check(head="verbalizer", prompt="{text}:", verbalizer=["x"])[0]
 
 
-def test_generation_needs_room_to_write(door):
+def test_generation_needs_room_to_write(check):
     task = {"kind": "generation", "prompt": "{text}", "completion": "{label}", "max_new_tokens": 64}
-    assert "tasks.0.max_new_tokens: 64 leaves no room in the model's context of 64 tokens" in door(**task)[0]
+    assert "tasks.0.max_new_tokens: 64 leaves no room in the model's context of 64 tokens" in check(**task)[0]
 
 
 def chat(*turns: tuple[str, str]) -> dict:
@@ -158,32 +158,32 @@ def chat(*turns: tuple[str, str]) -> dict:
         ({"messages": []}, "'messages' is [], expected a list of {role, content}"),
     ],
 )
-def test_chats_that_cannot_be_learned_from(door, row, expected):
-    write_jsonl(door.folder / "train.jsonl", [chat(("user", "a"), ("assistant", "b")), row])
-    write_jsonl(door.folder / "test.jsonl", [chat(("user", "c"), ("assistant", "d"))])
-    problems, _ = door(kind="generation", messages="messages")
-    assert f"{door.folder}/train.jsonl:2" in problems
+def test_chats_that_cannot_be_learned_from(check, row, expected):
+    write_jsonl(check.folder / "train.jsonl", [chat(("user", "a"), ("assistant", "b")), row])
+    write_jsonl(check.folder / "test.jsonl", [chat(("user", "c"), ("assistant", "d"))])
+    problems, _ = check(kind="generation", messages="messages")
+    assert f"{check.folder}/train.jsonl:2" in problems
     assert expected in problems
     assert "needs a chat template" not in problems  # found once the rows are whole
-    write_jsonl(door.folder / "train.jsonl", [chat(("user", "a"), ("assistant", "b"))])
-    assert "messages needs a chat template, the tokenizer has none" in door(kind="generation", messages="messages")[0]
+    write_jsonl(check.folder / "train.jsonl", [chat(("user", "a"), ("assistant", "b"))])
+    assert "messages needs a chat template, the tokenizer has none" in check(kind="generation", messages="messages")[0]
 
 
-def test_choices_and_their_label(door):
+def test_choices_and_their_label(check):
     rows = [{"text": "a", "choices": ["x", "y"], "label": 2}, {"text": "b", "choices": ["x"], "label": 0}]
-    write_jsonl(door.folder / "train.jsonl", rows)
-    write_jsonl(door.folder / "test.jsonl", rows)
-    problems, _ = door(kind="multiple-choice", prompt="{text}", choices="choices")
+    write_jsonl(check.folder / "train.jsonl", rows)
+    write_jsonl(check.folder / "test.jsonl", rows)
+    problems, _ = check(kind="multiple-choice", prompt="{text}", choices="choices")
     assert "train.jsonl:1: label 2 is outside the choices" in problems
     assert "train.jsonl:2: 'choices' is ['x'], expected a list of at least two texts" in problems
 
 
 @pytest.mark.parametrize("template", ["{text.__class__}", "{0}", "{text!r}", "{text", "text}", "{}"])
-def test_templates_hold_plain_names_only(door, template):
+def test_templates_hold_plain_names_only(check, template):
     from pipelines.errors import ConfigError
 
     with pytest.raises(ConfigError) as error:
-        door(head="verbalizer", prompt=template)
+        check(head="verbalizer", prompt=template)
     assert "brace" in str(error.value)
 
 
@@ -213,16 +213,16 @@ PROPERTY = settings(
 )
 
 
-def passes_or_says_why(door, **task) -> None:
+def passes_or_says_why(check, **task) -> None:
     """No crash; what passes can be encoded for training and for scoring."""
     from pipelines.data.sets import evaluation_set, training_examples
 
-    problems, _ = door(**task)
+    problems, _ = check(**task)
     if problems:
         assert all(len(line) > 20 for line in problems.splitlines())
         return
-    raw = {"name": "x", "base_model": {"path": str(door.folder.parent / "base")}}
-    raw["tasks"] = [{"name": "task", "kind": "classification", "data": str(door.folder)} | task]
+    raw = {"name": "x", "base_model": {"path": str(check.folder.parent / "base")}}
+    raw["tasks"] = [{"name": "task", "kind": "classification", "data": str(check.folder)} | task]
     config = parse_config(raw)
     import transformers
 
@@ -233,27 +233,27 @@ def passes_or_says_why(door, **task) -> None:
 
 @PROPERTY
 @given(rows=st.lists(st.fixed_dictionaries({}, optional={"text": CELL, "label": CELL}), max_size=4), task=KINDS)
-def test_any_rows_pass_or_are_explained(door, rows, task):
-    write_jsonl(door.folder / "train.jsonl", rows)
-    write_jsonl(door.folder / "test.jsonl", rows[:2])
-    passes_or_says_why(door, **task)
+def test_any_rows_pass_or_are_explained(check, rows, task):
+    write_jsonl(check.folder / "train.jsonl", rows)
+    write_jsonl(check.folder / "test.jsonl", rows[:2])
+    passes_or_says_why(check, **task)
 
 
 @PROPERTY
 @given(content=st.binary(max_size=60), form=st.sampled_from(["jsonl", "json", "csv", "tsv", "parquet", "txt"]))
-def test_any_bytes_pass_or_are_explained(door, content, form):
-    for file in door.folder.glob("train.*"):
+def test_any_bytes_pass_or_are_explained(check, content, form):
+    for file in check.folder.glob("train.*"):
         file.unlink()
-    (door.folder / f"train.{form}").write_bytes(content)
-    passes_or_says_why(door)
+    (check.folder / f"train.{form}").write_bytes(content)
+    passes_or_says_why(check)
 
 
 @PROPERTY
 @given(data=st.data(), form=st.sampled_from(["jsonl", "csv", "parquet"]))
-def test_any_damage_to_a_good_file_passes_or_is_explained(door, data, form):
-    for file in door.folder.glob("train.*"):
+def test_any_damage_to_a_good_file_passes_or_is_explained(check, data, form):
+    for file in check.folder.glob("train.*"):
         file.unlink()
-    file = door.folder / f"train.{form}"
+    file = check.folder / f"train.{form}"
     if form == "jsonl":
         write_jsonl(file, GOOD)
     elif form == "csv":
@@ -270,4 +270,4 @@ def test_any_damage_to_a_good_file_passes_or_is_explained(door, data, form):
     else:
         content[at:at] = data.draw(st.binary(min_size=1, max_size=4))
     file.write_bytes(bytes(content))
-    passes_or_says_why(door)
+    passes_or_says_why(check)
