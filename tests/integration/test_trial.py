@@ -108,7 +108,7 @@ def test_reports_at_each_rung_and_at_its_end_and_is_not_repeated(spec, group):
     scores = {cell.name: cell.value for cell in run.metrics(spec.step(VALUES).directory).cells}
     assert found["scores"] == scores and found["objective"] == scores["part"]
     assert found["setting"]["training"]["learning_rate"] == 1e-2
-    json.dumps(group.assignments, allow_nan=False)
+    json.dumps([assignment.to_json() for assignment in group.assignments], allow_nan=False)
 
     again = Trial(spec, 1, VALUES, group)
     assert [told(again) for _ in reports] == reports

@@ -5,12 +5,13 @@ import shutil
 import pytest
 from sample_run import make_config, make_run
 
+from pipelines.chain.driver import run_chain
 from pipelines.chain.plan import make_plan
 from pipelines.chain.results import build_results
 from pipelines.chain.start import find_start
 from pipelines.config.loading import parse_config
 from pipelines.data.sources import digest_of
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, RunDirectoryError
 from pipelines.promotion.publish import sync
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import lineage
@@ -178,3 +179,15 @@ def test_what_was_trained_before_is_judged_by_what_is_left_of_it(raw, earlier):
     assert found["learning_accuracy"] == 0.8
     assert found["backward_transfer"] == pytest.approx(-0.2)
     assert found["forgetting"] == pytest.approx(0.2)
+
+
+def test_a_start_that_is_gone_is_told_before_any_worker_starts(tmp_path):
+    first = make_run(tmp_path, name="first", tasks=("mrpc", "sst2"))
+    step = first.results().steps[-1]
+    start_from = f"{first.uri}/{step.fingerprint}"
+    config = make_config(tmp_path, name="next", tasks=("biomed",), retention=(), start_from=start_from)
+    run = RunDirectory(config.run_uri)
+    record_start(run, make_plan(config, run).start)  # an interrupted run knows what it began with
+    first.remove(f"{step.directory}/metrics.json")
+    with pytest.raises(RunDirectoryError, match=r"start_from: .*metrics\.json is missing"):
+        run_chain(config, group=object())
