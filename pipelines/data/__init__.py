@@ -1,1 +1,1 @@
-"""Sources, kinds of task, tokens."""
+"""Rows from any source, kinds of task, token ids."""

@@ -202,7 +202,7 @@ class Segment:
         cells = self.scoring.score(model, plan.directory, work.assignment.missing.get(plan.directory, []))
         found = {"cells": cells, "self_test": self.scoring.self_test(model)}
         evaluate_seconds = time.time() - begun
-        held, whole = engine.local_numbers(self.resident.base)
+        held, whole = engine.parameters_held(self.resident.base)
         self.resident.detach(model)
         gc.collect()
         seconds = trained.pop("seconds")
