@@ -31,6 +31,7 @@ from pipelines.preflight.hub import hub_available
 from pipelines.preflight.portability import open_secrets, unshared
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.lease import acquire_lease
+from pipelines.runs.results import Results
 from pipelines.runs.verdict import Verdict
 
 
@@ -242,11 +243,11 @@ class _Tick:
         chain = PipelineConfig.model_validate(self.ledger.body(accepted)["config"])
         submitted = [d for d in self.ledger.of(accepted.domain, accepted.stamp) if d.state == "submitted"]
         job = self.cluster.job(self.ledger.body(submitted[-1])["job"]) if submitted else None
-        results = RunDirectory(chain.run_uri).results() or {}
+        results = RunDirectory(chain.run_uri).results()
         if job is not None and not job.over:
             self._say(accepted.domain, f"job {job.id} is at work")
             self.outcome.at_work = True
-        elif results.get("status") == "finished" and (job is None or job.status == "SUCCEEDED"):
+        elif results and results.is_finished and (job is None or job.status == "SUCCEEDED"):
             self._finish(accepted, chain, results)
         elif len(submitted) < self.domains.max_attempts:
             self._submit(accepted.domain, accepted.stamp, chain)
@@ -257,8 +258,8 @@ class _Tick:
             self.ledger.record(accepted.domain, accepted.stamp, "failed", run=chain.name, reasons=[reason])
             self._say(accepted.domain, f"failed: {reason}")
 
-    def _finish(self, accepted: Decision, chain: PipelineConfig, results: dict) -> None:
-        gate, registry = results.get("gate") or {}, results.get("registry") or {}
+    def _finish(self, accepted: Decision, chain: PipelineConfig, results: Results) -> None:
+        gate, registry = results.gate or {}, results.registry or {}
         verdict = Verdict.of(gate)
         fields = {"verdict": verdict.value, "reasons": gate.get("reasons", []), "version": registry.get("uri")}
         fields |= {"run": chain.name, "run_uri": chain.run_uri, "promoted": registry.get("promoted", False)}

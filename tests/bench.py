@@ -88,7 +88,8 @@ class Bench:
         from pipelines.config.loading import load_config
 
         found = load_config(config, overrides)
-        return json.loads(json.dumps(run_chain(found, group=self.warm.group(found), **options)))
+        results = run_chain(found, group=self.warm.group(found), **options).to_json()
+        return json.loads(json.dumps(results))
 
     def command(self, *arguments: str, code: int = 0) -> str:
         """stdout of a `curlora` command that ends well, stderr of one that does not, in this process."""

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipelines.chain.plan import Plan, make_plan, planned
@@ -21,8 +21,10 @@ from pipelines.lineage.background import Projector
 from pipelines.preflight.data import check_data
 from pipelines.promotion.publish import already_published, publish
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.event import Event
 from pipelines.runs.identity import StepPlan
 from pipelines.runs.lease import Lease, acquire_lease
+from pipelines.runs.results import Results
 from pipelines.runs.start import record_start
 from pipelines.search import run_search, step_search
 from pipelines.workers.assignment import Assignment
@@ -46,7 +48,7 @@ class Drive:
     run: RunDirectory
     lease: Lease
     projector: Projector
-    on_event: Callable[[dict], None]
+    on_event: Callable[[Event], None]
     groups: list = field(init=False)
     supervisor: Supervisor = field(init=False)
 
@@ -56,23 +58,23 @@ class Drive:
             groups[0], self.run, self.config.durability, lambda: _progress_made(self), self.handle
         )
 
-    def handle(self, event: dict) -> None:
+    def handle(self, event: Event) -> None:
         """Report an event; a published step is projected at once."""
         self.on_event(event)
-        if event["kind"] == "published":
+        if event.kind == "published":
             _save_results(self.run, self.config, self.plan, "running")
             self.projector.poke()
 
 
 def run_chain(
     config: PipelineConfig,
-    on_event: Callable[[dict], None] = lambda event: None,
+    on_event: Callable[[Event], None] = lambda event: None,
     verbose: bool = False,
     segment_length: int | None = None,
     address: str | None = None,
     redo: Sequence[str] = (),
     group: WorkerGroup | None = None,
-) -> dict:
+) -> Results:
     """Do what is missing of a run and return its results.
 
     Args:
@@ -91,9 +93,9 @@ def run_chain(
     """
     run = RunDirectory(config.run_uri)
     with contextlib.ExitStack() as stack:
-        if not group and (run.results() or {}).get("status") != "finished":
+        if not group and not run.is_finished:
             stack.enter_context(early_cluster(verbose, address))
-        problems = check_data(config, warn=lambda text: on_event({"kind": "warning", "text": text}))
+        problems = check_data(config, warn=lambda text: on_event(Event("warning", text=text)))
         if problems:
             raise ConfigError(problems)
         config, plan = planned(config, run)
@@ -111,7 +113,7 @@ def run_chain(
                 _train(drive, groups, segment_length)
             plan = drive.plan
         results = _save_results(run, config, plan, "finished")
-        return _publish(run, config, results, projector, on_event) | {"ran": ran}
+        return replace(_publish(run, config, results, projector, on_event), ran=ran)
 
 
 def _train(drive: Drive, groups: list, segment_length: int | None) -> None:
@@ -204,12 +206,10 @@ def _check_files(run: RunDirectory, plan: Plan) -> None:
     """Raises RunDirectoryError if a finished step lacks what it published (adapter, heads, strategy state)."""
     problems = []
     if plan.start and plan.missing_steps(run):
-        files = (plan.start.run.metrics(plan.start.directory) or {"files": {"metrics.json": {"bytes": None}}})["files"]
-        for name in plan.start.run.damaged_files(plan.start.directory, files):
+        for name in _damaged(plan.start.run, plan.start.directory):
             problems.append(f"start_from: {plan.start.run_uri}/{plan.start.directory}/{name} is missing or damaged")
     for step in plan.steps:
-        metrics = run.metrics(step.directory)
-        for name in run.damaged_files(step.directory, (metrics or {}).get("files", {})):
+        for name in _damaged(run, step.directory) if run.metrics(step.directory) else ():
             problems.append(
                 f"{step.directory}/{name} is missing or has another size, though the step is finished; restore it, "
                 f"or train the step again: --redo {step.label}"
@@ -218,19 +218,25 @@ def _check_files(run: RunDirectory, plan: Plan) -> None:
         raise RunDirectoryError("\n".join(problems))
 
 
-def _publish(run: RunDirectory, config: PipelineConfig, results: dict, projector: Projector, on_event) -> dict:
+def _damaged(run: RunDirectory, directory: str) -> list[str]:
+    """What of a step's files is missing or damaged; `metrics.json` where there is no finished step at all."""
+    metrics = run.metrics(directory)
+    return run.damaged_files(directory, metrics.files or {}) if metrics else ["metrics.json"]
+
+
+def _publish(run: RunDirectory, config: PipelineConfig, results: Results, projector: Projector, on_event) -> Results:
     """Verdict, report, lineage and registry; they follow the run directory and are made anew only where it changed."""
     if done := already_published(run, config, results):
         run.write_json("results.json", done)
         return done
-    on_event({"kind": "reporting"})
+    on_event(Event("reporting"))
     results, warnings = publish(run, config, results, projector.finish)
     for text in warnings:
-        on_event({"kind": "warning", "text": text})
+        on_event(Event("warning", text=text))
     return results
 
 
-def _save_results(run: RunDirectory, config: PipelineConfig, plan: Plan, status: str) -> dict:
+def _save_results(run: RunDirectory, config: PipelineConfig, plan: Plan, status: str) -> Results:
     results = build_results(config, plan, run, status)
     run.write_json("results.json", results)
     return results
@@ -267,7 +273,7 @@ def _search(drive: Drive) -> None:
     where = step_search.place(drive.config, step.position, step.parent, plan.base_fingerprint)
     parent = plan.steps[step.position - 2].directory if step.position > 1 else None
 
-    def on_event(event: dict) -> None:
+    def on_event(event: Event) -> None:
         drive.on_event(event)
         drive.projector.poke()
 

@@ -63,7 +63,7 @@ class Plan:
             if directory not in known:
                 continue
             row = run.metrics(directory)
-            keys = {cell["key"] for cell in row["cells"]} if row else set()
+            keys = {cell.key for cell in row.cells} if row else set()
             missing[directory] = [name for name in names if self.cell_keys[name] not in keys]
         return missing
 

@@ -85,19 +85,19 @@ def _read(config: PipelineConfig, run_uri: str, step: str) -> Start:
     except ConfigError as error:
         raise _fault(error.problems[0].message) from error
     metrics, base = run.metrics(directory), run.config().base_model
-    if metrics["position"] == 0:
+    if metrics.position == 0:
         raise _fault(f"'{config.start_from}' is what that run began with; name a step that was trained")
     return Start(
         named=config.start_from,
         run_uri=run_uri,
         directory=directory,
-        fingerprint=metrics["fingerprint"],
-        base_fingerprint=results["base_fingerprint"],
-        depth=metrics.get("depth", metrics["position"]),
+        fingerprint=metrics.fingerprint,
+        base_fingerprint=results.base_fingerprint,
+        depth=metrics.position if metrics.depth is None else metrics.depth,
         digests=_learned(run, directory),
         base={"path": base.path, "dtype": base.dtype, "quantization": base.quantization},
-        adapter=metrics["setting"]["adapter"],
-        strategy=metrics["setting"]["strategy"]["name"] if run.exists(f"{directory}/strategy") else None,
+        adapter=metrics.setting.adapter,
+        strategy=metrics.setting.strategy["name"] if run.exists(f"{directory}/strategy") else None,
     )
 
 
@@ -106,7 +106,7 @@ def _learned(run: RunDirectory, directory: str) -> dict[str, str]:
     record, newest_first = run.read_json(RECORD), []
     for metrics in lineage(run, directory):
         newest_first += reversed(trained_on(metrics).items())
-        if metrics.get("parent_run") and record and record["fingerprint"] == metrics["parent"]:
+        if metrics.parent_run and record and record["fingerprint"] == metrics.parent:
             newest_first += reversed(record["digests"].items())
             break  # a chain of a thousand runs is read in one
     return dict(reversed(newest_first))

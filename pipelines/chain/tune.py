@@ -11,6 +11,7 @@ from pipelines.errors import ConfigError, Problem, did_you_mean
 from pipelines.lineage.background import Projector
 from pipelines.preflight.data import check_data, check_trial_data
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.event import Event
 from pipelines.runs.identity import StepPlan
 from pipelines.runs.lease import acquire_lease
 from pipelines.search import run_search, step_search
@@ -22,7 +23,7 @@ EXAMPLE = "search: {space: {training.learning_rate: {low: 1.0e-4, high: 1.0e-1, 
 def tune(
     config: PipelineConfig,
     task: str | None = None,
-    on_event: Callable[[dict], None] = lambda event: None,
+    on_event: Callable[[Event], None] = lambda event: None,
     verbose: bool = False,
     address: str | None = None,
 ) -> dict:
@@ -36,7 +37,7 @@ def tune(
     """
     if config.search is None:
         raise ConfigError([Problem("search", f"is null; say what to search, e.g. {EXAMPLE}")])
-    problems = check_data(config, warn=lambda text: on_event({"kind": "warning", "text": text}))
+    problems = check_data(config, warn=lambda text: on_event(Event("warning", text=text)))
     if problems:
         raise ConfigError(problems)
     run = RunDirectory(config.run_uri)
@@ -61,7 +62,7 @@ def tune(
                 found = run_search.search(where, run, parent, plan.base_directory, lease, groups, on_event)
         _, warning = Projector(run, config, [step.fingerprint for step in plan.decided]).finish()
         if warning:
-            on_event({"kind": "warning", "text": warning})
+            on_event(Event("warning", text=warning))
         return found
 
 

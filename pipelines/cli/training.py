@@ -12,6 +12,7 @@ import click
 from pipelines.cli.helpers import at_work, new_console, number_list, with_bar
 from pipelines.config.paths import CONFIGS
 from pipelines.errors import ConfigError, DemoError
+from pipelines.runs.event import Event
 
 
 @click.command()
@@ -74,9 +75,9 @@ def _run(path, overrides, as_json, verbose, address=None, segment_length=None, r
     with at_work(as_json), ChainProgress(console, steps, config.name) as progress:
         results = run_chain(config, progress, verbose, segment_length, address, redo)
     if as_json:
-        click.echo(json.dumps(results, indent=1))
+        click.echo(json.dumps(results.to_json(), indent=1))
         return
-    if not results.pop("ran"):
+    if not results.ran:
         console.print("Everything is done already; nothing was trained.")
     print_summary(results, console)
     print_verdict(results, console)
@@ -212,9 +213,9 @@ def compare(
     )
     console = new_console(err=as_json)
 
-    def report(event: dict) -> None:
-        if event["kind"] in ("run", "warning"):
-            console.print(event.get("text") or event["name"], highlight=False)
+    def report(event: Event) -> None:
+        if event.kind in ("run", "warning"):
+            console.print(event.text or event.name, highlight=False)
 
     with at_work(as_json):
         result = run_comparison(comparison, verbose, address, report, parallel)

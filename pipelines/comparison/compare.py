@@ -27,7 +27,9 @@ from pipelines.data.held_out import validation_view
 from pipelines.errors import ConfigError, Problem, RunFailed
 from pipelines.metrics.paired import mean_and_error
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.event import Event
 from pipelines.runs.identity import fingerprint
+from pipelines.runs.results import Results
 from pipelines.search.objective import loss_of
 from pipelines.workers.group import WorkerGroup, groups_that_fit
 from pipelines.workers.ray_cluster import cluster, gpus_per_worker
@@ -81,7 +83,7 @@ class GroupPool:
             self._idle.put(group)
         self._active: set[str] = set()  # URIs of the runs in progress
 
-    def run(self, configs: Sequence[PipelineConfig]) -> list[dict | None]:
+    def run(self, configs: Sequence[PipelineConfig]) -> list[Results | None]:
         """Train what is missing; results.json of each run, None where training failed. Ctrl-C stops all of them."""
         with ThreadPoolExecutor(len(self.groups), thread_name_prefix="run") as threads:
             futures = [threads.submit(self._run_one, config) for config in configs]
@@ -94,7 +96,7 @@ class GroupPool:
                     RunDirectory(uri).request_stop("the comparison ends")
                 raise
 
-    def _run_one(self, config: PipelineConfig) -> dict | None:
+    def _run_one(self, config: PipelineConfig) -> Results | None:
         group = self._idle.get()
         self._active.add(config.run_uri)
         try:
@@ -161,22 +163,22 @@ def tuning_config(comparison: Comparison, method: Method, rate: float) -> Pipeli
     return config.model_copy(update={"tasks": tasks})
 
 
-def validation_loss(results: dict) -> float:
+def validation_loss(results: Results) -> float:
     """Mean over the tasks of the NLL (text) or 1 − score (all others)."""
-    last = [value for value in results["scores"][-1] if value is not None]
-    metrics = [results["metric"][task] for task in results["tasks"]]
-    losses = [loss_of({"value": value, "metric": metric}) for value, metric in zip(last, metrics, strict=True)]
+    last = [value for value in results.scores[-1] if value is not None]
+    metrics = [results.metric[task] for task in results.tasks]
+    losses = [loss_of(value, metric) for value, metric in zip(last, metrics, strict=True)]
     return math.fsum(losses) / len(losses)
 
 
-def _run(config: PipelineConfig, group: WorkerGroup, on_event) -> dict | None:
+def _run(config: PipelineConfig, group: WorkerGroup, on_event) -> Results | None:
     """Train what a run is missing; its results.json, or None if training failed."""
     _reuse_base_scores(config, make_plan(config))
-    on_event({"kind": "run", "name": config.name})
+    on_event(Event("run", name=config.name))
     try:
         return run_chain(config, on_event, group=group)
     except RunFailed as error:
-        on_event({"kind": "warning", "text": f"{config.name} failed: {error}"})
+        on_event(Event("warning", text=f"{config.name} failed: {error}"))
         return None
 
 
@@ -224,7 +226,7 @@ def _finished(comparison: Comparison, method: Method, rates: dict) -> dict[int, 
     """Seed → finished run of the method."""
     uris = {s: _config_of_run(comparison, method, s, rates[method.name]).run_uri for s in comparison.seeds}
     runs = {seed: RunDirectory(uri) for seed, uri in uris.items()}
-    return {seed: run for seed, run in runs.items() if (run.results() or {}).get("status") == "finished"}
+    return {seed: run for seed, run in runs.items() if run.is_finished}
 
 
 def _summary(runs: list[RunDirectory], rate: float | None) -> dict:
@@ -236,10 +238,10 @@ def _summary(runs: list[RunDirectory], rate: float | None) -> dict:
     return summary
 
 
-def _figure(results: dict, key: str) -> float | None:
+def _figure(results: Results, key: str) -> float | None:
     if key not in ("tokens_per_second", "peak_memory_bytes"):
-        return results[key]
-    values = [step[key] for step in results["steps"] if step[key]]
+        return getattr(results, key)
+    values = [value for step in results.steps if (value := getattr(step, key))]
     if not values:
         return None
     return max(values) if key == "peak_memory_bytes" else math.fsum(values) / len(values)

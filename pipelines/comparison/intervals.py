@@ -24,7 +24,7 @@ def paired_intervals(runs: Mapping[int, RunDirectory], reference: Mapping[int, R
     pairs = [(run, reference[seed]) for seed, run in runs.items() if seed in reference]
     if not pairs:
         return None
-    tasks = pairs[0][0].results()["tasks"]
+    tasks = pairs[0][0].results().tasks
     learning, forgetting = [], []
     for position, task in enumerate(tasks):
         ours = [example_outcomes(run, position, task) for run, _ in pairs]
@@ -51,11 +51,11 @@ class Outcomes:
 
 def example_outcomes(run: RunDirectory, position: int, task: str) -> Outcomes | None:
     """None where the run has no row of its own for the task (joint training)."""
-    steps = run.results()["steps"]
-    if len(steps) <= position or steps[position]["task"] != task:
+    steps = run.results().steps
+    if len(steps) <= position or steps[position].task != task:
         return None
-    after, weight = _scores(run.read_jsonl(f"{steps[position]['directory']}/predictions/{task}.jsonl"))
-    end, _ = _scores(run.read_jsonl(f"{steps[-1]['directory']}/predictions/{task}.jsonl"))
+    after, weight = _scores(run.read_jsonl(f"{steps[position].directory}/predictions/{task}.jsonl"))
+    end, _ = _scores(run.read_jsonl(f"{steps[-1].directory}/predictions/{task}.jsonl"))
     return Outcomes(after, end, weight)
 
 

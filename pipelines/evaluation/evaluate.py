@@ -9,7 +9,6 @@ collective operation. What the scores of sequences mean is the kind's business (
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import nn
@@ -21,33 +20,7 @@ from pipelines.evaluation.batching import make_batches, make_question_batches
 from pipelines.evaluation.scorers import SCORERS
 from pipelines.metrics import score_matrix
 from pipelines.metrics.answers import majority_rate
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of the score matrix, or one retention figure. `nll` is nats a token; `value` is what `metric` says;
-    `extras` are other metrics of the same outcomes; `loss` is the cross-entropy of the right class, where there are
-    classes."""
-
-    name: str
-    role: str
-    metric: str
-    value: float
-    nll: float | None
-    perplexity: float | None
-    count: int
-    tokens: int | None
-    majority: float | None
-    digest: str
-    key: str
-    seconds: float
-    time: float
-    higher_is_better: bool = True
-    extras: dict[str, float] = field(default_factory=dict)
-    loss: float | None = None
-
-    def to_json(self) -> dict:
-        return asdict(self)
+from pipelines.runs.step_record import Cell
 
 
 def evaluate(

@@ -20,6 +20,7 @@ from pipelines.inference.predict import load_trained
 from pipelines.models.adapters import adapter_prefix
 from pipelines.reporting.drawing import new_figure, render, series_style
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.results import StepSummary
 
 
 def lines(run: RunDirectory, points: int = 5, max_examples: int | None = None) -> list[dict]:
@@ -39,7 +40,8 @@ def lines(run: RunDirectory, points: int = 5, max_examples: int | None = None) -
     if max_examples:
         evaluation = config.evaluation.model_copy(update={"max_examples": max_examples})
         config = config.model_copy(update={"evaluation": evaluation})
-    steps = [step for step in (run.results() or {}).get("steps", []) if run.metrics(step["directory"])]
+    results = run.results()
+    steps = [step for step in (results.steps if results else ()) if run.metrics(step.directory)]
     if len(steps) < 2:
         raise ConfigError([Problem(run.name, "has fewer than two finished steps; a line needs two")])
     if config.adapter.carry == "stack" or config.adapter.type == "none":
@@ -49,9 +51,11 @@ def lines(run: RunDirectory, points: int = 5, max_examples: int | None = None) -
     return [_line(run, config, first, second, at) for first, second in itertools.pairwise(steps)]
 
 
-def _line(run: RunDirectory, config: PipelineConfig, first: dict, second: dict, at: Sequence[float]) -> dict:
-    begin = _weights(load_trained(run, first["fingerprint"]).model)
-    trained = load_trained(run, second["fingerprint"])
+def _line(
+    run: RunDirectory, config: PipelineConfig, first: StepSummary, second: StepSummary, at: Sequence[float]
+) -> dict:
+    begin = _weights(load_trained(run, first.fingerprint).model)
+    trained = load_trained(run, second.fingerprint)
     end = _weights(trained.model)
     sources = [task for task in config.tasks if task.name in trained.tasks] + list(config.retention)
     sets = [evaluation_set(s, trained.tokenizer, config, trained.context) for s in sources]
@@ -64,7 +68,7 @@ def _line(run: RunDirectory, config: PipelineConfig, first: dict, second: dict, 
         for encoded in sets:
             cell, _ = evaluate(trained.model, encoded, world, config.evaluation.batch_tokens, role="line", key="")
             loss[encoded.name].append(cell.value if cell.metric == "nll" else 1 - cell.value)
-    return {"from": first["task"], "to": second["task"], "at": list(at), "loss": loss}
+    return {"from": first.task, "to": second.task, "at": list(at), "loss": loss}
 
 
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, Problem, RunDirectoryError, did_you_mean
 from pipelines.evaluation.evaluate import score
 from pipelines.models import heads
-from pipelines.models.base import load_base, load_tokenizer
+from pipelines.models.base import context_length, load_base, load_tokenizer
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import choose_step
 
@@ -91,7 +91,7 @@ def load_folder(folder: Path | None, config: PipelineConfig, tasks: Iterable[str
     """Base with the adapter and heads of a folder (a step directory, or a copy of its files); None: the bare base."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_base(config.base_model, device)
-    context = int(getattr(model.config, "max_position_embeddings", None) or 1024)
+    context = context_length(model.config)
     if folder is not None:
         model = _with_adapter(model, folder, config)
     return Trained(config, model.to(device).eval(), load_tokenizer(config.base_model), context, frozenset(tasks))
@@ -117,10 +117,10 @@ def _tasks_until(run: RunDirectory, directory: str) -> frozenset[str]:
     tasks: set[str] = set()
     try:
         for _, _, metrics in run.ancestors(directory):
-            tasks |= set(metrics["tasks"])
+            tasks |= set(metrics.tasks)
     except RunDirectoryError:  # the run that it started from is gone; results.json says what that one had learned
-        learned_at = (run.results() or {}).get("learned_at", {})
-        tasks |= {name for name, row in learned_at.items() if row == 0}
+        results = run.results()
+        tasks |= {name for name, row in results.learned_at.items() if row == 0} if results else set()
     return frozenset(tasks)
 
 

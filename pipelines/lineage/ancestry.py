@@ -18,7 +18,8 @@ from pipelines.errors import ConfigError, Problem
 from pipelines.lineage.mlflow_records import PREFIX, finite, flatten, identity, search_runs
 from pipelines.lineage.store import connect, errors, quiet
 from pipelines.runs.directory import RunDirectory
-from pipelines.runs.records import Point, choose_step, label_of, score_points
+from pipelines.runs.records import Point, choose_step, score_points
+from pipelines.runs.step_record import StepRecord
 
 SETTINGS = ("adapter", "strategy", "training")
 
@@ -133,19 +134,19 @@ def from_run(run: RunDirectory, directory: str) -> Ancestry:
     return Ancestry(run.config().base_model.path, tuple(reversed(links)))
 
 
-def _link_of_step(run: RunDirectory, directory: str, metrics: dict) -> Link:
+def _link_of_step(run: RunDirectory, directory: str, metrics: StepRecord) -> Link:
     return Link(
-        position=metrics["position"],
-        label=label_of(metrics) if metrics["position"] else "base",
-        fingerprint=metrics["fingerprint"],
-        parent=metrics["parent"],
+        position=metrics.position,
+        label=metrics.label,
+        fingerprint=metrics.fingerprint,
+        parent=metrics.parent,
         run_uri=identity(run),
         step_directory=directory,
-        tasks=tuple(metrics["tasks"]),
-        data={name: dict(splits["train"]) for name, splits in metrics.get("data", {}).items()},
-        settings=flatten({name: metrics["setting"][name] for name in SETTINGS} if "setting" in metrics else {}),
+        tasks=metrics.tasks,
+        data={name: data.train.to_json() for name, data in (metrics.data or {}).items()},
+        settings=flatten({name: getattr(metrics.setting, name) for name in SETTINGS} if metrics.setting else {}),
         scores=_scores(score_points(metrics)),
-        finished=round(metrics["finished"], 3),
+        finished=round(metrics.finished, 3),
     )
 
 
@@ -249,19 +250,19 @@ def _base_link(client, chain) -> Link:
     """Row 0 trained nothing and has no run of its own; the chain's artifacts hold what was measured."""
     with tempfile.TemporaryDirectory() as scratch:
         path = client.download_artifacts(chain.info.run_id, "base/metrics.json", scratch)
-        metrics = json.loads(Path(path).read_text())
+        metrics = StepRecord.from_json(json.loads(Path(path).read_text()))
     return Link(
         position=0,
         label="base",
-        fingerprint=metrics["fingerprint"],
+        fingerprint=metrics.fingerprint,
         parent=None,
         run_uri=chain.data.tags[PREFIX + "run_uri"],
-        step_directory=f"steps/0-base-{metrics['fingerprint'][:8]}",
+        step_directory=f"steps/0-base-{metrics.fingerprint[:8]}",
         tasks=(),
         data={},
         settings={},
         scores=_scores(score_points(metrics)),
-        finished=round(metrics["finished"], 3),
+        finished=round(metrics.finished, 3),
     )
 
 

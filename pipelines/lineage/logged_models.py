@@ -24,6 +24,7 @@ from pipelines.lineage.mlflow_records import PREFIX, TAG_LENGTH, flatten, where_
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.environment import versions
 from pipelines.runs.records import Steps
+from pipelines.runs.step_record import StepRecord
 
 MODEL_TYPE = "curlora-adapter"
 
@@ -45,7 +46,7 @@ class Adapter:
 
     run: RunDirectory
     directory: str
-    metrics: dict
+    metrics: StepRecord
     config: PipelineConfig
     base_fingerprint: str
 
@@ -56,11 +57,11 @@ class Adapter:
     @property
     def task(self) -> str:
         """The one learned last: who asks without naming a task means it."""
-        return self.metrics["tasks"][-1]
+        return self.metrics.tasks[-1]
 
     @property
     def name(self) -> str:
-        return f"{self.run.name}-{self.metrics['position']}-{self.task}"[:200]
+        return f"{self.run.name}-{self.metrics.position}-{self.task}"[:200]
 
 
 def write_model(adapter: Adapter, target: Path, model_id: str | None = None) -> None:
@@ -89,8 +90,8 @@ def facts(adapter: Adapter) -> dict:
     return {
         "run_uri": adapter.run.uri,
         "step_directory": adapter.directory,
-        "step_fingerprint": adapter.metrics["fingerprint"],
-        "parent_fingerprint": adapter.metrics["parent"],
+        "step_fingerprint": adapter.metrics.fingerprint,
+        "parent_fingerprint": adapter.metrics.parent,
         "base_fingerprint": adapter.base_fingerprint,
         "task": adapter.task,
         "tasks": adapter.tasks,
@@ -101,7 +102,7 @@ def _write_step(adapter: Adapter, step: Path) -> None:
     """Adapter and heads as published, with a configuration that needs none of the data."""
     step.mkdir()
     run, source = adapter.run, adapter.run.path(adapter.directory)
-    for name in adapter.metrics.get("files", {}):
+    for name in adapter.metrics.files or {}:
         if not name.startswith("strategy/"):
             (step / name).parent.mkdir(parents=True, exist_ok=True)
             (step / name).write_bytes(run.fs.cat_file(f"{source}/{name}"))
@@ -146,21 +147,22 @@ class LoggedModels:
             if not token:
                 return models
 
-    def send(self, child, directory: str, metrics: dict) -> str:
+    def send(self, child, directory: str, metrics: StepRecord) -> str:
         """Make a step's model, or complete it, and link it to the child run; its id."""
         adapter = self._adapter(directory, metrics)
-        model = self.found.get(metrics["fingerprint"]) or self._create(child, adapter)
+        model = self.found.get(metrics.fingerprint) or self._create(child, adapter)
         if str(model.status) != "READY":
             with tempfile.TemporaryDirectory() as scratch:
                 folder = Path(scratch) / "model"
                 write_model(adapter, folder, model.model_id)
                 self.client.log_model_artifacts(model.model_id, str(folder))
             model = self.client.finalize_logged_model(model.model_id, "READY")
-        self.found[metrics["fingerprint"]] = model
+        self.found[metrics.fingerprint] = model
         self._link(child.info.run_id, model, metrics)
         return model.model_id
 
     def _create(self, child, adapter: Adapter):
+        setting = adapter.metrics.setting
         values = {key: str(value) for key, value in facts(adapter).items() if not isinstance(value, list)}
         tags = values | {"chain": self.chain_id, "tasks": ",".join(adapter.tasks), "run": self.run.name}
         return self.client.create_logged_model(
@@ -168,24 +170,24 @@ class LoggedModels:
             adapter.name,
             child.info.run_id,
             {PREFIX + key: value[:TAG_LENGTH] for key, value in tags.items()},
-            flatten(adapter.metrics.get("setting", {})),
+            flatten(setting.to_json() if setting else {}),
             MODEL_TYPE,
         )
 
-    def _link(self, run_id: str, model, metrics: dict) -> None:
+    def _link(self, run_id: str, model, metrics: StepRecord) -> None:
         """As output of its run, with the parent adapter as input. MLflow would add both again every time."""
         from mlflow.entities import LoggedModelInput  # slow
 
         run = self.client.get_run(run_id)
-        self._add_outputs(run, {model.model_id: metrics["position"]})
+        self._add_outputs(run, {model.model_id: metrics.position})
         given = {found.model_id for found in run.inputs.model_inputs}
-        parent = self.found.get(metrics["parent"])
+        parent = self.found.get(metrics.parent)
         if parent and parent.model_id not in given:
             self.client.log_inputs(run_id, models=[LoggedModelInput(parent.model_id)])
 
     def link_chain(self, chain) -> None:
         """All models as outputs of the chain's run, given as it was before."""
-        positions = {metrics["fingerprint"]: metrics["position"] for _, metrics in self.steps}
+        positions = {metrics.fingerprint: metrics.position for _, metrics in self.steps}
         made = {m.model_id: positions[name] for name, m in self.found.items() if name in positions}
         self._add_outputs(chain, made)
 
@@ -198,21 +200,21 @@ class LoggedModels:
         if missing:
             self.client.log_outputs(run.info.run_id, missing)
 
-    def _adapter(self, directory: str, metrics: dict) -> Adapter:
-        tasks = learned_tasks(self._history(metrics["position"]))
-        base = self._earlier[-1][1]["fingerprint"] if self._earlier else self.steps[0][1]["fingerprint"]
+    def _adapter(self, directory: str, metrics: StepRecord) -> Adapter:
+        tasks = learned_tasks(self._history(metrics.position))
+        base = self._earlier[-1][1].fingerprint if self._earlier else self.steps[0][1].fingerprint
         return Adapter(self.run, directory, metrics, self.config.model_copy(update={"tasks": tasks}), base)
 
-    def _history(self, position: int) -> list[tuple[PipelineConfig, dict]]:
+    def _history(self, position: int) -> list[tuple[PipelineConfig, StepRecord]]:
         """(configuration, metrics.json) of every step up to a position, those of other runs included."""
-        earlier = [(config, metrics) for config, metrics in reversed(self._earlier) if metrics["position"]]
-        return earlier + [(self.config, m) for _, m in self.steps if 0 < m["position"] <= position]
+        earlier = [(config, metrics) for config, metrics in reversed(self._earlier) if metrics.position]
+        return earlier + [(self.config, m) for _, m in self.steps if 0 < m.position <= position]
 
     @functools.cached_property
-    def _earlier(self) -> list[tuple[PipelineConfig, dict]]:
+    def _earlier(self) -> list[tuple[PipelineConfig, StepRecord]]:
         """What the chain's first step grew from in other runs, the nearest first, the base last."""
-        first_directory, first = next((d, m) for d, m in self.steps if m["position"])
-        if not first.get("parent_run"):
+        first_directory, first = next((d, m) for d, m in self.steps if m.position)
+        if not first.parent_run:
             return []
         configs: dict[str, PipelineConfig] = {}
         found = []
@@ -223,7 +225,7 @@ class LoggedModels:
 
 
 # -- tasks
-def learned_tasks(links: Sequence[tuple[PipelineConfig, dict]]) -> list[TaskSource]:
+def learned_tasks(links: Sequence[tuple[PipelineConfig, StepRecord]]) -> list[TaskSource]:
     """The tasks of an ancestry, each as its own run asks it, with the class names that its step recorded.
 
     Args:
@@ -232,14 +234,14 @@ def learned_tasks(links: Sequence[tuple[PipelineConfig, dict]]) -> list[TaskSour
     found: dict[str, TaskSource] = {}
     for config, metrics in links:
         known = {task.name: task for task in config.tasks}
-        for name in metrics["tasks"]:
+        for name in metrics.tasks:
             if name in known:
                 found[name] = _with_classes(known[name], metrics)
     return list(found.values())
 
 
-def _with_classes(task: TaskSource, metrics: dict) -> TaskSource:
-    classes = metrics.get("classes", {}).get(task.name)
+def _with_classes(task: TaskSource, metrics: StepRecord) -> TaskSource:
+    classes = (metrics.classes or {}).get(task.name)
     if classes and isinstance(task, ClassificationTask):
         return task.model_copy(update={"labels": list(classes)})
     return task

@@ -18,6 +18,7 @@ from typing import Any
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import Point, newest_cells, score_points
+from pipelines.runs.step_record import StepRecord
 
 PREFIX = "curlora."
 
@@ -106,9 +107,9 @@ def send_metrics(
         to.client.log_batch(run_id, metrics=batch)
 
 
-def metric_datasets(metrics: dict) -> dict[str, tuple[str, str]]:
+def metric_datasets(metrics: StepRecord) -> dict[str, tuple[str, str]]:
     """Metric → (name, digest) of the test data behind it, as `_send_inputs` names them."""
-    digests = {cell["name"]: cell["digest"][:DIGEST_LENGTH] for cell in newest_cells(metrics)}
+    digests = {cell.name: cell.digest[:DIGEST_LENGTH] for cell in newest_cells(metrics)}
     names = ((key, key.split("/")[-1]) for key, *_ in score_points(metrics))
     return {key: (f"{name}/test", digests[name]) for key, name in names}
 
@@ -152,19 +153,15 @@ def set_tags(to: Target, run, wanted: Mapping[str, str]) -> None:
         to.client.log_batch(run.info.run_id, tags=batch)
 
 
-def send_inputs(to: Target, run_id: str, metrics: dict) -> None:
+def send_inputs(to: Target, run_id: str, metrics: StepRecord) -> None:
     """Datasets by our own digest: MLflow's hashes the first 10,000 rows only."""
     sources = {source.name: source.data for source in [*to.config.tasks, *to.config.retention]}
     inputs = []
-    for name, splits in metrics.get("data", {}).items():
-        for split, data in splits.items():
-            context = "training" if split == "train" else split
-            inputs.append(_dataset(f"{name}/{split}", data["digest"], data["rows"], sources.get(name), context))
-    for cell in metrics["cells"]:
-        context = "evaluation" if cell["role"] == "task" else "retention"
-        inputs.append(
-            _dataset(f"{cell['name']}/test", cell["digest"], cell["count"], sources.get(cell["name"]), context)
-        )
+    for name, data in (metrics.data or {}).items():
+        inputs.append(_dataset(f"{name}/train", data.train.digest, data.train.rows, sources.get(name), "training"))
+    for cell in metrics.cells:
+        context = "evaluation" if cell.role == "task" else "retention"
+        inputs.append(_dataset(f"{cell.name}/test", cell.digest, cell.count, sources.get(cell.name), context))
     keys = {(run_id, item.dataset.name, item.dataset.digest): item for item in inputs}
     missing = [item for key, item in keys.items() if key not in to.inputs]
     to.inputs.update(keys)

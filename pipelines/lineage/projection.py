@@ -52,11 +52,11 @@ from pipelines.runs.records import (
     current_steps,
     curve_points,
     ended_at,
-    label_of,
     latest_moment,
     score_points,
     started_at,
 )
+from pipelines.runs.step_record import StepRecord
 from pipelines.runs.verdict import Verdict
 
 CONVENTIONS = 2  # of this module; another number sends finished steps again
@@ -118,7 +118,7 @@ class Projection:
             known, self._known = self._known, None  # should this not come to its end
             known = self._now(known, client, steps) or self._look(client, steps)
             ids = _send(known, steps)
-            self._known, self._last = known, steps[-1][1]["fingerprint"] if steps else None
+            self._known, self._last = known, steps[-1][1].fingerprint if steps else None
             return ids
 
     def _now(self, known: _Known | None, client, steps: Steps) -> _Known | None:
@@ -126,7 +126,7 @@ class Projection:
 
         A step's fingerprint contains its parent's: where the last one is, all before it are.
         """
-        if known is None or self._last not in {None, *(metrics["fingerprint"] for _, metrics in steps)}:
+        if known is None or self._last not in {None, *(metrics.fingerprint for _, metrics in steps)}:
             return None
         parent = client.get_run(known.parent_id)
         return replace(known, parent=parent) if parent.info.lifecycle_stage == "active" else None
@@ -169,10 +169,10 @@ def _send(known: _Known, steps: Steps) -> dict[str, str]:
     known.models.steps = steps
     ids = {"parent": known.parent_id}
     for directory, metrics in steps:
-        if metrics["position"] == 0:
+        if metrics.position == 0:
             _send_base(known.to, known.parent, directory, metrics)
         else:
-            ids[metrics["fingerprint"]] = _send_step(known, directory, metrics)
+            ids[metrics.fingerprint] = _send_step(known, directory, metrics)
     _send_parent(known.to, known.models, known.parent, steps)
     project_searches(known.to, known.parent_id, ids)
     return ids
@@ -211,7 +211,7 @@ def _parent(to: Target, steps: Steps):
     run, and the old one stays as the record of what was.
     """
     tags = {PREFIX + "kind": "chain", PREFIX + "run": to.run.name, PREFIX + "run_uri": identity(to.run)}
-    depth = {metrics["fingerprint"]: metrics["position"] for _, metrics in steps}
+    depth = {metrics.fingerprint: metrics.position for _, metrics in steps}
     candidates = []
     for found in search_runs(to.client, [to.experiment_id], tags):
         last = found.data.tags.get(PREFIX + "last_step")
@@ -227,23 +227,23 @@ def _send_parent(to: Target, models, parent, steps: Steps) -> None:
     """Parameters, aggregates, pages and status of the chain."""
     run, run_id, results = to.run, parent.info.run_id, to.run.results()
     send_params(to, parent, flatten(to.config.model_dump(exclude={"name", "storage", "tracking"})))
-    if results and results["status"] == "finished" and steps:
+    if results and results.is_finished and steps:
         moment = latest_moment(steps)
-        aggregates = [(name, results.get(name), moment, steps[-1][1]["position"]) for name in AGGREGATES]
-        last = models.found.get(steps[-1][1]["fingerprint"])
+        aggregates = [(name, getattr(results, name), moment, steps[-1][1].position) for name in AGGREGATES]
+        last = models.found.get(steps[-1][1].fingerprint)
         send_metrics(to, run_id, aggregates, last.model_id if last else None)
     models.link_chain(parent)
     files = ["config.yaml", "results.json", "report.html", *(f"figures/{name}" for name in run.list("figures"))]
     upload_files(to, run_id, {name: name for name in files if run.exists(name)})
     tags = {PREFIX + "tasks": ",".join(task.name for task in to.config.tasks)[:TAG_LENGTH]}
     if steps:
-        tags[PREFIX + "last_step"] = steps[-1][1]["fingerprint"]
-        if not steps[0][1].get("parent_run"):  # row 0 is the base, not another run's step
-            tags[PREFIX + "base_fingerprint"] = steps[0][1]["fingerprint"]
-    if results and results.get("gate"):
-        tags |= gate_tags(results["gate"])
+        tags[PREFIX + "last_step"] = steps[-1][1].fingerprint
+        if not steps[0][1].parent_run:  # row 0 is the base, not another run's step
+            tags[PREFIX + "base_fingerprint"] = steps[0][1].fingerprint
+    if results and results.gate:
+        tags |= gate_tags(results.gate)
     set_tags(to, parent, tags)
-    status = {"finished": "FINISHED", "failed": "FAILED"}.get(results["status"] if results else "", "RUNNING")
+    status = {"finished": "FINISHED", "failed": "FAILED"}.get(results.status if results else "", "RUNNING")
     if status != "RUNNING":
         ended = milliseconds(ended_at(run, steps))
         if (parent.info.status, parent.info.end_time) != (status, ended):
@@ -267,32 +267,31 @@ def _children(to: Target, parent_id: str) -> dict[str, Any]:
     return {child.data.tags[PREFIX + "step_fingerprint"]: child for child in found}
 
 
-def _new_child(to: Target, parent_id: str, directory: str, metrics: dict):
-    label = label_of(metrics)
+def _new_child(to: Target, parent_id: str, directory: str, metrics: StepRecord):
     tags = {
         "mlflow.parentRunId": parent_id,
         PREFIX + "kind": "step",
         PREFIX + "run": to.run.name,
         PREFIX + "run_uri": identity(to.run),
-        PREFIX + "step_fingerprint": metrics["fingerprint"],
+        PREFIX + "step_fingerprint": metrics.fingerprint,
         PREFIX + "step_directory": directory,
-        PREFIX + "parent_fingerprint": metrics["parent"] or "",
-        PREFIX + "task": label,
-        PREFIX + "tasks": ",".join(metrics["tasks"])[:TAG_LENGTH],
-        PREFIX + "position": str(metrics["position"]),
+        PREFIX + "parent_fingerprint": metrics.parent or "",
+        PREFIX + "task": metrics.label,
+        PREFIX + "tasks": ",".join(metrics.tasks)[:TAG_LENGTH],
+        PREFIX + "position": str(metrics.position),
         **common_tags(to.config),
     }
-    if origin := metrics.get("parent_run"):
+    if origin := metrics.parent_run:
         tags[PREFIX + "parent_run"] = origin
-    if commit := metrics["environment"].get("git_commit"):
+    if commit := metrics.environment.get("git_commit"):
         tags["mlflow.source.git.commit"] = commit
-    name = f"{metrics['position']}-{label}"
-    return to.client.create_run(to.experiment_id, milliseconds(metrics["started"]), tags, name)
+    name = f"{metrics.position}-{metrics.label}"
+    return to.client.create_run(to.experiment_id, milliseconds(metrics.started), tags, name)
 
 
-def _send_base(to: Target, parent, directory: str, metrics: dict) -> None:
+def _send_base(to: Target, parent, directory: str, metrics: StepRecord) -> None:
     """Row 0 trained nothing, so it is no child: its scores start the parent's curves."""
-    run_id, sent = parent.info.run_id, fingerprint([CONVENTIONS, metrics])
+    run_id, sent = parent.info.run_id, fingerprint([CONVENTIONS, metrics.to_json()])
     if parent.data.tags.get(PREFIX + "sent_base") == sent:
         return
     send_metrics(to, run_id, score_points(metrics))
@@ -301,9 +300,9 @@ def _send_base(to: Target, parent, directory: str, metrics: dict) -> None:
     to.client.set_tag(run_id, PREFIX + "sent_base", sent)
 
 
-def _send_step(known: _Known, directory: str, metrics: dict) -> str:
+def _send_step(known: _Known, directory: str, metrics: StepRecord) -> str:
     """Everything of one step; its run's id. The mark `sent` comes last, so that a step is not sent again."""
-    to, name, digest = known.to, metrics["fingerprint"], fingerprint([CONVENTIONS, metrics])
+    to, name, digest = known.to, metrics.fingerprint, fingerprint([CONVENTIONS, metrics.to_json()])
     if known.sent.get(name) == digest:
         return known.children[name]
     if name in known.children:
@@ -312,22 +311,22 @@ def _send_step(known: _Known, directory: str, metrics: dict) -> str:
         child = _new_child(to, known.parent_id, directory, metrics)
     run_id = known.children[name] = child.info.run_id
     settings = {
-        **metrics.get("setting", {}),
-        "data": metrics.get("data"),
-        "environment": metrics["environment"],
+        **(metrics.setting.to_json() if metrics.setting else {}),
+        "data": {name: data.to_json() for name, data in (metrics.data or {}).items()},
+        "environment": metrics.environment,
         "evaluation": to.config.evaluation.model_dump(),
-        "tasks": metrics["tasks"],
-        "position": metrics["position"],
+        "tasks": metrics.tasks,
+        "position": metrics.position,
     }
     send_params(to, child, flatten(settings))
     send_inputs(to, run_id, metrics)
     send_inputs(to, known.parent_id, metrics)
     row = score_points(metrics)
     send_metrics(to, run_id, row, known.models.send(child, directory, metrics), metric_datasets(metrics))
-    send_metrics(to, run_id, [*cost_points(metrics), *curve_points(metrics)])
+    send_metrics(to, run_id, [*cost_points(metrics), *curve_points(metrics.curve)])
     send_metrics(to, known.parent_id, row)
     upload_folder(to, run_id, directory, "")
-    to.client.set_terminated(run_id, "FINISHED", milliseconds(metrics["finished"]))
+    to.client.set_terminated(run_id, "FINISHED", milliseconds(metrics.finished))
     to.client.set_tag(run_id, PREFIX + "sent", digest)
     known.sent[name] = digest
     return run_id

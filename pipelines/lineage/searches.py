@@ -11,16 +11,16 @@ parameters              of a trial its adapter, strategy and training; of a sear
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.config.search_space import describe
 from pipelines.lineage import mlflow_records
 from pipelines.lineage.mlflow_records import PREFIX, TAG_LENGTH
-from pipelines.runs import records
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import fingerprint
-from pipelines.runs.records import Point
+from pipelines.runs.records import Point, curve_points
+from pipelines.runs.results import SearchSummary, StepSummary
 
 JUDGED = ("objective", "learning", "retention_loss")
 
@@ -36,8 +36,9 @@ def project_searches(to: mlflow_records.Target, parent_id: str, steps: Mapping[s
         records = _records(to.run, f"search/{folder}")
         if records:
             _send_search(to, parent_id, f"search/{folder}", records)
-    for entry in (to.run.results() or {}).get("searches", []):
-        _tag_steps(to, steps, entry)
+    results = to.run.results()
+    for entry in (results.searches or ()) if results else ():
+        _tag_steps(to, steps, results.steps[entry.position - 1 : entry.until], entry)
 
 
 def _records(run: RunDirectory, folder: str) -> dict[str, dict]:
@@ -113,11 +114,11 @@ def _judgements(record: dict) -> list[Point]:
 def _curve(run: RunDirectory, directory: str, record: dict) -> list[Point]:
     """The losses of a trial: those of the finished step, or up to its last checkpoint."""
     metrics = run.metrics(f"{directory}/{record['directory']}")
-    if metrics is None:
-        folder = f"{directory}/train/{record['fingerprint'][:8]}"
-        names = [name for name in run.list(folder) if name.endswith(".json")]
-        metrics = {"training": run.read_json(f"{folder}/{names[-1]}")} if names else {}
-    return records.curve_points(metrics)
+    if metrics is not None:
+        return curve_points(metrics.curve)
+    folder = f"{directory}/train/{record['fingerprint'][:8]}"
+    names = [name for name in run.list(folder) if name.endswith(".json")]
+    return curve_points(run.read_json(f"{folder}/{names[-1]}")["curve"] if names else ())
 
 
 def _run(to: mlflow_records.Target, parent_id: str, tags: Mapping[str, str], name: str, begun: float) -> Any:
@@ -131,11 +132,11 @@ def _run(to: mlflow_records.Target, parent_id: str, tags: Mapping[str, str], nam
     return to.client.create_run(to.experiment_id, mlflow_records.milliseconds(begun), every, name)
 
 
-def _tag_steps(to: mlflow_records.Target, steps: Mapping[str, str], entry: dict) -> None:
-    """What a step was trained under, and why: on the step itself, with the way to the search."""
-    for step in to.run.results()["steps"][entry["position"] - 1 : entry["until"]]:
-        if step["fingerprint"] not in steps:
-            continue
-        told = {"search": entry["directory"], "setting": describe(entry["values"]), "why": entry["why"]}
-        for key, text in told.items():
-            to.client.set_tag(steps[step["fingerprint"]], PREFIX + key, text[:TAG_LENGTH])
+def _tag_steps(
+    to: mlflow_records.Target, run_ids: Mapping[str, str], steps: Sequence[StepSummary], entry: SearchSummary
+) -> None:
+    """What steps were trained under, and why: on the steps themselves, with the way to the search."""
+    told = {"search": entry.directory, "setting": describe(entry.values), "why": entry.why}
+    for step in steps:
+        for key, text in told.items() if step.fingerprint in run_ids else ():
+            to.client.set_tag(run_ids[step.fingerprint], PREFIX + key, text[:TAG_LENGTH])

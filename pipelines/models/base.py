@@ -26,6 +26,11 @@ def load_base(base: BaseModelConfig, device: torch.device | None = None) -> nn.M
     return model if device is None else model.to(device)
 
 
+def context_length(config: transformers.PretrainedConfig) -> int:
+    """Tokens that a model can take in; 1024 where its configuration does not say."""
+    return int(getattr(config, "max_position_embeddings", None) or 1024)
+
+
 def load_tokenizer(base: BaseModelConfig):
     return transformers.AutoTokenizer.from_pretrained(base.path, **hub_options(base))
 

@@ -76,6 +76,8 @@ def _context(config: PipelineConfig) -> int:
     """Context of the base in tokens, as the workers determine it."""
     import transformers  # slow
 
+    from pipelines.models.base import context_length  # imports torch
+
     base = config.base_model
     try:
         found = transformers.AutoConfig.from_pretrained(
@@ -83,7 +85,7 @@ def _context(config: PipelineConfig) -> int:
         )
     except (OSError, ValueError):
         return config.training.max_length + 10**6  # unknown: no limit
-    return int(getattr(found, "max_position_embeddings", None) or 1024)
+    return context_length(found)
 
 
 class _Check:

@@ -14,6 +14,8 @@ from pipelines.config.sections import GateConfig
 from pipelines.metrics.paired import paired_p_value
 from pipelines.metrics.score_matrix import higher_is_better, perplexity
 from pipelines.reporting.formatting import compact, number, percent, probability
+from pipelines.runs.results import Results
+from pipelines.runs.step_record import Cell
 
 SIGNIFICANT = 0.05
 
@@ -28,7 +30,7 @@ class Side:
         tasks: those that it and its ancestors were trained on.
     """
 
-    cells: Mapping[str, dict]
+    cells: Mapping[str, Cell]
     outcomes: Callable[[str], list[dict]]
     tasks: Sequence[str] = ()
 
@@ -81,21 +83,21 @@ class Comparison:
 
 
 # -- without a champion
-def judge(results: dict, gate: GateConfig) -> dict:
+def judge(results: Results, gate: GateConfig) -> dict:
     """`{"passed": bool, "reasons": [...]}`; an aggregate that is None (one task has no forgetting) breaks no limit."""
-    transfer = results["nll_backward_transfer"]
+    transfer = results.nll_backward_transfer
     limits = [
-        ("forgetting", results["forgetting"], gate.max_forgetting, False),
+        ("forgetting", results.forgetting, gate.max_forgetting, False),
         ("nll increase", None if transfer is None else -transfer, gate.max_nll_increase, False),
-        ("perplexity ratio", results["perplexity_ratio"], gate.max_perplexity_ratio, False),
+        ("perplexity ratio", results.perplexity_ratio, gate.max_perplexity_ratio, False),
         _floor(results, gate),
     ]
     reasons = list(filter(None, (_broken(*limit) for limit in limits)))
     return {"passed": not reasons, "reasons": reasons}
 
 
-def _floor(results: dict, gate: GateConfig) -> tuple[str, float | None, float | None, bool]:
-    return "learning accuracy", results["learning_accuracy"], gate.min_learning_accuracy, True
+def _floor(results: Results, gate: GateConfig) -> tuple[str, float | None, float | None, bool]:
+    return "learning accuracy", results.learning_accuracy, gate.min_learning_accuracy, True
 
 
 def _broken(name: str, value: float | None, limit: float | None, at_least: bool) -> str | None:
@@ -105,7 +107,7 @@ def _broken(name: str, value: float | None, limit: float | None, at_least: bool)
 
 
 # -- against a champion
-def judge_against(champion: Side, candidate: Side, results: dict, gate: GateConfig) -> dict:
+def judge_against(champion: Side, candidate: Side, results: Results, gate: GateConfig) -> dict:
     """`{"passed", "reasons", "notes", "comparisons"}` of a candidate that would replace the champion.
 
     The candidate must have been scored on every task that the champion has learned: an unmeasured task may be
@@ -117,7 +119,7 @@ def judge_against(champion: Side, candidate: Side, results: dict, gate: GateConf
         if mine is None:
             if name in champion.tasks:
                 unmeasured.append(f"{name}: the champion has learned it, the candidate was not scored on it")
-        elif mine["key"] != cell["key"]:
+        elif mine.key != cell.key:
             notes.append(f"{name} is not compared: its test data or the way it is scored has changed")
         else:
             comparisons.append(_compare(name, cell, mine, champion, candidate, gate))
@@ -132,31 +134,31 @@ def judge_against(champion: Side, candidate: Side, results: dict, gate: GateConf
     }
 
 
-def _compare(name: str, before: dict, after: dict, champion: Side, candidate: Side, gate: GateConfig) -> Comparison:
+def _compare(name: str, before: Cell, after: Cell, champion: Side, candidate: Side, gate: GateConfig) -> Comparison:
     loss, limit = _loss(before, after, gate)
     p, test = None, None
     if limit is not None and loss > limit:
         p, test = paired_p_value(champion.outcomes(name), candidate.outcomes(name))
-    field = "perplexity" if before["role"] == "retention" else "value"
+    retained = before.role == "retention"
     return Comparison(
         name=name,
-        role=before["role"],
-        metric="perplexity" if before["role"] == "retention" else before["metric"],
-        champion=before[field],
-        candidate=after[field],
+        role=before.role,
+        metric="perplexity" if retained else before.metric,
+        champion=before.perplexity if retained else before.value,
+        candidate=after.perplexity if retained else after.value,
         loss=loss,
         limit=limit,
         p=p,
         test=test,
-        examples=before["count"],
+        examples=before.count,
     )
 
 
-def _loss(before: dict, after: dict, gate: GateConfig) -> tuple[float, float | None]:
+def _loss(before: Cell, after: Cell, gate: GateConfig) -> tuple[float, float | None]:
     """(how much worse the candidate is, how much is allowed)."""
-    if before["role"] == "retention":
+    if before.role == "retention":
         ratio = gate.max_perplexity_ratio
-        return perplexity(after["nll"] - before["nll"]) - 1, None if ratio is None else ratio - 1
-    if higher_is_better(before["metric"]):
-        return before["value"] - after["value"], gate.max_forgetting
-    return after["value"] - before["value"], gate.max_nll_increase
+        return perplexity(after.nll - before.nll) - 1, None if ratio is None else ratio - 1
+    if higher_is_better(before.metric):
+        return before.value - after.value, gate.max_forgetting
+    return after.value - before.value, gate.max_nll_increase

@@ -25,6 +25,8 @@ from pipelines.lineage.store import connect, errors, quiet
 from pipelines.promotion.gate import Side, judge, judge_against
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import newest_cells
+from pipelines.runs.results import Results
+from pipelines.runs.step_record import StepRecord
 from pipelines.runs.verdict import Verdict
 
 
@@ -54,7 +56,7 @@ class Promotion:
 
 
 # -- the verdict
-def decide(run: RunDirectory, config: PipelineConfig, results: dict) -> dict | None:
+def decide(run: RunDirectory, config: PipelineConfig, results: Results) -> dict | None:
     """The gate's verdict on a finished run, `{"passed", "reasons", "against", …}`; None without a gate.
 
     `against` is the champion that it was compared with; None: there is none, the limits are absolute.
@@ -68,20 +70,20 @@ def decide(run: RunDirectory, config: PipelineConfig, results: dict) -> dict | N
             return judge(results, config.gate) | {"against": None}
         if _is(champion, run, results):
             return {"passed": True, "reasons": [], "notes": ["this adapter is the champion already"], "against": None}
-        sides = champion_side(tracking.uri, champion), run_side(run, results["steps"][-1]["directory"])
+        sides = champion_side(tracking.uri, champion), run_side(run, results.steps[-1].directory)
         verdict = judge_against(*sides, results, config.gate)
     except LineageError as error:
         return {"passed": None, "reasons": [f"the champion cannot be asked for: {error}"], "against": None}
     return verdict | {"against": {"name": champion.name, "version": champion.version, "run_uri": champion.run_uri}}
 
 
-def _is(version: Version, run: RunDirectory, results: dict) -> bool:
-    return (version.run_uri, version.step_fingerprint) == (identity(run), results["steps"][-1]["fingerprint"])
+def _is(version: Version, run: RunDirectory, results: Results) -> bool:
+    return (version.run_uri, version.step_fingerprint) == (identity(run), results.steps[-1].fingerprint)
 
 
 def run_side(run: RunDirectory, directory: str, tasks: Sequence[str] = ()) -> Side:
     """A step as the gate sees it, from its run directory."""
-    cells = {cell["name"]: cell for cell in newest_cells(run.metrics(directory))}
+    cells = {cell.name: cell for cell in newest_cells(run.metrics(directory))}
     return Side(cells, lambda name: run.read_jsonl(f"{directory}/predictions/{name}.jsonl"), tasks)
 
 
@@ -101,7 +103,8 @@ def champion_side(uri: str, version: Version) -> Side:
         with errors(uri, remedy), quiet(), tempfile.TemporaryDirectory() as scratch:
             return Path(connect(uri).download_artifacts(version.run_id, path, scratch)).read_text()
 
-    cells = {cell["name"]: cell for cell in newest_cells(json.loads(artifact("metrics.json")))}
+    record = StepRecord.from_json(json.loads(artifact("metrics.json")))
+    cells = {cell.name: cell for cell in newest_cells(record)}
 
     def outcomes(name: str) -> list[dict]:
         return [json.loads(line) for line in artifact(f"predictions/{name}.jsonl").splitlines() if line]
@@ -111,7 +114,7 @@ def champion_side(uri: str, version: Version) -> Side:
 
 # -- the registered version
 def settle(
-    run: RunDirectory, config: PipelineConfig, results: dict, run_ids: Mapping[str, str], uri: str
+    run: RunDirectory, config: PipelineConfig, results: Results, run_ids: Mapping[str, str], uri: str
 ) -> dict | None:
     """Register a finished run's last adapter, record the verdict, promote it if the gate says so.
 
@@ -128,9 +131,9 @@ def settle(
     name = config.tracking.register_as if config.tracking else None
     if name is None:
         return None
-    step, verdict = results["steps"][-1], results["gate"]
-    ancestry = from_run(run, step["directory"])
-    version, new = registry.register(uri, name, run_ids[step["fingerprint"]], ancestry)
+    step, verdict = results.steps[-1], results.gate
+    ancestry = from_run(run, step.directory)
+    version, new = registry.register(uri, name, run_ids[step.fingerprint], ancestry)
     outcome = {"name": name, "version": version.version, "uri": version.uri, "promoted": False, "hook_failure": None}
     if version.gate in (Verdict.PASSED, Verdict.REFUSED) or not (verdict or new):
         return outcome | {"promoted": bool(version.promoted)}
@@ -194,15 +197,15 @@ def promote_run(run: RunDirectory, force: bool = False, reason: str = "", hook: 
     """
     config, results = run.config(), run.results()
     uri, name = _registry_of(config)
-    if not results or results["status"] != "finished":
+    if not results or not results.is_finished:
         raise ConfigError([Problem(run.name, "is not finished; only a finished chain can be promoted")])
-    step = results["steps"][-1]
-    version = registry.of_step(uri, name, identity(run), step["fingerprint"])
+    step = results.steps[-1]
+    version = registry.of_step(uri, name, identity(run), step.fingerprint)
     if version is None:
         raise ConfigError([Problem(run.name, f"is not registered as '{name}'; send it first: curlora sync {run.uri}")])
     verdict = decide(run, config, results)
     if verdict:
-        registry.record_verdict(uri, version, verdict, from_run(run, step["directory"]))
+        registry.record_verdict(uri, version, verdict, from_run(run, step.directory))
         if verdict["passed"] is not True and not force:
             raise Refused("\n".join(verdict["reasons"]))
     why = f"forced: {reason}" if force else "the gate passed" if verdict else "by hand, without a gate"

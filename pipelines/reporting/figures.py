@@ -7,32 +7,33 @@ in grey as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.metrics.score_matrix import higher_is_better
 from pipelines.reporting.drawing import COLORS, MARKERS, axis_limits, colors, new_figure
 from pipelines.reporting.formatting import number
 from pipelines.reporting.summary import MANY, direction, goodness, row_labels, trained_row
-from pipelines.runs.records import label_of
+from pipelines.runs.results import Results
+from pipelines.runs.step_record import StepRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def shading(results: dict) -> list[list[float | None]]:
+def shading(results: Results) -> list[list[float | None]]:
     """Goodness of every cell, by row."""
     columns = [
-        goodness([row[column] for row in results["scores"]], results["metric"][name])
-        for column, name in enumerate(results["tasks"])
+        goodness([row[column] for row in results.scores], results.metric[name])
+        for column, name in enumerate(results.tasks)
     ]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def draw_matrix(results: dict, _steps: list[dict]) -> Figure:
+def draw_matrix(results: Results, _steps: Sequence[StepRecord]) -> Figure:
     """The score matrix as a heat map; brighter is better in every column."""
-    labels, tasks, shades = row_labels(results), results["tasks"], shading(results)
+    labels, tasks, shades = row_labels(results), results.tasks, shading(results)
     few = len(tasks) <= MANY
     scale = 1.0 if few else 0.16
     figure, (ax,) = new_figure(2.2 + max(1.25 * scale * len(tasks), 3), 1.3 + max(0.42 * scale * len(labels), 1))
@@ -42,7 +43,7 @@ def draw_matrix(results: dict, _steps: list[dict]) -> Figure:
     ax.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     if few:
         _write_numbers(ax, results, shades)
-        headers = [f"{name}\n{results['metric'][name]}\n({direction(results['metric'][name])})" for name in tasks]
+        headers = [f"{name}\n{results.metric[name]}\n({direction(results.metric[name])})" for name in tasks]
         ax.set_xticks(range(len(tasks)), headers, fontsize=8)
         ax.set_yticks(range(len(labels)), labels)
     ax.xaxis.set_ticks_position("top")
@@ -52,10 +53,10 @@ def draw_matrix(results: dict, _steps: list[dict]) -> Figure:
     return figure
 
 
-def _write_numbers(ax: Axes, results: dict, shades: list[list[float | None]]) -> None:
+def _write_numbers(ax: Axes, results: Results, shades: list[list[float | None]]) -> None:
     from matplotlib.patches import Rectangle  # slow
 
-    for t, row in enumerate(results["scores"]):
+    for t, row in enumerate(results.scores):
         for i, value in enumerate(row):
             text = "#55606e" if value is None else colors([shades[t][i]])[0][1]
             own = trained_row(results, i) == t
@@ -64,9 +65,9 @@ def _write_numbers(ax: Axes, results: dict, shades: list[list[float | None]]) ->
                 ax.add_patch(Rectangle((i - 0.47, t - 0.44), 0.94, 0.88, fill=False, edgecolor=text, linewidth=1.5))
 
 
-def draw_perplexity(results: dict, _steps: list[dict]) -> Figure | None:
+def draw_perplexity(results: Results, _steps: Sequence[StepRecord]) -> Figure | None:
     """Perplexity on each retained corpus along the sequence, one panel per corpus."""
-    series = {name: values for name, values in results["perplexity"].items() if any(v is not None for v in values)}
+    series = {name: values for name, values in results.perplexity.items() if any(v is not None for v in values)}
     if not series:
         return None
     columns = min(len(series), 2)
@@ -85,7 +86,7 @@ def draw_perplexity(results: dict, _steps: list[dict]) -> Figure | None:
     return figure
 
 
-def _sequence_axis(ax: Axes, results: dict) -> None:
+def _sequence_axis(ax: Axes, results: Results) -> None:
     labels = row_labels(results)
     if len(labels) <= MANY:
         slant = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(labels) > 4 else {}
@@ -95,40 +96,40 @@ def _sequence_axis(ax: Axes, results: dict) -> None:
     ax.set_xlim(-0.3, len(labels) - 0.7)
 
 
-def draw_tasks(results: dict, _steps: list[dict]) -> Figure | None:
+def draw_tasks(results: Results, _steps: Sequence[StepRecord]) -> Figure | None:
     """Each task's score along the sequence: scores in [0, 1] in one panel, NLL in another."""
     groups = [
         (
             "score (higher is better)",
-            [name for name in results["tasks"] if higher_is_better(results["metric"][name])],
+            [name for name in results.tasks if higher_is_better(results.metric[name])],
         ),
         (
             "NLL, nats per token (lower is better)",
-            [name for name in results["tasks"] if not higher_is_better(results["metric"][name])],
+            [name for name in results.tasks if not higher_is_better(results.metric[name])],
         ),
     ]
     groups = [(label, names) for label, names in groups if names]
     figure, axes = new_figure(6.6, 2.9 * len(groups), len(groups))
     for ax, (label, names) in zip(axes, groups, strict=True):
         for name in names:
-            _draw_task(ax, results, results["tasks"].index(name), name)
+            _draw_task(ax, results, results.tasks.index(name), name)
         ax.set_ylabel(label, fontsize=9)
-        columns = [results["tasks"].index(name) for name in names]
-        axis_limits(ax, [row[i] for row in results["scores"] for i in columns if row[i] is not None], least=0.1)
+        columns = [results.tasks.index(name) for name in names]
+        axis_limits(ax, [row[i] for row in results.scores for i in columns if row[i] is not None], least=0.1)
         _sequence_axis(ax, results)
-        if len(results["tasks"]) <= MANY and ax.lines:
+        if len(results.tasks) <= MANY and ax.lines:
             ax.legend(fontsize=8, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0))
     return figure
 
 
-def _draw_task(ax: Axes, results: dict, column: int, name: str) -> None:
+def _draw_task(ax: Axes, results: Results, column: int, name: str) -> None:
     """Dashed until the task's own training (a large marker), solid from there on."""
-    points = [(k, row[column]) for k, row in enumerate(results["scores"]) if row[column] is not None]
+    points = [(k, row[column]) for k, row in enumerate(results.scores) if row[column] is not None]
     own = trained_row(results, column)
     style = {
         "color": COLORS[column % len(COLORS)],
         "marker": MARKERS[column % len(MARKERS)],
-        "markersize": 5 if len(results["tasks"]) <= MANY else 2,
+        "markersize": 5 if len(results.tasks) <= MANY else 2,
     }
     before = [point for point in points if point[0] <= own]
     after = [point for point in points if point[0] >= own]
@@ -141,9 +142,9 @@ def _draw_task(ax: Axes, results: dict, column: int, name: str) -> None:
         ax.plot(*after[0], **{**style, "markersize": style["markersize"] * 1.8})
 
 
-def draw_training(results: dict, steps: list[dict]) -> Figure | None:
+def draw_training(results: Results, steps: Sequence[StepRecord]) -> Figure | None:
     """Training loss of every step (of the last few of a long chain), one panel per step."""
-    trained = [step for step in steps if step.get("training", {}).get("curve")][-MANY:]
+    trained = [step for step in steps if step.curve][-MANY:]
     if not trained:
         return None
     columns = 2 if len(trained) == 4 else min(len(trained), 3)
@@ -152,16 +153,16 @@ def draw_training(results: dict, steps: list[dict]) -> Figure | None:
     for ax in axes[len(trained) :]:
         ax.set_visible(False)
     for ax, step in zip(axes, trained, strict=False):
-        points = [(row[0], row[1]) for row in step["training"]["curve"] if row[1] is not None]
+        points = [(row[0], row[1]) for row in step.curve if row[1] is not None]
         if points:
             ax.plot(*zip(*points, strict=True), color=COLORS[0], linewidth=1.2)
-        ax.set_title(f"{step['position']} {label_of(step)}", fontsize=9, loc="left")
+        ax.set_title(f"{step.position} {step.label}", fontsize=9, loc="left")
     figure.supxlabel("optimizer step", fontsize=9)
     figure.supylabel("training loss", fontsize=9)
     return figure
 
 
-FIGURES: dict[str, Callable[[dict, list[dict]], Any]] = {
+FIGURES: dict[str, Callable[[Results, Sequence[StepRecord]], Any]] = {
     "score_matrix": draw_matrix,
     "perplexity": draw_perplexity,
     "tasks": draw_tasks,

@@ -17,6 +17,8 @@ from pipelines.reporting.figures import FIGURES
 from pipelines.reporting.view import page_values
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import current_steps
+from pipelines.runs.results import Results
+from pipelines.runs.step_record import StepRecord
 
 TEMPLATES = Path(__file__).parent / "templates"
 FILTERS = ("number", "signed", "whole", "size", "duration", "probability", "moment")  # of formatting.py
@@ -54,7 +56,7 @@ def write_report(run: RunDirectory) -> str:
     return "report.html"
 
 
-def _load(run: RunDirectory) -> tuple[dict, list[dict]]:
+def _load(run: RunDirectory) -> tuple[Results, list[StepRecord]]:
     results = run.results()
     if results is None:
         raise ReportError(f"run '{run.name}' has no results yet; start it with `curlora run`")

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipelines.reporting.formatting import number, whole
+from pipelines.runs.event import Event
 
 LINE_SECONDS = 5.0
 
@@ -42,58 +43,58 @@ class ChainProgress:
         if self.bars:
             self.bars.stop()
 
-    def __call__(self, event: dict) -> None:
-        handler = getattr(self, f"_on_{event['kind']}", None)
+    def __call__(self, event: Event) -> None:
+        handler = getattr(self, f"_on_{event.kind}", None)
         if handler:
             handler(event)
 
     # -- events
 
-    def _on_started(self, event: dict) -> None:
-        self.done = event["done"]
+    def _on_started(self, event: Event) -> None:
+        self.done = event.done
         self._chain("")
 
-    def _on_step_started(self, event: dict) -> None:
-        self._chain(f"task {event['position']}/{self.steps}: {event['task']}")
+    def _on_step_started(self, event: Event) -> None:
+        self._chain(f"task {event.position}/{self.steps}: {event.task}")
         if self.bars:
-            self.bars.update(self.task, description=event["task"], completed=0, total=1, text="", visible=True)
+            self.bars.update(self.task, description=event.task, completed=0, total=1, text="", visible=True)
 
-    def _on_training(self, event: dict) -> None:
-        step, steps = event["step"], event["steps"]
-        left = event["seconds_left"]
-        speed = f" · {whole(event['tokens_per_second'])} tokens/s" if event.get("tokens_per_second") else ""
-        text = f"step {step}/{steps} · loss {number(event['loss'])}{speed} · {number(left, 0)} s left"
+    def _on_training(self, event: Event) -> None:
+        step, steps = event.step, event.steps
+        left = event.seconds_left
+        speed = f" · {whole(event.tokens_per_second)} tokens/s" if event.tokens_per_second else ""
+        text = f"step {step}/{steps} · loss {number(event.loss)}{speed} · {number(left, 0)} s left"
         if self.bars:
-            self.bars.update(self.task, description=event["task"], completed=step, total=steps, text=text)
+            self.bars.update(self.task, description=event.task, completed=step, total=steps, text=text)
         elif time.time() - self.last_line > LINE_SECONDS:
-            self._line(f"{event['task']}: {text}")
+            self._line(f"{event.task}: {text}")
 
-    def _on_evaluating(self, event: dict) -> None:
-        self._chain(f"evaluating {event['name']}")
+    def _on_evaluating(self, event: Event) -> None:
+        self._chain(f"evaluating {event.name}")
 
-    def _on_resumed(self, event: dict) -> None:
-        self._line(f"{event['task']}: goes on from the checkpoint after step {event['step']}", always=True)
+    def _on_resumed(self, event: Event) -> None:
+        self._line(f"{event.task}: goes on from the checkpoint after step {event.step}", always=True)
 
-    def _on_segment_lost(self, event: dict) -> None:
-        self._line(f"workers lost ({event['error']}); starting them again", always=True)
+    def _on_segment_lost(self, event: Event) -> None:
+        self._line(f"workers lost ({event.error}); starting them again", always=True)
 
-    def _on_hang(self, event: dict) -> None:
-        self._line(event["error"], always=True)
+    def _on_hang(self, event: Event) -> None:
+        self._line(event.error, always=True)
 
-    def _on_published(self, event: dict) -> None:
-        self.done = event["position"]
-        scores = ", ".join(f"{cell['name']} {number(cell['value'])}" for cell in event["cells"])
+    def _on_published(self, event: Event) -> None:
+        self.done = event.position
+        scores = ", ".join(f"{cell.name} {number(cell.value)}" for cell in event.cells)
         self._chain("")
-        self._line(f"task {event['position']}/{self.steps} {event['task']} done: {scores}", always=True)
+        self._line(f"task {event.position}/{self.steps} {event.task} done: {scores}", always=True)
 
-    def _on_search(self, event: dict) -> None:
-        self._line(event["text"], always=True)
+    def _on_search(self, event: Event) -> None:
+        self._line(event.text, always=True)
 
-    def _on_reporting(self, event: dict) -> None:
+    def _on_reporting(self, event: Event) -> None:
         self._chain("writing report and lineage")
 
-    def _on_warning(self, event: dict) -> None:
-        self.console.print(f"[yellow]warning:[/] {escape(event['text'])}", highlight=False)
+    def _on_warning(self, event: Event) -> None:
+        self.console.print(f"[yellow]warning:[/] {escape(event.text)}", highlight=False)
 
     def _chain(self, text: str) -> None:
         if self.bars:

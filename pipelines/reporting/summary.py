@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from pipelines.metrics.score_matrix import gain, higher_is_better
 from pipelines.reporting.formatting import duration, number, signed, size, whole
+from pipelines.runs.results import Results
 from pipelines.runs.verdict import Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table  # slow
 
 MANY = 12  # with more tasks a matrix has no room for numbers and a chart none for names
 
@@ -31,115 +32,115 @@ class Headline:
     sentence: str
 
 
-def headlines(results: dict) -> list[Headline]:
+def headlines(results: Results) -> list[Headline]:
     """The headline numbers: what was learned, what was forgotten, what it cost."""
-    directions = {higher_is_better(metric) for metric in results["metric"].values()}
+    directions = {higher_is_better(metric) for metric in results.metric.values()}
     rows: list[tuple[str, str, str, str]] = []
     if True in directions:
         rows += _bounded_headlines(results)
     if False in directions:
         rows += _text_headlines(results)
-    if results["nll"]:
-        ratio = number(results["perplexity_ratio"])
+    if results.nll:
+        ratio = number(results.perplexity_ratio)
         meaning = "Perplexity on retained text, after / before. Above 1 = loss of general language ability."
         rows.append(("forgotten", "perplexity ratio", ratio, meaning))
     return [Headline(*row) for row in [*rows, *_cost_headlines(results)]]
 
 
-def _bounded_headlines(results: dict) -> list[tuple[str, str, str, str]]:
+def _bounded_headlines(results: Results) -> list[tuple[str, str, str, str]]:
     return [
         (
             "learned",
             "average accuracy",
-            number(results["average_accuracy"]),
+            number(results.average_accuracy),
             "Mean score over all tasks at the end of the sequence. Higher is better.",
         ),
         (
             "learned",
             "learning accuracy",
-            number(results["learning_accuracy"]),
+            number(results.learning_accuracy),
             "Mean score of each task right after its own training. Higher is better.",
         ),
         (
             "forgotten",
             "backward transfer",
-            signed(results["backward_transfer"]),
+            signed(results.backward_transfer),
             "Mean change of the earlier tasks since their own training. Negative = forgetting.",
         ),
         (
             "forgotten",
             "forgetting",
-            number(results["forgetting"]),
+            number(results.forgetting),
             "Mean drop of the earlier tasks from their best score. 0 = nothing forgotten.",
         ),
     ]
 
 
-def _text_headlines(results: dict) -> list[tuple[str, str, str, str]]:
+def _text_headlines(results: Results) -> list[tuple[str, str, str, str]]:
     return [
         (
             "learned",
             "average NLL",
-            number(results.get("nll_average")),
+            number(results.nll_average),
             "Mean loss of the text tasks at the end, in nats per token. Lower is better.",
         ),
         (
             "learned",
             "NLL learning",
-            signed(results["nll_learning"]),
+            signed(results.nll_learning),
             "Mean drop in loss of each text task by its own training, in nats per token. Higher is better.",
         ),
         (
             "forgotten",
             "NLL backward transfer",
-            signed(results["nll_backward_transfer"]),
+            signed(results.nll_backward_transfer),
             "Mean change of the earlier text tasks since their own training. Negative = forgetting.",
         ),
     ]
 
 
-def _cost_headlines(results: dict) -> list[tuple[str, str, str, str]]:
-    seconds = results["seconds"]
-    split = ", ".join(f"{name} {duration(seconds.get(name))}" for name in ("train", "evaluate", "overhead"))
-    memory = [step["peak_memory_bytes"] for step in results["steps"] if step.get("peak_memory_bytes")]
-    heads = results.get("head_parameters") or 0
+def _cost_headlines(results: Results) -> list[tuple[str, str, str, str]]:
+    seconds = results.seconds
+    split = ", ".join(f"{name} {duration(getattr(seconds, name))}" for name in ("train", "evaluate", "overhead"))
+    memory = [step.peak_memory_bytes for step in results.steps if step.peak_memory_bytes]
+    heads = results.head_parameters or 0
     extra = f" {heads:,} more in classifier heads, counted apart." if heads else ""
     return [
         (
             "cost",
             "trainable parameters",
-            whole(results["trainable_parameters"]),
+            whole(results.trainable_parameters),
             f"Parameters of the adapter; the base model stays frozen.{extra}",
         ),
-        ("cost", "adapter size", size(results["adapter_bytes"]), "Size of one step's adapter on disk."),
-        ("cost", "time", duration(seconds["total"]), f"Wall-clock time of the whole chain: {split}."),
+        ("cost", "adapter size", size(results.adapter_bytes), "Size of one step's adapter on disk."),
+        ("cost", "time", duration(seconds.total), f"Wall-clock time of the whole chain: {split}."),
         ("cost", "peak memory", size(max(memory, default=None)), "Maximum over all steps and workers."),
     ]
 
 
-def story(results: dict) -> str:
+def story(results: Results) -> str:
     """The run in a few sentences."""
-    count, done = len(results["tasks"]), sum(1 for step in results["steps"] if step["seconds"])
+    count, done = len(results.tasks), sum(step.is_done for step in results.steps)
     how = "together, in one step" if is_joint(results) else "one after another"
     text = [f"{count} task{'s' if count > 1 else ''}, trained {how}." if count > 1 else "One task."]
-    if results.get("start_from"):
-        earlier = sum(row == 0 for row in results["learned_at"].values())
+    if results.start_from:
+        earlier = sum(row == 0 for row in results.learned_at.values())
         text.append(f"The chain continues an earlier run, which had learned {earlier} of them.")
-    if done < len(results["steps"]):
-        text.append(f"{done} of {len(results['steps'])} steps are done so far.")
-    if results["learning_accuracy"] is not None:
-        text.append(f"Right after its own training a task scored {number(results['learning_accuracy'])} on average.")
-    if results["nll_learning"] is not None:
-        verb = "lowered" if results["nll_learning"] >= 0 else "raised"
-        gain = number(abs(results["nll_learning"]))
+    if done < len(results.steps):
+        text.append(f"{done} of {len(results.steps)} steps are done so far.")
+    if results.learning_accuracy is not None:
+        text.append(f"Right after its own training a task scored {number(results.learning_accuracy)} on average.")
+    if results.nll_learning is not None:
+        verb = "lowered" if results.nll_learning >= 0 else "raised"
+        gain = number(abs(results.nll_learning))
         text.append(f"Training on a text task {verb} its loss by {gain} nats per token on average.")
     kept = [
-        _kept(results["backward_transfer"], "the earlier tasks", "points of score"),
-        _kept(results["nll_backward_transfer"], "the earlier text tasks", "nats per token"),
+        _kept(results.backward_transfer, "the earlier tasks", "points of score"),
+        _kept(results.nll_backward_transfer, "the earlier text tasks", "nats per token"),
     ]
     if any(kept):
         text.append(f"By the end {' and '.join(filter(None, kept))}, on average.")
-    ratio = results["perplexity_ratio"]
+    ratio = results.perplexity_ratio
     if ratio is not None:
         change = 100 * (ratio - 1)
         verb = "rose" if change >= 0 else "fell"
@@ -153,22 +154,20 @@ def _kept(transfer: float | None, who: str, unit: str) -> str:
     return f"{who} had {'lost' if transfer < 0 else 'gained'} {number(abs(transfer))} {unit}"
 
 
-def row_labels(results: dict) -> list[str]:
+def row_labels(results: Results) -> list[str]:
     """Labels of the score matrix' rows: `base`, then one per step."""
-    first = "start" if results.get("start_from") else "base"
-    return [first, *(f"{k} {step['task']}" for k, step in enumerate(results["steps"], start=1))][
-        : len(results["scores"])
-    ]
+    first = "start" if results.start_from else "base"
+    return [first, *(f"{k} {step.task}" for k, step in enumerate(results.steps, start=1))][: len(results.scores)]
 
 
-def is_joint(results: dict) -> bool:
-    return results["strategy"] == "joint"
+def is_joint(results: Results) -> bool:
+    return results.strategy == "joint"
 
 
-def trained_row(results: dict, column: int) -> int:
+def trained_row(results: Results, column: int) -> int:
     """The row right after a task's own training."""
     default = 1 if is_joint(results) else column + 1
-    return results.get("learned_at", {}).get(results["tasks"][column], default)
+    return results.learned_at.get(results.tasks[column], default)
 
 
 def direction(metric: str) -> str:
@@ -208,11 +207,11 @@ class TaskHistory:
     change: float | None
 
 
-def histories(results: dict) -> list[TaskHistory]:
-    scores = results["scores"]
+def histories(results: Results) -> list[TaskHistory]:
+    scores = results.scores
     rows = []
-    for column, name in enumerate(results["tasks"]):
-        metric, own = results["metric"][name], trained_row(results, column)
+    for column, name in enumerate(results.tasks):
+        metric, own = results.metric[name], trained_row(results, column)
         after = [row[column] for row in scores[own:] if row[column] is not None]
         learned = scores[own][column] if own < len(scores) else None
         change = None
@@ -222,7 +221,7 @@ def histories(results: dict) -> list[TaskHistory]:
             TaskHistory(
                 name=name,
                 metric=metric,
-                majority=results["majority"].get(name),
+                majority=results.majority.get(name),
                 base=scores[0][column],
                 learned=learned,
                 best=(max if higher_is_better(metric) else min)(after) if after else None,
@@ -234,29 +233,29 @@ def histories(results: dict) -> list[TaskHistory]:
 
 
 # -- the terminal
-def summary_table(results: dict) -> Table:
+def summary_table(results: Results) -> Table:
     """The score matrix; for a long sequence one line per task, which fits any terminal."""
     from rich.table import Table  # slow
 
-    if len(results["tasks"]) > MANY // 2:
+    if len(results.tasks) > MANY // 2:
         return _history_table(results)
     table = Table(title="Scores on the test split after every step", title_justify="left")
     table.add_column("after", no_wrap=True)
-    for name in results["tasks"]:
-        metric = results["metric"][name]
+    for name in results.tasks:
+        metric = results.metric[name]
         table.add_column(f"{name}\n{metric} {arrow(metric)}", justify="right", no_wrap=True)
-    for index, (label, row) in enumerate(zip(row_labels(results), results["scores"], strict=True)):
+    for index, (label, row) in enumerate(zip(row_labels(results), results.scores, strict=True)):
         own = [trained_row(results, column) == index for column in range(len(row))]
         cells = [
             f"[bold]{number(value)}[/bold]" if mine else number(value) for value, mine in zip(row, own, strict=True)
         ]
         table.add_row(label, *cells)
-    majority = [number(results["majority"].get(name)) for name in results["tasks"]]
+    majority = [number(results.majority.get(name)) for name in results.tasks]
     table.add_row("majority class", *majority, style="dim")
     return table
 
 
-def _history_table(results: dict) -> Table:
+def _history_table(results: Results) -> Table:
     from rich.table import Table  # slow
 
     table = Table(title="Each task on its test split", title_justify="left")
@@ -269,7 +268,7 @@ def _history_table(results: dict) -> Table:
     return table
 
 
-def headline_table(results: dict) -> Table:
+def headline_table(results: Results) -> Table:
     from rich.table import Table  # slow
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -281,15 +280,15 @@ def headline_table(results: dict) -> Table:
     return table
 
 
-def print_summary(results: dict, console: Console) -> None:
+def print_summary(results: Results, console: Console) -> None:
     """Printed at the end of `curlora run`: the score matrix and the headline numbers."""
     console.print(summary_table(results))
     console.print(headline_table(results))
 
 
-def print_verdict(results: dict, console: Console) -> None:
+def print_verdict(results: Results, console: Console) -> None:
     """Print the gate's verdict and the registered version; nothing without either."""
-    gate, registered = results["gate"], results["registry"]
+    gate, registered = results.gate, results.registry
     if gate:
         console.print(f"gate: {Verdict.of(gate)}", style="bold", highlight=False)
         for reason in [*gate["reasons"], *gate.get("notes", [])]:

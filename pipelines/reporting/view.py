@@ -16,11 +16,12 @@ from pipelines.reporting.figures import draw_matrix, draw_perplexity, draw_tasks
 from pipelines.reporting.formatting import number, whole
 from pipelines.reporting.summary import MANY, direction, headlines, histories, row_labels, story, trained_row
 from pipelines.runs.directory import RunDirectory
-from pipelines.runs.records import current_steps, label_of
+from pipelines.runs.records import current_steps
+from pipelines.runs.results import Results
+from pipelines.runs.step_record import Seconds, Setting, Split, StepRecord
 from pipelines.runs.verdict import Verdict
 
 HEADLINE_GROUPS = {"learned": "What was learned", "forgotten": "What was forgotten", "cost": "What it cost"}
-SECONDS = ("total", "train", "evaluate", "overhead")
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,20 @@ class Image:
     alt: str
 
 
-def page_values(run: RunDirectory, results: dict, steps: Sequence[dict], configuration: str) -> dict[str, Any]:
+def page_values(
+    run: RunDirectory, results: Results, steps: Sequence[StepRecord], configuration: str
+) -> dict[str, Any]:
     """Every value of report.html by name."""
-    gate, registered = results.get("gate"), results.get("registry")
+    gate, registered = results.gate, results.registry
     return {
-        "run": results["run"],
+        "run": results.run,
         "uri": run.uri,
-        "status": results["status"],
-        "base_model": results["base_model"],
-        "adapter": {"type": results["adapter"]["type"], "r": results["adapter"].get("r")},
-        "strategy": results["strategy"],
-        "finished": steps[-1]["finished"] if steps else None,
-        "tasks": results["tasks"],
+        "status": results.status,
+        "base_model": results.base_model,
+        "adapter": {"type": results.adapter.get("type"), "r": results.adapter.get("r")},
+        "strategy": results.strategy,
+        "finished": steps[-1].finished if steps else None,
+        "tasks": results.tasks,
         "story": story(results),
         "headlines": _grouped_headlines(results),
         "row_labels": row_labels(results),
@@ -58,7 +61,7 @@ def page_values(run: RunDirectory, results: dict, steps: Sequence[dict], configu
     }
 
 
-def _grouped_headlines(results: dict) -> list[tuple[str, list]]:
+def _grouped_headlines(results: Results) -> list[tuple[str, list]]:
     items = headlines(results)
     groups = [(title, [item for item in items if item.group == group]) for group, title in HEADLINE_GROUPS.items()]
     return [(title, members) for title, members in groups if members]
@@ -80,11 +83,11 @@ class MatrixCell:
     ink: str | None = None
 
 
-def _matrix(results: dict) -> dict[str, Any]:
+def _matrix(results: Results) -> dict[str, Any]:
     """The matrix as a table, or as a heat map where it has too many columns to read."""
-    tasks, metric = results["tasks"], results["metric"]
+    tasks, metric = results.tasks, results.metric
     if len(tasks) > 4 * MANY:
-        alt = f"Heat map of {len(results['scores'])} rows by {len(tasks)} tasks; all numbers are in results.json."
+        alt = f"Heat map of {len(results.scores)} rows by {len(tasks)} tasks; all numbers are in results.json."
         return {"matrix_image": _image(draw_matrix(results, []), alt)}
     shades = shading(results)
     return {
@@ -99,63 +102,58 @@ def _matrix(results: dict) -> dict[str, Any]:
     }
 
 
-def _matrix_cells(results: dict, row: int, shades: Sequence[float | None]) -> list[MatrixCell]:
+def _matrix_cells(results: Results, row: int, shades: Sequence[float | None]) -> list[MatrixCell]:
     cells = []
-    for column, (value, shade) in enumerate(zip(results["scores"][row], shades, strict=True)):
+    for column, (value, shade) in enumerate(zip(results.scores[row], shades, strict=True)):
         background, ink = (None, None) if value is None else colors([shade])[0]
         cells.append(MatrixCell(value, trained_row(results, column) == row, background, ink))
     return cells
 
 
-def _extras(results: dict) -> list[dict[str, Any]]:
+def _extras(results: Results) -> list[dict[str, Any]]:
     """Scores of generated answers after each step, one entry per task and metric."""
     return [
         {
             "task": task,
             "metric": metric,
-            "chosen": metric == results["metric"][task],
+            "chosen": metric == results.metric[task],
             "scores": [found.get(metric) if found else None for found in series],
         }
-        for task, series in (results.get("extras") or {}).items()
+        for task, series in results.extras.items()
         for metric in next(filter(None, series))
     ]
 
 
 # -- curves
-def _curves(results: dict, steps: Sequence[dict]) -> dict[str, Any]:
+def _curves(results: Results, steps: Sequence[StepRecord]) -> dict[str, Any]:
     perplexity, training = draw_perplexity(results, steps), draw_training(results, steps)
     return {
         "tasks_image": _image(draw_tasks(results, steps), _tasks_alt(results)),
         "perplexity_image": perplexity and _image(perplexity, _perplexity_alt(results)),
         "retention": [
-            {"corpus": corpus, "perplexity": values, "nll": results["nll"].get(corpus, [])}
-            for corpus, values in results["perplexity"].items()
+            {"corpus": corpus, "perplexity": values, "nll": results.nll.get(corpus, [])}
+            for corpus, values in results.perplexity.items()
         ],
         "training_image": training and _image(training, _training_alt(steps)),
-        "training_steps": sum(bool(step["position"]) for step in steps),
+        "training_steps": sum(bool(step.position) for step in steps),
         "drawn_steps": MANY,
     }
 
 
-def _tasks_alt(results: dict) -> str:
+def _tasks_alt(results: Results) -> str:
     changes = [f"{item.name} from {number(item.learned)} to {number(item.final)}" for item in histories(results)]
     return "Lines of each task's score after every step. From right after training to the end: " + "; ".join(changes)
 
 
-def _perplexity_alt(results: dict) -> str:
+def _perplexity_alt(results: Results) -> str:
     ends = [
-        f"{name} from {number(values[0], 2)} to {number(values[-1], 2)}"
-        for name, values in results["perplexity"].items()
+        f"{name} from {number(values[0], 2)} to {number(values[-1], 2)}" for name, values in results.perplexity.items()
     ]
     return "Perplexity after every step: " + "; ".join(ends)
 
 
-def _training_alt(steps: Sequence[dict]) -> str:
-    ends = [
-        f"{', '.join(step['tasks'])} ends at {number(step['training']['final_loss'])}"
-        for step in steps
-        if step.get("training")
-    ]
+def _training_alt(steps: Sequence[StepRecord]) -> str:
+    ends = [f"{', '.join(step.tasks)} ends at {number(step.training.final_loss)}" for step in steps if step.training]
     return "Training loss of every step: " + "; ".join(ends)
 
 
@@ -163,7 +161,7 @@ def _training_alt(steps: Sequence[dict]) -> str:
 @dataclass(frozen=True)
 class StepCost:
     label: str
-    seconds: dict[str, float | None]
+    seconds: Seconds
     tokens_per_second: float | None
     peak_memory_bytes: float | None
     adapter_bytes: float | None
@@ -171,79 +169,75 @@ class StepCost:
     head_parameters: int | None
 
 
-def _costs(results: dict, steps: Sequence[dict]) -> dict[str, Any]:
+def _costs(results: Results, steps: Sequence[StepRecord]) -> dict[str, Any]:
     costs = [
         StepCost(
             label=_title(step, "base"),
-            seconds=_seconds(step),
-            tokens_per_second=step.get("training", {}).get("tokens_per_second"),
-            peak_memory_bytes=step.get("peak_memory_bytes"),
-            adapter_bytes=step.get("adapter_bytes"),
-            trainable_parameters=step.get("trainable_parameters"),
-            head_parameters=step.get("head_parameters"),
+            seconds=step.seconds,
+            tokens_per_second=step.training.tokens_per_second if step.training else None,
+            peak_memory_bytes=step.peak_memory_bytes,
+            adapter_bytes=step.adapter_bytes,
+            trainable_parameters=step.trainable_parameters,
+            head_parameters=step.head_parameters,
         )
         for step in steps
     ]
-    return {"costs": costs, "seconds": _seconds(results), "has_heads": any(cost.head_parameters for cost in costs)}
+    return {"costs": costs, "seconds": results.seconds, "has_heads": any(cost.head_parameters for cost in costs)}
 
 
-def _seconds(record: dict) -> dict[str, float | None]:
-    return {name: record["seconds"].get(name) for name in SECONDS}
-
-
-def _title(step: dict, first: str) -> str:
-    return f"{step['position']} {label_of(step)}" if step["position"] else first
+def _title(step: StepRecord, first: str) -> str:
+    return f"{step.position} {step.label}" if step.position else first
 
 
 # -- ancestry
 @dataclass(frozen=True)
 class Recipe:
-    """What a step was trained from; `data`: (task, `rows` and `digest` of its training split)."""
+    """What a step was trained from; `data`: (task, its training split)."""
 
     position: int
     label: str
     fingerprint: str
     parent: str | None
-    data: list[tuple[str, dict]]
+    data: list[tuple[str, Split]]
     setting: list[str]
     environment: list[str]
     finished: float
 
 
-def _ancestry(run: RunDirectory, results: dict, steps: Sequence[dict]) -> dict[str, Any]:
+def _ancestry(run: RunDirectory, results: Results, steps: Sequence[StepRecord]) -> dict[str, Any]:
     """The last finished step's ancestors; no figure before the first step, or where an earlier run was deleted."""
     values = {
         "ancestry_image": None,
         "ancestry_missing": None,
         "recipes": [_recipe(step, row_labels(results)[0]) for step in steps],
     }
-    trained = [metrics for _, metrics in current_steps(run) if metrics["position"]]
+    trained = [metrics for _, metrics in current_steps(run) if metrics.position]
     if not trained:
         return values
     try:
-        ancestry = from_run(run, run.find_step(trained[-1]["fingerprint"]))
+        ancestry = from_run(run, run.find_step(trained[-1].fingerprint))
     except RunDirectoryError as error:
         return values | {"ancestry_missing": str(error)}
     alt = "Ancestry: " + " → ".join(link.title for link in ancestry.links)
     return values | {"ancestry_image": _image(draw_ancestry(ancestry), alt)}
 
 
-def _recipe(step: dict, first: str) -> Recipe:
-    setting = step.get("setting", {})
-    adapter, training = setting.get("adapter", {}), setting.get("training", {})
+def _recipe(step: StepRecord, first: str) -> Recipe:
+    setting = step.setting or Setting({}, {}, {})
+    adapter, training = setting.adapter, setting.training
     return Recipe(
-        position=step["position"],
+        position=step.position,
         label=_title(step, first),
-        fingerprint=step["fingerprint"],
-        parent=step["parent"],
-        data=[(task, splits["train"]) for task, splits in step.get("data", {}).items()],
+        fingerprint=step.fingerprint,
+        parent=step.parent,
+        data=[(task, data.train) for task, data in (step.data or {}).items()],
         setting=[
             f"adapter {adapter.get('type')}, rank {adapter.get('r')}, selection {adapter.get('selection')}",
-            f"strategy {setting.get('strategy', {}).get('name')}",
+            f"strategy {setting.strategy.get('name')}",
             f"learning rate {training.get('learning_rate')}, batch {training.get('batch_size')}",
             f"seed {training.get('seed')}",
-            f"{whole(step.get('training', {}).get('steps'))} optimizer steps",
+            f"{whole(step.training.steps if step.training else None)} optimizer steps",
         ],
-        environment=[f"{key} {value}" for key, value in flatten(step.get("environment", {})).items()],
-        finished=step["finished"],
+        environment=[f"{key} {value}" for key, value in flatten(step.environment).items()],
+        finished=step.finished,
     )

@@ -23,7 +23,7 @@ import os
 import posixpath
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ import yaml
 from pipelines.config.paths import is_uri
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import RunDirectoryError
+from pipelines.runs.event import Event
+from pipelines.runs.record import Record
+from pipelines.runs.results import Results
+from pipelines.runs.step_record import PublishedFile, StepRecord, TrainedStep
 
 FORMAT = 1
 
@@ -45,7 +49,7 @@ class RunDirectory:
         self.fs, root = fsspec.core.url_to_fs(self.uri)
         self.root = root.rstrip("/")
         self.is_local = not is_uri(uri) or uri.startswith("file://")
-        self._events: dict[str, dict] = {}  # they never change: each is read once
+        self._events: dict[str, Event] = {}  # they never change: each is read once
 
     @property
     def name(self) -> str:
@@ -84,7 +88,8 @@ class RunDirectory:
             return None
 
     def write_json(self, relative: str, value: Any) -> None:
-        self.write_bytes(relative, json.dumps(value, indent=1, allow_nan=False).encode())
+        plain = value.to_json() if isinstance(value, Record) else value
+        self.write_bytes(relative, json.dumps(plain, indent=1, allow_nan=False).encode())
 
     def read_jsonl(self, relative: str) -> list[dict]:
         return [json.loads(line) for line in self.read_bytes(relative).splitlines() if line]
@@ -144,14 +149,27 @@ class RunDirectory:
     def config(self) -> PipelineConfig:
         return PipelineConfig.model_validate(yaml.safe_load(self.read_bytes("config.yaml")))
 
-    def results(self) -> dict | None:
-        return self.read_json("results.json")
+    def results(self) -> Results | None:
+        raw = self.read_json("results.json")
+        return None if raw is None else Results.from_json(raw)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its results say so."""
+        results = self.results()
+        return results is not None and results.is_finished
 
     # -- steps
 
-    def metrics(self, directory: str) -> dict | None:
+    def metrics(self, directory: str) -> StepRecord | None:
         """`metrics.json` of a step directory; None means: this step is not done."""
-        return self.read_json(f"{directory}/metrics.json")
+        raw = self.read_json(f"{directory}/metrics.json")
+        return None if raw is None else StepRecord.from_json(raw)
+
+    def trained(self, directory: str) -> TrainedStep | None:
+        """`trained.json` of a step directory: trained and saved, but not done yet."""
+        raw = self.read_json(f"{directory}/trained.json")
+        return None if raw is None else TrainedStep.from_json(raw)
 
     def finished_steps(self) -> dict[str, str]:
         """fingerprint → directory of every step that is done (row 0 included)."""
@@ -159,18 +177,18 @@ class RunDirectory:
         for entry in self.list("steps"):
             metrics = self.metrics(f"steps/{entry}")
             if metrics is not None:
-                finished[metrics["fingerprint"]] = f"steps/{entry}"
+                finished[metrics.fingerprint] = f"steps/{entry}"
         return finished
 
     def find_step(self, fingerprint: str) -> str | None:
         """Directory of the finished step (or row 0) with this fingerprint; only folders whose name fits are opened."""
         for entry in self.list("steps"):
             metrics = self.metrics(f"steps/{entry}") if entry.endswith(f"-{fingerprint[:8]}") else None
-            if metrics and metrics["fingerprint"] == fingerprint:
+            if metrics and metrics.fingerprint == fingerprint:
                 return f"steps/{entry}"
         return None
 
-    def ancestors(self, directory: str) -> Iterator[tuple[RunDirectory, str, dict]]:
+    def ancestors(self, directory: str) -> Iterator[tuple[RunDirectory, str, StepRecord]]:
         """(run, directory, metrics.json) of a finished step, of its parent, … and of the base.
 
         Goes on in another run where a chain started from that one's adapter (`parent_run` in metrics.json).
@@ -181,16 +199,16 @@ class RunDirectory:
         run, metrics = self, self.metrics(directory)
         while True:
             yield run, directory, metrics
-            if metrics["parent"] is None:
+            if metrics.parent is None:
                 return
             child = directory
-            run = RunDirectory(metrics["parent_run"]) if metrics.get("parent_run") else run
-            directory = run.find_step(metrics["parent"])
+            run = RunDirectory(metrics.parent_run) if metrics.parent_run else run
+            directory = run.find_step(metrics.parent)
             if directory is None:
-                raise RunDirectoryError(f"{run.uri} has no step {metrics['parent']}, which {child} grew from")
+                raise RunDirectoryError(f"{run.uri} has no step {metrics.parent}, which {child} grew from")
             metrics = run.metrics(directory)
 
-    def damaged_files(self, directory: str, files: dict[str, dict]) -> list[str]:
+    def damaged_files(self, directory: str, files: Mapping[str, PublishedFile]) -> list[str]:
         """Published files that are missing or of another size (their contents are compared when they are loaded)."""
         damaged = []
         for name, published in files.items():
@@ -198,19 +216,28 @@ class RunDirectory:
                 size = self.fs.size(self.path(f"{directory}/{name}"))
             except FileNotFoundError:
                 size = None
-            if size != published["bytes"]:
+            if size != published.bytes:
                 damaged.append(name)
         return damaged
 
     # -- events
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: str, **details: Any) -> None:
         """Write one immutable event; `kind`: started, step_started, checkpoint, published, failed, finished, …"""
-        now = time.time()
-        name = f"{int(now * 1e6):017d}-{uuid.uuid4().hex[:8]}"
-        self.write_json(f"events/{name}.json", {"kind": kind, "time": now, **fields})
+        event = Event.of(kind, **details)
+        name = f"{int(event.time * 1e6):017d}-{uuid.uuid4().hex[:8]}"
+        self.write_json(f"events/{name}.json", event)
 
-    def events(self, known: Collection[str] = ()) -> Iterator[tuple[str, dict]]:
+    def read_event(self, relative: str) -> Event | None:
+        """An event, or a progress record; None where there is none."""
+        raw = self.read_json(relative)
+        return None if raw is None else Event.from_json(raw)
+
+    def progress(self) -> Event | None:
+        """What a worker said last of what it is doing."""
+        return self.read_event("progress.json")
+
+    def events(self, known: Collection[str] = ()) -> Iterator[tuple[str, Event]]:
         """(name, event) in order of time, without those whose names are `known`.
 
         Not "later than": after a clock was set back, new events have older names.
@@ -218,7 +245,7 @@ class RunDirectory:
         for name in self.list("events"):
             if name in known:
                 continue
-            if name not in self._events and (event := self.read_json(f"events/{name}")) is not None:
+            if name not in self._events and (event := self.read_event(f"events/{name}")) is not None:
                 self._events[name] = event
             if name in self._events:
                 yield name, self._events[name]

@@ -12,6 +12,7 @@ from pipelines.config.paths import looks_local
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.sections import BaseModelConfig
 from pipelines.errors import ConfigError, Problem
+from pipelines.runs.step_record import Setting, step_label
 
 WHOLE_FILE = 1 << 30  # larger weight files are fingerprinted by samples
 
@@ -78,7 +79,7 @@ class StepPlan:
 
     @property
     def label(self) -> str:
-        return self.tasks[0] if len(self.tasks) == 1 else "joint"
+        return step_label(self.tasks)
 
     @property
     def directory(self) -> str:
@@ -114,18 +115,7 @@ def step_fingerprint(base: str, parent: str, config: PipelineConfig, tasks: list
         {
             "base": base,
             "parent": parent,
-            "adapter": config.adapter.model_dump(),
-            "strategy": config.strategy.model_dump(),
-            "training": config.training.model_dump(),
+            **Setting.of(config).to_json(),
             "tasks": tasks,
         }
     )
-
-
-def setting(config: PipelineConfig) -> dict:
-    """What makes a step's training: recorded with it, and part of its fingerprint."""
-    return {
-        "adapter": config.adapter.model_dump(),
-        "strategy": config.strategy.model_dump(),
-        "training": config.training.model_dump(),
-    }

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pipelines.errors import ConfigError, Problem
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.step_record import Cell, StepRecord
 
 
 def choose_step(run: RunDirectory, step: str | None) -> str:
@@ -14,19 +15,20 @@ def choose_step(run: RunDirectory, step: str | None) -> str:
     Raises:
         ConfigError: no such step, or it is not finished.
     """
-    steps = (run.results() or {"steps": []})["steps"]
-    finished = [entry for entry in steps if run.metrics(entry["directory"]) is not None]
+    results = run.results()
+    steps = results.steps if results else ()
+    finished = [entry for entry in steps if run.metrics(entry.directory) is not None]
     if step is None and finished:
-        return finished[-1]["directory"]
+        return finished[-1].directory
     for entry in finished:
-        position = entry["directory"].split("/")[-1].split("-")[0]
-        if step in (entry["task"], position) or (len(step or "") >= 6 and entry["fingerprint"].startswith(step)):
-            return entry["directory"]
-    known = ", ".join(entry["task"] for entry in finished) or "none"
+        position = entry.directory.split("/")[-1].split("-")[0]
+        if step in (entry.task, position) or (len(step or "") >= 6 and entry.fingerprint.startswith(step)):
+            return entry.directory
+    known = ", ".join(entry.task for entry in finished) or "none"
     raise ConfigError([Problem(run.name, f"has no finished step '{step or 'at all'}'; finished: {known}")])
 
 
-Steps = Sequence[tuple[str, dict]]  # (directory, metrics.json) by position, row 0 first
+Steps = Sequence[tuple[str, StepRecord]]  # (directory, metrics.json) by position, row 0 first
 
 
 def current_steps(run: RunDirectory, chain: Sequence[str] | None = None) -> Steps:
@@ -36,119 +38,117 @@ def current_steps(run: RunDirectory, chain: Sequence[str] | None = None) -> Step
         directory = f"steps/{entry}"
         metrics = run.metrics(directory)
         if metrics is not None:
-            found[metrics["fingerprint"]] = (directory, metrics)
+            found[metrics.fingerprint] = (directory, metrics)
     results = run.results()
     if chain is None and results is not None:
-        chain = [step["fingerprint"] for step in results["steps"]]
+        chain = [step.fingerprint for step in results.steps]
     if chain:
         members = [found[name] for name in chain if name in found]
     else:
-        members = sorted(found.values(), key=lambda item: item[1]["finished"])[-1:]
+        members = sorted(found.values(), key=lambda item: item[1].finished)[-1:]
     if members:
         members = _ancestors(found, members[0][1]) + members
-    if all(metrics["position"] for _, metrics in members):  # a chain that started from another run's adapter
-        bases = [item for item in found.values() if item[1]["position"] == 0]
-        members += sorted(bases, key=lambda item: item[1]["finished"])[-1:]
-    return sorted(members, key=lambda item: item[1]["position"])
+    if all(metrics.position for _, metrics in members):  # a chain that started from another run's adapter
+        bases = [item for item in found.values() if item[1].position == 0]
+        members += sorted(bases, key=lambda item: item[1].finished)[-1:]
+    return sorted(members, key=lambda item: item[1].position)
 
 
-def _ancestors(found: Mapping[str, tuple[str, dict]], metrics: dict) -> list[tuple[str, dict]]:
+def _ancestors(found: Mapping[str, tuple[str, StepRecord]], metrics: StepRecord) -> list[tuple[str, StepRecord]]:
     ancestors = []
-    while metrics["parent"] in found:
-        ancestors.append(found[metrics["parent"]])
+    while metrics.parent in found:
+        ancestors.append(found[metrics.parent])
         metrics = ancestors[-1][1]
     return ancestors
 
 
 def started_at(run: RunDirectory, steps: Steps) -> float:
     for _, event in run.events():
-        if event["kind"] == "started":
-            return event["time"]
-    return min((metrics["started"] for _, metrics in steps), default=0.0)
+        if event.kind == "started":
+            return event.time
+    return min((metrics.started for _, metrics in steps), default=0.0)
 
 
 def ended_at(run: RunDirectory, steps: Steps) -> float:
     """When the chain came to its end: the last such event, which is among the last files."""
     for name in reversed(run.list("events")):
-        event = run.read_json(f"events/{name}")
-        if event and event["kind"] in ("finished", "failed"):
-            return event["time"]
+        event = run.read_event(f"events/{name}")
+        if event and event.kind in ("finished", "failed"):
+            return event.time
     return latest_moment(steps)
 
 
 def latest_moment(steps: Steps) -> float:
     """The newest moment of any measurement."""
-    moments = [metrics["finished"] for _, metrics in steps]
-    moments += [cell["time"] for _, metrics in steps for cell in metrics["cells"]]
+    moments = [metrics.finished for _, metrics in steps]
+    moments += [cell.time for _, metrics in steps for cell in metrics.cells]
     return max(moments, default=0.0)
-
-
-def label_of(metrics: dict) -> str:
-    return metrics["tasks"][0] if len(metrics["tasks"]) == 1 else "joint"
 
 
 # -- metrics: (key, value, unix seconds, step)
 Point = tuple[str, float | None, float, int]
 
 
-def score_points(metrics: dict) -> list[Point]:
+def score_points(metrics: StepRecord) -> list[Point]:
     """One row of the score matrix; its step is the position in the sequence."""
     points: list[Point] = []
     for cell in newest_cells(metrics):
-        name, moment, position = cell["name"], cell["time"], metrics["position"]
-        if cell["role"] == "task":
-            points.append((f"score/{name}", cell["value"], moment, position))
-            for metric, value in cell.get("extras", {}).items():
+        name, moment, position = cell.name, cell.time, metrics.position
+        if cell.role == "task":
+            points.append((f"score/{name}", cell.value, moment, position))
+            for metric, value in cell.extras.items():
                 points.append((f"{metric}/{name}", value, moment, position))
         else:
-            points.append((f"nll/{name}", cell["nll"], moment, position))
-            points.append((f"perplexity/{name}", cell["perplexity"], moment, position))
+            points.append((f"nll/{name}", cell.nll, moment, position))
+            points.append((f"perplexity/{name}", cell.perplexity, moment, position))
     return points
 
 
-def newest_cells(metrics: dict) -> list[dict]:
-    """One cell a name: a test split that was changed leaves the older cell behind."""
-    return list({cell["name"]: cell for cell in sorted(metrics["cells"], key=lambda cell: cell["time"])}.values())
+def newest_cells(metrics: StepRecord) -> list[Cell]:
+    """One cell per name: a test split that was changed leaves the older cell behind."""
+    return list({cell.name: cell for cell in sorted(metrics.cells, key=lambda cell: cell.time)}.values())
 
 
-def cost_points(metrics: dict) -> list[Point]:
+def cost_points(metrics: StepRecord) -> list[Point]:
+    training = metrics.training
     values = {
-        "trainable_parameters": metrics.get("trainable_parameters"),
-        "head_parameters": metrics.get("head_parameters"),
-        "adapter_bytes": metrics.get("adapter_bytes"),
-        "peak_memory_bytes": metrics.get("peak_memory_bytes"),
-        "tokens_per_second": metrics.get("training", {}).get("tokens_per_second"),
-        "train/final_loss": metrics.get("training", {}).get("final_loss"),
-        **{f"seconds/{name}": value for name, value in metrics["seconds"].items()},
+        "trainable_parameters": metrics.trainable_parameters,
+        "head_parameters": metrics.head_parameters,
+        "adapter_bytes": metrics.adapter_bytes,
+        "peak_memory_bytes": metrics.peak_memory_bytes,
+        "tokens_per_second": training.tokens_per_second if training else None,
+        "train/final_loss": training.final_loss if training else None,
+        **{f"seconds/{name}": value for name, value in metrics.seconds.to_json().items()},
     }
-    return [(name, value, metrics["finished"], metrics["position"]) for name, value in values.items()]
+    return [(name, value, metrics.finished, metrics.position) for name, value in values.items()]
 
 
-def curve_points(metrics: dict) -> list[Point]:
+def curve_points(curve: Sequence[Sequence[float]]) -> list[Point]:
+    """Points of `Training.curve`."""
     points: list[Point] = []
-    for step, loss, learning_rate, moment in metrics.get("training", {}).get("curve", []):
+    for step, loss, learning_rate, moment in curve:
         points.append(("train/loss", loss, moment, step))
         points.append(("train/learning_rate", learning_rate, moment, step))
     return points
 
 
-def lineage(run: RunDirectory, directory: str) -> Iterator[dict]:
+def lineage(run: RunDirectory, directory: str) -> Iterator[StepRecord]:
     """`metrics.json` of a step and of all it grew from, newest first, over the runs that it leads through."""
     trained, metrics = _trained(run), run.metrics(directory)
     while metrics is not None:
         yield metrics
-        if metrics.get("parent_run"):
-            run = RunDirectory(metrics["parent_run"])
+        if metrics.parent_run:
+            run = RunDirectory(metrics.parent_run)
             trained = _trained(run)
-        metrics = trained.get(metrics["parent"])
+        metrics = trained.get(metrics.parent)
 
 
-def _trained(run: RunDirectory) -> dict[str, dict]:
+def _trained(run: RunDirectory) -> dict[str, StepRecord]:
     """Fingerprint → `metrics.json` of every finished step; row 0 was trained elsewhere or not at all."""
     rows = [run.metrics(f"steps/{entry}") for entry in run.list("steps")]
-    return {row["fingerprint"]: row for row in rows if row and row["position"] > 0}
+    return {row.fingerprint: row for row in rows if row and row.position > 0}
 
 
-def trained_on(metrics: Mapping) -> dict[str, str]:
+def trained_on(metrics: StepRecord) -> dict[str, str]:
     """Task → digest of the training data of one step."""
-    return {task: parts["train"]["digest"] for task, parts in metrics["data"].items()}
+    return {task: data.train.digest for task, data in metrics.data.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.event import Event
 from pipelines.runs.lease import driver_of
 
 SILENT_SECONDS = 60.0  # a driver of another host that has not written for so long is taken for gone
@@ -13,8 +14,8 @@ SILENT_SECONDS = 60.0  # a driver of another host that has not written for so lo
 def run_status(run: RunDirectory) -> dict:
     """`{"run", "status", "steps_done", "steps", "last", "last_event"}`; a `running` run without a driver is
     `interrupted`."""
-    results = run.results() or {"status": "new", "steps": []}
-    state = results["status"]
+    results = run.results()
+    state, steps = (results.status, results.steps) if results else ("new", ())
     driver = driver_of(run)
     if state == "running" and (driver is None or time.time() - driver["time"] > SILENT_SECONDS):
         state = "interrupted"
@@ -22,10 +23,10 @@ def run_status(run: RunDirectory) -> dict:
     return {
         "run": run.name,
         "status": state,
-        "steps_done": sum(bool(step["seconds"]) for step in results["steps"]),
-        "steps": len(results["steps"]),
+        "steps_done": sum(step.is_done for step in steps),
+        "steps": len(steps),
         "last": _say(last) if last else "nothing has happened yet",
-        "last_event": last,
+        "last_event": last.to_json() if last else None,
     }
 
 
@@ -42,15 +43,15 @@ def cancel_run(run: RunDirectory, wait: float) -> bool | None:
     return False
 
 
-def _last_event(run: RunDirectory) -> dict | None:
+def _last_event(run: RunDirectory) -> Event | None:
     """The latest of events and progress, by their own times."""
     names = run.list("events")[-1:]
-    found = [run.read_json(f"events/{name}") for name in names] + [run.read_json("progress.json")]
-    return max((event for event in found if event), key=lambda event: event["time"], default=None)
+    found = [run.read_event(f"events/{name}") for name in names] + [run.progress()]
+    return max((event for event in found if event), key=lambda event: event.time, default=None)
 
 
-def _say(event: dict) -> str:
-    ago = max(0, time.time() - event["time"])
+def _say(event: Event) -> str:
+    ago = max(0, time.time() - event.time)
     what = {
         "training": "training {task}, step {step}/{steps}, loss {loss:.3f}",
         "published": "{task} published",
@@ -59,5 +60,5 @@ def _say(event: dict) -> str:
         "evaluating": "evaluating {name}",
         "checkpoint": "{task}: checkpoint at step {step}",
         "step_started": "{task} started",
-    }.get(event["kind"], event["kind"].replace("_", " "))
-    return f"{what.format(**event)} ({ago:.0f} s ago)"
+    }.get(event.kind, event.kind.replace("_", " "))
+    return f"{what.format(**event.to_json())} ({ago:.0f} s ago)"

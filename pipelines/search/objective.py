@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pipelines.config.search_space import describe
+from pipelines.runs.step_record import Cell
 
 RULE = (
     "highest objective = learning − {weight:g} × retention loss among the trials trained to their end; "
@@ -42,13 +42,13 @@ class Assessment:
         return dict(self.__dict__)
 
 
-def loss_of(cell: Mapping[str, Any]) -> float:
+def loss_of(value: float, metric: str) -> float:
     """What is wrong with a score, lower is better: NLL of text, 1 − score of the rest."""
-    return cell["value"] if cell["metric"] == "nll" else 1 - cell["value"]
+    return value if metric == "nll" else 1 - value
 
 
 def assess(
-    cells: Sequence[Mapping],
+    cells: Sequence[Cell],
     new: Sequence[str],
     reference: Mapping[str, float],
     weight: float,
@@ -61,15 +61,15 @@ def assess(
         reference: name → loss before the trial, of everything else.
         train_loss: of the second half of its way so far; None where trials' training losses cannot be compared.
     """
-    losses = {cell["name"]: loss_of(cell) for cell in cells}
+    losses = {cell.name: loss_of(cell.value, cell.metric) for cell in cells}
     if not all(math.isfinite(value) for value in losses.values()):
         return None
-    metrics = {cell["name"]: cell["metric"] for cell in cells}
+    metrics = {cell.name: cell.metric for cell in cells}
     learned = [-losses[name] if metrics[name] == "nll" else 1 - losses[name] for name in new]
     learning = math.fsum(learned) / len(learned)
     lost = [losses[name] - before for name, before in reference.items()]
     retention_loss = math.fsum(lost) / len(lost) if lost else None
-    known = {cell["name"]: cell.get("loss") for cell in cells}
+    known = {cell.name: cell.loss for cell in cells}
     early = [-known[name] if known[name] is not None else value for name, value in zip(new, learned, strict=True)]
     cost = weight * (retention_loss or 0.0)
     signal = (math.fsum(early) / len(early) if train_loss is None else -train_loss) - cost

@@ -20,8 +20,10 @@ from pipelines.config.search import Range, SearchConfig
 from pipelines.config.search_space import Values, settings, trials, with_values
 from pipelines.errors import ConfigError, Problem, RunFailed, RunStopped, and_then
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.event import Event
 from pipelines.runs.identity import fingerprint
 from pipelines.runs.lease import Lease
+from pipelines.runs.step_record import Cell
 from pipelines.search import objective, table
 from pipelines.search.step_search import Place
 from pipelines.search.trial import prune
@@ -45,7 +47,7 @@ class Running:
     spec: Any  # trial.Spec
     lease: Lease
     groups: list[RemoteGroup]
-    on_event: Callable[[dict], None]
+    on_event: Callable[[Event], None]
 
     @property
     def search(self) -> SearchConfig:
@@ -58,7 +60,7 @@ class Running:
 
     def tell(self, kind: str, text: str, **fields: Any) -> None:
         self.run.event(kind, task=self.where.label, position=self.where.position, text=text, **fields)
-        self.on_event({"kind": "search", "text": f"search before {self.where.label}: {text}"})
+        self.on_event(Event("search", text=f"search before {self.where.label}: {text}"))
 
 
 def search(
@@ -68,7 +70,7 @@ def search(
     base_directory: str,
     lease: Lease,
     groups: list[RemoteGroup],
-    on_event: Callable[[dict], None] = lambda event: None,
+    on_event: Callable[[Event], None] = lambda event: None,
 ) -> dict:
     """Find the setting of a step; returns (and writes below the run) the search's `results.json`.
 
@@ -167,12 +169,12 @@ def _reference(running: Running) -> dict[str, float]:
             spec.bring_parent(before)
         _work(running, before, spec.assignment(before, spec.config, [], {directory: names}))
         cells = _cells(before, directory)
-    return {name: objective.loss_of(cells[name]) for name in names}
+    return {name: objective.loss_of(cells[name].value, cells[name].metric) for name in names}
 
 
-def _cells(run: RunDirectory, directory: str) -> dict[str, dict]:
+def _cells(run: RunDirectory, directory: str) -> dict[str, Cell]:
     row = run.metrics(directory)
-    return {cell["name"]: cell for cell in row["cells"]} if row else {}
+    return {cell.name: cell for cell in row.cells} if row else {}
 
 
 def _work(running: Running, run: RunDirectory, assignment: Assignment) -> None:

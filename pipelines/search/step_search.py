@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pipelines.config.pipeline import PipelineConfig
@@ -11,6 +11,8 @@ from pipelines.data.held_out import trial_view
 from pipelines.data.identity import data_identity, score_identity
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan, fingerprint, step_fingerprint
+from pipelines.runs.results import SearchSummary
+from pipelines.runs.step_record import Seconds, TrainedStep, step_label
 from pipelines.search.trial_spec import copy_step
 
 
@@ -34,7 +36,7 @@ class Place:
 
     @property
     def label(self) -> str:
-        return self.tasks[0] if len(self.tasks) == 1 else "joint"
+        return step_label(self.tasks)
 
     @property
     def folder(self) -> str:
@@ -90,22 +92,26 @@ def settings_found(run: RunDirectory) -> Callable[[PipelineConfig, int, str, str
     return setting_of
 
 
-def summaries(config: PipelineConfig, run: RunDirectory, steps: list[StepPlan], base: str) -> list[dict]:
+def summaries(
+    config: PipelineConfig, run: RunDirectory, steps: Sequence[StepPlan], base: str
+) -> tuple[SearchSummary, ...]:
     """For results.json: what was chosen before which step, and why."""
     if not config.search or not config.search.when:
-        return []
+        return ()
     found = []
     for step in steps[:1] if config.search.when == "first" else steps:
         where = place(config, step.position, step.parent, base)
         if results := where.found(run):
-            keys = ("task", "position", "why", "rule", "pareto", "steps")
-            found.append(
-                {key: results[key] for key in keys}
-                | {"values": results["chosen"]["values"], "directory": where.folder}
-                | {"trials": len(results["trials"]), "adopted": results["chosen"]["fingerprint"] == step.fingerprint}
-                | {"until": len(steps) if config.search.when == "first" else step.position}
+            summary = SearchSummary(
+                **{key: results[key] for key in ("task", "position", "why", "rule", "pareto", "steps")},
+                values=results["chosen"]["values"],
+                directory=where.folder,
+                trials=len(results["trials"]),
+                adopted=results["chosen"]["fingerprint"] == step.fingerprint,
+                until=len(steps) if config.search.when == "first" else step.position,
             )
-    return found
+            found.append(summary)
+    return tuple(found)
 
 
 def adopt(run: RunDirectory, where: Place, step: StepPlan) -> bool:
@@ -116,8 +122,15 @@ def adopt(run: RunDirectory, where: Place, step: StepPlan) -> bool:
     trial = RunDirectory(f"{run.uri}/{where.folder}/trials/{fingerprint(chosen['values'])[:8]}")
     metrics = trial.metrics(chosen["directory"])
     copy_step(trial, chosen["directory"], run, step.directory)
-    trained = ("trainable_parameters", "head_parameters", "adapter_bytes", "files", "training", "started")
-    seconds = {"train": metrics["seconds"]["train"], "total": metrics["seconds"]["train"]}
-    run.write_json(f"{step.directory}/trained.json", {key: metrics[key] for key in trained} | {"seconds": seconds})
+    trained = TrainedStep(
+        trainable_parameters=metrics.trainable_parameters,
+        head_parameters=metrics.head_parameters,
+        adapter_bytes=metrics.adapter_bytes,
+        files=metrics.files,
+        training=metrics.training,
+        started=metrics.started,
+        seconds=Seconds(train=metrics.seconds.train, total=metrics.seconds.train),
+    )
+    run.write_json(f"{step.directory}/trained.json", trained)
     run.event("adopted", fingerprint=step.fingerprint, task=step.label, position=step.position, trial=trial.name)
     return True

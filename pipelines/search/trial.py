@@ -15,8 +15,9 @@ from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.search_space import Values
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
+from pipelines.runs.step_record import Setting, StepRecord
 from pipelines.search.trial_spec import Spec
-from pipelines.workers.assignment import rung_file, verdict_file
+from pipelines.workers.assignment import RungScores, verdict_file
 from pipelines.workers.failures import GroupLost, WorkersFailed, WorkersSilent
 from pipelines.workers.supervision import Supervisor
 
@@ -72,7 +73,7 @@ class Trial:
             return {"done": True}
         metrics = self.run.metrics(self.step.directory)
         while self._rungs:
-            found = self.run.read_json(rung_file(self._rungs[0]))
+            found = RungScores.read(self.run, self._rungs[0])
             if found is None and metrics is None:
                 return None
             rung = self._rungs.pop(0)
@@ -120,12 +121,12 @@ class Trial:
 
     # -- its record
 
-    def _finish(self, metrics: dict) -> dict:
+    def _finish(self, metrics: StepRecord) -> dict:
         worth = self.spec.assess(metrics)
         if worth is None:
             return self._fail("a validation score is not a number; lower training.learning_rate")
-        train = metrics["seconds"]["train"]
-        scored = metrics["seconds"]["evaluate"] + rung_seconds(self.run, self.spec)
+        train = metrics.seconds.train
+        scored = metrics.seconds.evaluate + rung_seconds(self.run, self.spec)
         total = max(time.time() - self.begun, train + scored)  # some of it may lie in an earlier start
         return write_record(
             self.run,
@@ -134,12 +135,12 @@ class Trial:
             self.values,
             "finished",
             **worth.to_json(),
-            scores={cell["name"]: cell["value"] for cell in metrics["cells"]},
-            steps=metrics["training"]["steps"],
-            total_steps=metrics["training"]["steps"],
-            trainable_parameters=metrics["trainable_parameters"] + metrics["head_parameters"],
+            scores={cell.name: cell.value for cell in metrics.cells},
+            steps=metrics.training.steps,
+            total_steps=metrics.training.steps,
+            trainable_parameters=metrics.trainable_parameters + metrics.head_parameters,
             seconds={"total": total, "train": train, "evaluate": scored, "overhead": total - train - scored},
-            started=metrics["started"],
+            started=metrics.started,
         )
 
     def _fail(self, reason: str) -> dict:
@@ -159,11 +160,7 @@ def write_record(run: RunDirectory, spec: Spec, number: int, values: Values, sta
         "steps": 0,
         "fingerprint": step.fingerprint,
         "directory": step.directory,
-        "setting": {
-            "adapter": config.adapter.model_dump(),
-            "strategy": config.strategy.model_dump(),
-            "training": config.training.model_dump(),
-        },
+        "setting": Setting.of(config).to_json(),
         "rungs": rungs_of(run, spec),
         "started": None,
         "finished": time.time(),
@@ -190,16 +187,17 @@ def rungs_of(run: RunDirectory, spec: Spec) -> list[dict]:
     """What a trial scored at the rungs that it reached."""
     found = []
     for rung in spec.rungs:
-        scored = run.read_json(rung_file(rung))
+        scored = RungScores.read(run, rung)
         worth = spec.assess(scored) if scored else None
         if worth:
-            found.append({k: scored[k] for k in ("rung", "step", "steps", "time")} | worth.to_json())
+            where = {"rung": scored.rung, "step": scored.step, "steps": scored.steps, "time": scored.time}
+            found.append(where | worth.to_json())
     return found
 
 
 def rung_seconds(run: RunDirectory, spec: Spec) -> float:
-    scored = [run.read_json(rung_file(rung)) for rung in spec.rungs]
-    return sum(cell["seconds"] for found in scored if found for cell in found["cells"])
+    scored = [RungScores.read(run, rung) for rung in spec.rungs]
+    return sum(cell.seconds for found in scored if found for cell in found.cells)
 
 
 def prune(spec: Spec, number: int, values: Values) -> dict:

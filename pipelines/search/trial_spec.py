@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.search_space import Values, with_values
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan, fingerprint, step_fingerprint
+from pipelines.runs.step_record import StepRecord, step_label
 from pipelines.search.objective import Assessment, assess
-from pipelines.workers.assignment import Assignment
+from pipelines.workers.assignment import Assignment, RungScores
 
 COPIED = ("adapter/", "heads.safetensors", "strategy/")  # what of a step another one starts from
 
@@ -56,7 +57,7 @@ class Spec:
 
     @property
     def label(self) -> str:
-        return self.tasks[0] if len(self.tasks) == 1 else "joint"
+        return step_label(self.tasks)
 
     def run(self, values: Values) -> RunDirectory:
         """The run directory of the trial of a setting."""
@@ -75,10 +76,11 @@ class Spec:
     def keys(self, config: PipelineConfig) -> dict[str, str]:
         return {name: fingerprint([key, config.training.max_length]) for name, key in self.cell_keys.items()}
 
-    def assess(self, scored: dict) -> Assessment | None:
+    def assess(self, scored: RungScores | StepRecord) -> Assessment | None:
         """What a trial is worth by its scores at a rung or at its end; None if one is not a number."""
-        train_loss = scored.get("train_loss") if self.train_alike else None
-        return assess(scored["cells"], self.tasks, self.reference, self.weight, train_loss)
+        on_its_way = self.train_alike and isinstance(scored, RungScores)
+        train_loss = scored.train_loss if on_its_way else None
+        return assess(scored.cells, self.tasks, self.reference, self.weight, train_loss)
 
     def assignment(
         self, run: RunDirectory, config: PipelineConfig, steps: Sequence[StepPlan], missing: dict
@@ -103,7 +105,7 @@ class Spec:
         uri, directory = self.parent_files
         source = RunDirectory(uri)
         copy_step(source, directory, run, directory)
-        run.write_json(f"{directory}/metrics.json", source.metrics(directory) | {"cells": []})
+        run.write_json(f"{directory}/metrics.json", replace(source.metrics(directory), cells=()))
 
 
 def copy_step(source: RunDirectory, directory: str, target: RunDirectory, to: str) -> None:

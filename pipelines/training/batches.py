@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +13,38 @@ from curlora.continual import Example
 from pipelines.data.encoding import IGNORE
 from pipelines.distributed.world import World
 from pipelines.models.padding import pad
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One rank's part of a global micro-batch; what it holds of the whole is the same on every rank.
+
+    Attributes:
+        input_ids, attention_mask, labels: (batch, length); `IGNORE` where nothing is predicted.
+        position_ids: (batch, length) where documents are packed, else None.
+        examples: those of the rows.
+        scale: weight of each row's loss in the mean over the global micro-batch.
+        replayed: examples of the global micro-batch that a strategy replays.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor | None
+    examples: list[Example]
+    scale: float
+    replayed: int
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same with its tensors on `device`."""
+        packed = self.position_ids is not None
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            labels=self.labels.to(device),
+            position_ids=self.position_ids.to(device) if packed else None,
+        )
 
 
 class GlobalBatches:
@@ -44,7 +77,7 @@ class GlobalBatches:
     def per_epoch(self) -> int:
         return math.ceil(len(self.dataset) / self.batch_size)
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         while True:
             epoch, index = divmod(self.position, self.per_epoch)
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
@@ -54,7 +87,7 @@ class GlobalBatches:
                 yield collate(batch, self.world)
 
 
-def collate(batch: list[Example], world: World) -> dict:
+def collate(batch: list[Example], world: World) -> MicroBatch:
     """This rank's part of a global micro-batch as tensors.
 
     A rank without an example (fewer examples than ranks) carries the first one with weight 0: under ZeRO every rank
@@ -72,12 +105,12 @@ def collate(batch: list[Example], world: World) -> dict:
     for row, example in enumerate(part):
         if example.labels is not None:
             labels[row, : len(example.labels)] = torch.tensor(example.labels)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": labels,
-        "position_ids": positions if packed else None,
-        "examples": part,
-        "scale": weight / len(batch),
-        "replayed": sum(example.replayed for example in batch),
-    }
+    return MicroBatch(
+        input_ids=ids,
+        attention_mask=mask,
+        labels=labels,
+        position_ids=positions if packed else None,
+        examples=part,
+        scale=weight / len(batch),
+        replayed=sum(example.replayed for example in batch),
+    )

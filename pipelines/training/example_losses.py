@@ -13,23 +13,23 @@ from pipelines.distributed.world import World
 from pipelines.models.heads import heads_of, trainable_heads
 from pipelines.models.losses import next_token_losses, position_ids
 from pipelines.models.padding import last_token_features
-from pipelines.training.batches import collate
+from pipelines.training.batches import MicroBatch, collate
 
 
-def example_losses(model: nn.Module, batch: dict, held: Iterable[str] = ()) -> tuple[torch.Tensor, StepOutput]:
+def example_losses(model: nn.Module, batch: MicroBatch, held: Iterable[str] = ()) -> tuple[torch.Tensor, StepOutput]:
     """(batch,) loss of each example: mean cross-entropy of its target tokens, or that of its class under its head.
 
     Args:
         held: tasks whose heads do not train and whose examples may come nevertheless, the same on every rank.
     """
-    labels, mask, examples = batch["labels"], batch["attention_mask"], batch["examples"]
-    if batch["position_ids"] is None:
+    labels, mask, examples = batch.labels, batch.attention_mask, batch.examples
+    if batch.position_ids is None:
         seen = {"attention_mask": mask}
     else:
         # without a mask Transformers takes positions that start anew for documents apart; what pads a row stands
         # behind it, where no real token looks
-        seen = position_ids(model, batch["position_ids"])
-    found = next_token_losses(model, labels, input_ids=batch["input_ids"], **seen)
+        seen = position_ids(model, batch.position_ids)
+    found = next_token_losses(model, labels, input_ids=batch.input_ids, **seen)
     hidden = found.hidden
     losses = found.losses.sum(1) / (labels[:, 1:] != IGNORE).sum(1).clamp(min=1)
     features = last_token_features(hidden, mask)
@@ -53,5 +53,4 @@ def example_losses(model: nn.Module, batch: dict, held: Iterable[str] = ()) -> t
 
 def losses_alone(model: nn.Module, examples: Sequence[Example], device: torch.device) -> torch.Tensor:
     """(batch,) differentiable losses of examples that this process alone has drawn: what a strategy may ask for."""
-    batch = collate(list(examples), World(0, 1, device))
-    return example_losses(model, {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})[0]
+    return example_losses(model, collate(list(examples), World(0, 1, device)).to(device))[0]

@@ -7,6 +7,7 @@ class) loss, whatever the slices are.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from pipelines.distributed.world import World
 from pipelines.errors import DivergedError, Stopped
 from pipelines.models.heads import trainable_heads
 from pipelines.training.arguments import taken_for_adapted
-from pipelines.training.batches import GlobalBatches
+from pipelines.training.batches import GlobalBatches, MicroBatch
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.example_losses import example_losses, losses_alone
 
@@ -137,17 +138,24 @@ class ContinualTrainer(transformers.Trainer):
                 scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
         return self.lr_scheduler
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The next micro-batches. Their tokens, which Trainer would count, are of no use to `compute_loss`."""
+        return list(itertools.islice(epoch_iterator, num_batches)), None
+
+    def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
+        return inputs.to(self.args.device)
+
+    def compute_loss(self, model, inputs: MicroBatch, return_outputs=False, num_items_in_batch=None):
         losses, output = example_losses(model, inputs, self.strategy.held_heads())
-        share = losses.sum() * inputs["scale"] / self.training.gradient_accumulation
+        share = losses.sum() * inputs.scale / self.training.gradient_accumulation
         self._losses.append(share.detach())
-        self.tokens += int(inputs["attention_mask"].sum()) if inputs["scale"] else 0
+        self.tokens += int(inputs.attention_mask.sum()) if inputs.scale else 0
         # DeepSpeed averages gradients over ranks; times the world size, the average is the global batch's mean
         output.loss = share * self.world.size
         output.weight = 1 / self.training.gradient_accumulation
-        output.replayed, output.present = inputs["replayed"], inputs["scale"] > 0
+        output.replayed, output.present = inputs.replayed, inputs.scale > 0
         output.ranks = self.world.size
-        loss = self.strategy.loss(self.model, inputs["examples"], output)
+        loss = self.strategy.loss(self.model, inputs.examples, output)
         return (loss, output) if return_outputs else loss
 
     def end_task(self, task: TaskContext) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
+from pipelines.runs.record import Record
+from pipelines.runs.step_record import Cell
 
 
 def rung_file(rung: float) -> str:
@@ -16,6 +18,29 @@ def rung_file(rung: float) -> str:
 def verdict_file(rung: float) -> str:
     """Where the driver of a trial says whether it goes on from a rung."""
     return f"verdicts/{rung:.4f}.json"
+
+
+@dataclass(frozen=True)
+class RungScores(Record):
+    """What a trial scored at a rung.
+
+    Attributes:
+        step, steps: optimizer steps done, and in all.
+        train_loss: mean training loss of the second half of the steps so far.
+    """
+
+    rung: float
+    cells: tuple[Cell, ...]
+    time: float
+    step: int
+    steps: int
+    train_loss: float | None = None
+
+    @classmethod
+    def read(cls, run: RunDirectory, rung: float) -> RungScores | None:
+        """The scores at a rung; None where the trial has not got there."""
+        raw = run.read_json(rung_file(rung))
+        return None if raw is None else cls.from_json(raw)
 
 
 class Queue:

@@ -15,10 +15,12 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import nn
 
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.event import Event
 
 WRITE_SECONDS = 1.0  # at most one write of progress.json in so long
 
@@ -39,8 +41,8 @@ class Heartbeat:
         self.run, self.writes, self.hang_timeout = run, writes, hang_timeout
         self._identity = uuid.uuid4().hex[:8]
         self._serial = 0
-        self._news: dict = {"kind": "loading"}
-        self._written: dict | None = None
+        self._news = Event("loading")
+        self._written: Event | None = None
         self._guarded = False
         self._last_beat = time.monotonic()
         self._hook = None
@@ -48,9 +50,9 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._loop, daemon=True, name="heartbeat")
         self._thread.start()
 
-    def report(self, kind: str, **fields) -> None:
+    def report(self, kind: str, **details) -> None:
         """What is going on now; reaches progress.json within a second."""
-        self._news = {"kind": kind, **fields}
+        self._news = Event.of(kind, **details)
 
     def watch(self, base: nn.Module) -> None:
         """Every forward pass of this model is a beat, until `close`."""
@@ -87,12 +89,11 @@ class Heartbeat:
                 self._write(news)
                 written = now
 
-    def _write(self, news: dict) -> None:
+    def _write(self, news: Event) -> None:
         self._serial += 1
         with contextlib.suppress(OSError):  # a full disk is reported by what must be written
-            self.run.write_json(
-                "progress.json", {**news, "worker": self._identity, "serial": self._serial, "time": time.time()}
-            )
+            progress = replace(news, worker=self._identity, serial=self._serial, time=time.time())
+            self.run.write_json("progress.json", progress)
         self._written = news
 
     def _hang(self) -> None:

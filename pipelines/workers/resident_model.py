@@ -21,8 +21,9 @@ from pipelines.data.sets import evaluation_set
 from pipelines.distributed import engine
 from pipelines.distributed.world import World
 from pipelines.models import adapters, heads
-from pipelines.models.base import load_base, load_tokenizer
+from pipelines.models.base import context_length, load_base, load_tokenizer
 from pipelines.runs.identity import fingerprint
+from pipelines.runs.step_record import StepRecord
 from pipelines.workers.context import WorkContext
 from pipelines.workers.failures import DamagedStepError
 
@@ -59,7 +60,7 @@ class ResidentModel:
             self.base, self.tokenizer, self._partitioning = loaded
             self._loaded = identity
         work.heartbeat.watch(self.base)
-        self.context = int(getattr(self.base.config, "max_position_embeddings", None) or 1024)
+        self.context = context_length(self.base.config)
         self._classes = {
             task.name: len(kind_of(task).classes(task))
             for task in work.config.tasks
@@ -104,15 +105,14 @@ class ResidentModel:
         if model is not None:
             self.base = adapters.detach_adapter(model)
 
-    def of_step(self, metrics: dict) -> nn.Module:
+    def of_step(self, metrics: StepRecord) -> nn.Module:
         """The model as a finished step left it (row 0: what the chain starts from, or the bare base)."""
-        if metrics["position"] == 0 and self.work.start is None:
+        if metrics.position == 0 and self.work.start is None:
             heads.attach_heads(self.base, self._classes, self.work.config.training.seed)
             return self.base
         # a search may change the adapter on the way; what a chain starts from has no setting
-        setting = metrics.get("setting")
-        trained_as = AdapterConfig.model_validate(setting["adapter"]) if setting else None
-        return self.attach(metrics["fingerprint"], adapter=trained_as)
+        trained_as = AdapterConfig.model_validate(metrics.setting.adapter) if metrics.setting else None
+        return self.attach(metrics.fingerprint, adapter=trained_as)
 
     # -- what it works with
 
@@ -143,12 +143,12 @@ class ResidentModel:
         """
         run, directory = self.work.finished[step]
         folder = run.download(directory, scratch)
-        record = run.metrics(directory) or run.read_json(f"{directory}/trained.json")
+        record = run.metrics(directory) or run.trained(directory)
         if record is None:
             raise DamagedStepError(f"{run.uri}/{directory} holds no finished step; restore it")
-        for name, published in record.get("files", {}).items():
+        for name, published in (record.files or {}).items():
             file = folder / name
-            if not file.exists() or sha256(file) != published["sha256"]:
+            if not file.exists() or sha256(file) != published.sha256:
                 state = "differs from what was published" if file.exists() else "is missing"
                 raise DamagedStepError(
                     f"{directory}/{name} {state}; restore it, or train that step again: curlora run … --redo "
@@ -161,7 +161,9 @@ def load_frozen_base(base: BaseModelConfig, settings: dict, world: World) -> tup
     """The base without gradients, its tokenizer, and an object that must stay referenced while the model lives: under
     ZeRO-3 (`world.lockstep`) it makes Transformers load shards only."""
     from transformers.integrations import HfDeepSpeedConfig  # imports DeepSpeed, after its environment is set
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    unset_hf_deepspeed_config()  # of an earlier base under ZeRO-3: Transformers would partition this one too
     partitioning = HfDeepSpeedConfig(settings) if world.lockstep else None
     returned = engine.freed_memory_returned() if partitioning else contextlib.nullcontext()
     with stdout_to_stderr(), returned:

@@ -12,6 +12,7 @@ from torch import nn
 from pipelines.distributed import engine
 from pipelines.errors import DivergedError
 from pipelines.evaluation.evaluate import evaluate
+from pipelines.runs.step_record import Cell, SelfTest
 from pipelines.workers.context import WorkContext
 from pipelines.workers.resident_model import ResidentModel
 
@@ -25,7 +26,7 @@ class StepScoring:
     def __init__(self, work: WorkContext, resident: ResidentModel):
         self.work, self.resident = work, resident
 
-    def score(self, model: nn.Module, directory: str, names: list[str], training: bool = False) -> list[dict]:
+    def score(self, model: nn.Module, directory: str, names: list[str], training: bool = False) -> list[Cell]:
         """Score the named sets and write their predictions; the cells on rank 0, nothing elsewhere.
 
         Args:
@@ -35,7 +36,7 @@ class StepScoring:
             DivergedError: a score is not a number.
         """
         work = self.work
-        cells: list[dict] = []
+        cells: list[Cell] = []
         for name in names:
             self.resident.evaluation_set(name)  # reading and encoding may take long; only what follows is guarded
         ready = contextlib.nullcontext() if training else engine.ready_for_inference(model, work.settings, work.world)
@@ -43,7 +44,7 @@ class StepScoring:
             for name in names:
                 work.heartbeat.report("evaluating", directory=directory, name=name)
                 cells += self._cell(model, directory, name)
-        bad = [cell["name"] for cell in cells if not _is_finite(cell)]
+        bad = [cell.name for cell in cells if not _is_finite(cell)]
         if work.world.sum(len(bad)):  # rank 0 knows, all must hear
             raise DivergedError(
                 f"the score of {', '.join(bad) or 'a set'} is not finite; lower training.learning_rate or "
@@ -51,7 +52,7 @@ class StepScoring:
             )
         return cells
 
-    def _cell(self, model: nn.Module, directory: str, name: str) -> list[dict]:
+    def _cell(self, model: nn.Module, directory: str, name: str) -> list[Cell]:
         work = self.work
         result = evaluate(
             model,
@@ -66,9 +67,9 @@ class StepScoring:
         cell, outcomes = result
         lines = "".join(json.dumps(outcome) + "\n" for outcome in outcomes)
         work.run.write_bytes(f"{directory}/predictions/{name}.jsonl", lines.encode())
-        return [cell.to_json()]
+        return [cell]
 
-    def self_test(self, model: nn.Module) -> dict:
+    def self_test(self, model: nn.Module) -> SelfTest:
         """A few logits as this worker computes them: whoever loads the adapter later can check that it is the same."""
         work = self.work
         text = (work.config.retention or work.config.tasks)[0]
@@ -77,8 +78,8 @@ class StepScoring:
             model.eval()
             batch = torch.as_tensor(ids, device=work.world.device)[None]
             logits = model(input_ids=batch, use_cache=False).logits[0, -1, :SELF_TEST_LOGITS]
-        return {"input_ids": [int(i) for i in ids], "last_logits": [float(v) for v in logits]}
+        return SelfTest([int(i) for i in ids], [float(v) for v in logits])
 
 
-def _is_finite(cell: dict) -> bool:
-    return all(math.isfinite(value) for value in (cell["value"], cell["nll"]) if value is not None)
+def _is_finite(cell: Cell) -> bool:
+    return all(math.isfinite(value) for value in (cell.value, cell.nll) if value is not None)

@@ -7,6 +7,7 @@ import json
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,11 +23,12 @@ from pipelines.errors import DivergedError, Stopped
 from pipelines.evaluation.sampling import write_text
 from pipelines.models import adapters, heads
 from pipelines.runs.identity import StepPlan
+from pipelines.runs.step_record import PublishedFile, Seconds, TrainedStep, Training
 from pipelines.training import checkpoint
 from pipelines.training.arguments import optimizer_steps, training_arguments
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.trainer import ContinualTrainer
-from pipelines.workers.assignment import rung_file, verdict_file
+from pipelines.workers.assignment import RungScores, rung_file, verdict_file
 from pipelines.workers.context import WorkContext
 from pipelines.workers.control import Control
 from pipelines.workers.resident_model import ResidentModel, sha256, stdout_to_stderr
@@ -36,36 +38,43 @@ from pipelines.workers.training_log import TrainingLog
 VERDICT_SECONDS = 0.1  # between two looks for a trial's verdict
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What training a step gives: its record, the full trained weights, and the seconds it took."""
+
+    training: Training
+    weights: dict[str, torch.Tensor]
+    seconds: float
+
+
 class StepTraining:
     """Trains steps of one assignment."""
 
     def __init__(self, work: WorkContext, resident: ResidentModel, scoring: StepScoring, control: Control):
         self.work, self.resident, self.scoring, self.control = work, resident, scoring, control
 
-    def learn(self, plan: StepPlan) -> tuple[nn.Module, dict]:
+    def learn(self, plan: StepPlan) -> tuple[nn.Module, TrainedStep]:
         """Train a step and save what it trained; (model, what metrics.json will say of it)."""
         work, begun = self.work, time.time()
         parent = plan.parent if plan.parent != work.assignment.base_fingerprint else None
         model = self.resident.attach(parent, extend=True)
         heads.train_heads(model, plan.tasks)
-        counts = {
-            "trainable_parameters": adapters.adapter_parameters(model),
-            "head_parameters": _head_parameters(model),
-        }
+        trainable, in_heads = adapters.adapter_parameters(model), _head_parameters(model)
         strategy = self._strategy(parent)
         resume = self._newest_checkpoint(plan)
         history = resume.values if resume else {"started": begun, "seconds": 0.0, "curve": [], "resumed_at": []}
-        training = self._train(model, plan, strategy, resume, history)
+        fitted = self._train(model, plan, strategy, resume, history)
         with tempfile.TemporaryDirectory() as scratch:
-            saved = self._save(model, strategy, training.pop("weights"), Path(scratch), plan)
-        train_seconds = training.pop("seconds")
-        trained = {
-            **counts,
-            **saved,
-            "training": training,
-            "started": history["started"],
-            "seconds": {"train": train_seconds, "total": history["seconds"] + time.time() - begun},
-        }
+            adapter_bytes, files = self._save(model, strategy, fitted.weights, Path(scratch), plan)
+        trained = TrainedStep(
+            trainable_parameters=trainable,
+            head_parameters=in_heads,
+            adapter_bytes=adapter_bytes,
+            files=files,
+            training=fitted.training,
+            started=history["started"],
+            seconds=Seconds(train=fitted.seconds, total=history["seconds"] + time.time() - begun),
+        )
         if work.is_writer:
             work.run.write_json(f"{plan.directory}/trained.json", trained)
             work.run.remove(plan.checkpoints)
@@ -101,8 +110,8 @@ class StepTraining:
 
     def _train(
         self, model: nn.Module, plan: StepPlan, strategy: Strategy, resume: Checkpoint | None, history: dict
-    ) -> dict:
-        """Train the step's tasks; what metrics.json says of it, the full trained weights and the seconds it took."""
+    ) -> Fitted:
+        """Train the step's tasks."""
         work = self.work
         work.heartbeat.report("preparing", task=plan.label)
         begun = time.time()
@@ -110,8 +119,7 @@ class StepTraining:
         context = self._task_context(plan, examples)
         strategy.before_task(model, context)
         if not any(p.requires_grad for p in model.parameters()):
-            nothing = {"steps": 0, "tokens": 0, "tokens_per_second": 0.0, "final_loss": None, "curve": []}
-            return nothing | {"resumed_at": [], "weights": {}, "seconds": time.time() - begun}
+            return Fitted(Training(0, 0, 0.0, None, []), {}, time.time() - begun)
         if resume:
             strategy.load_state(resume.part("strategy"), resume.values["strategy"])
             _put_weights(model, resume.part("weight"))
@@ -124,16 +132,8 @@ class StepTraining:
             weights = trained_weights(model, strategy, self.resident.learned | set(plan.tasks))
             tokens = work.world.sum(trainer.tokens) + (resume.values["tokens"] if resume else 0)
             end_engine(trainer)
-        return {
-            "steps": steps,
-            "tokens": tokens,
-            "tokens_per_second": tokens / log.trained,
-            "final_loss": log.points[-1][1],
-            "curve": log.points,
-            "resumed_at": log.resumed_at,
-            "weights": weights,
-            "seconds": history["seconds"] + time.time() - begun - log.scored,
-        }
+        training = Training(steps, tokens, tokens / log.trained, log.points[-1][1], log.points, log.resumed_at)
+        return Fitted(training, weights, history["seconds"] + time.time() - begun - log.scored)
 
     def _run_trainer(self, trainer: ContinualTrainer, log: TrainingLog) -> None:
         log.tokens = lambda: trainer.tokens
@@ -231,8 +231,8 @@ class StepTraining:
             with weights_to_evaluate(model, strategy):
                 cells = self.scoring.score(model, directory, work.assignment.missing[directory], training=True)
             if work.is_writer:
-                progress = {"step": log.points[-1][0], "steps": log.steps, "train_loss": log.recent_loss()}
-                work.run.write_json(path, {"rung": rung, "cells": cells, "time": time.time(), **progress})
+                step, loss = log.points[-1][0], log.recent_loss()
+                work.run.write_json(path, RungScores(rung, tuple(cells), time.time(), step, log.steps, loss))
         log.write_checkpoint(lambda: state)
         goes_on = work.world.sum(int(work.is_writer and self._wait_for_verdict(rung)))
         log.scored += time.perf_counter() - begun
@@ -254,25 +254,24 @@ class StepTraining:
 
     def _save(
         self, model: nn.Module, strategy: Strategy, weights: dict[str, torch.Tensor], scratch: Path, plan: StepPlan
-    ) -> dict:
+    ) -> tuple[int, dict[str, PublishedFile]]:
         """Upload adapter, heads and strategy state; the adapter's bytes and every file's digest (rank 0)."""
-        work = self.work
-        saved: dict = {"adapter_bytes": 0, "files": {}}
+        work, adapter_bytes, files = self.work, 0, {}
         tensors, values = strategy.state()
         self.control.check_lease()
         if work.is_writer:
             if weights:
-                saved["adapter_bytes"] = adapters.save_adapter(model, weights, scratch)
+                adapter_bytes = adapters.save_adapter(model, weights, scratch)
             if tensors or values:
                 (scratch / "strategy").mkdir()
                 save_file(tensors, scratch / "strategy" / "state.safetensors")
                 (scratch / "strategy" / "state.json").write_text(json.dumps(values))
             for file in sorted(path for path in scratch.rglob("*") if path.is_file()):
-                identity = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-                saved["files"][file.relative_to(scratch).as_posix()] = identity
+                identity = PublishedFile(file.stat().st_size, sha256(file))
+                files[file.relative_to(scratch).as_posix()] = identity
             work.run.upload(scratch, plan.directory)
         work.world.barrier()
-        return saved
+        return adapter_bytes, files
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipelines.config.sections import DurabilityConfig
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.event import Event
 from pipelines.workers.assignment import Assignment
 from pipelines.workers.failures import GroupLost, WorkersFailed, WorkersSilent
 
@@ -38,7 +39,7 @@ class Supervisor:
         run: RunDirectory,
         durability: DurabilityConfig,
         progress: Callable[[], Any] = lambda: None,
-        on_event: Callable[[dict], None] = lambda event: None,
+        on_event: Callable[[Event], None] = lambda event: None,
         sign_seconds: float = 0.0,
     ):
         self.group, self.run, self.durability = group, run, durability
@@ -103,7 +104,7 @@ class Supervisor:
                 self.run.request_stop(reason)
             self.group.end(STOP_SECONDS)
 
-    def _new_events(self) -> list[dict]:
+    def _new_events(self) -> list[Event]:
         found = []
         for name, event in self.run.events(self._known):
             self._known.add(name)
@@ -115,11 +116,11 @@ class Supervisor:
         for event in self._new_events():
             self._alive = time.monotonic()
             self.on_event(event)
-            if event["kind"] == "worker_error":
+            if event.kind == "worker_error":
                 self._give_up()
-                raise WorkersFailed(event["error"])
-        progress = self.run.read_json("progress.json")
-        if progress and (mark := (progress["worker"], progress["serial"])) != self._mark:
+                raise WorkersFailed(event.error)
+        progress = self.run.progress()
+        if progress and (mark := (progress.worker, progress.serial)) != self._mark:
             self._alive, self._mark = time.monotonic(), mark
             self.on_event(progress)
 

@@ -9,7 +9,6 @@ of one step and a segment of ten give the same bits. Everything that leaves a wo
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import logging
 import resource
@@ -17,6 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import transformers
@@ -28,7 +28,8 @@ from pipelines.distributed import engine, zero_settings
 from pipelines.distributed.world import World, current_world
 from pipelines.errors import Stopped
 from pipelines.runs.directory import RunDirectory
-from pipelines.runs.identity import StepPlan, setting
+from pipelines.runs.identity import StepPlan
+from pipelines.runs.step_record import Cell, Seconds, Setting, Split, StepRecord, TaskData, TrainedStep
 from pipelines.workers.assignment import Assignment, Queue
 from pipelines.workers.context import WorkContext
 from pipelines.workers.control import Control
@@ -105,7 +106,7 @@ class Worker:
         heartbeat = Heartbeat(run, self.world.rank == 0, config.durability.hang_timeout)
         try:
             stage = zero_settings.stage_of(zero_settings.complete_settings(config, self.world.size))
-            self.world = dataclasses.replace(self.world, lockstep=stage == 3)
+            self.world = replace(self.world, lockstep=stage == 3)
             work = WorkContext.of(assignment, config, run, self.world, heartbeat)
             self.resident.prepare(work)
             Segment(work, self.resident).run()
@@ -161,35 +162,31 @@ class Segment:
             cells = self.scoring.score(model, directory, names)
             self.resident.detach(model)
             if work.is_writer:
-                metrics["cells"] += cells
-                metrics["seconds"]["evaluate"] += time.time() - begun
-                metrics["seconds"]["total"] += time.time() - begun
-                metrics["finished"] = time.time()
-                work.run.write_json(f"{directory}/metrics.json", metrics)
-                work.run.event("evaluated", directory=directory, cells=cells)
+                work.run.write_json(f"{directory}/metrics.json", _with_cells(metrics, cells, time.time() - begun))
+                work.run.event("evaluated", directory=directory, cells=tuple(cells))
             work.world.barrier()
 
-    def _row_zero(self) -> dict:
+    def _row_zero(self) -> StepRecord:
         """`metrics.json` of what the chain begins with, before its cells."""
         work = self.work
-        return {
-            "fingerprint": work.start.fingerprint if work.start else work.assignment.base_fingerprint,
-            "position": 0,
-            "tasks": [],
-            "parent": None,
-            "parent_run": work.start.run_uri if work.start else None,
-            "cells": [],
-            "seconds": {"train": 0.0, "evaluate": 0.0, "overhead": 0.0, "total": 0.0},
-            "peak_memory_bytes": _peak_memory(work.world.device),
-            "started": work.begun,
-            "finished": time.time(),
-            "environment": work.environment(),
-        }
+        return StepRecord(
+            fingerprint=work.start.fingerprint if work.start else work.assignment.base_fingerprint,
+            position=0,
+            tasks=(),
+            parent=None,
+            parent_run=work.start.run_uri if work.start else None,
+            peak_memory_bytes=_peak_memory(work.world.device),
+            finished=time.time(),
+            started=work.begun,
+            cells=(),
+            seconds=Seconds(train=0.0, evaluate=0.0, overhead=0.0, total=0.0),
+            environment=work.environment(),
+        )
 
     def _step(self, plan: StepPlan) -> None:
         """Train, save, score, publish; what an earlier worker group did of it is not done again."""
         work = self.work
-        trained = work.run.read_json(f"{plan.directory}/trained.json")
+        trained = work.run.trained(plan.directory)
         if trained is None:
             work.event("step_started", plan)
             model, trained = self.training.learn(plan)
@@ -200,53 +197,70 @@ class Segment:
         self.control.stop_if_requested()
         begun = time.time()
         cells = self.scoring.score(model, plan.directory, work.assignment.missing.get(plan.directory, []))
-        found = {"cells": cells, "self_test": self.scoring.self_test(model)}
+        self_test = self.scoring.self_test(model)
         evaluate_seconds = time.time() - begun
         held, whole = engine.parameters_held(self.resident.base)
         self.resident.detach(model)
         gc.collect()
-        seconds = trained.pop("seconds")
-        total = seconds["total"] + time.time() - begun
-        split = {
-            "train": seconds["train"],
-            "evaluate": evaluate_seconds,
-            "overhead": total - seconds["train"] - evaluate_seconds,
-            "total": total,
-        }
-        environment = work.environment() | {"base_numbers_held": held, "base_numbers": whole}
-        self._publish(plan, self._record(plan) | trained | found | {"seconds": split, "environment": environment})
+        total = trained.seconds.total + time.time() - begun
+        overhead = total - trained.seconds.train - evaluate_seconds
+        record = replace(
+            self._record(plan, trained),
+            cells=tuple(cells),
+            self_test=self_test,
+            seconds=replace(trained.seconds, evaluate=evaluate_seconds, overhead=overhead, total=total),
+            environment=work.environment() | {"base_numbers_held": held, "base_numbers": whole},
+        )
+        self._publish(plan, record)
 
-    def _record(self, plan: StepPlan) -> dict:
-        """What `metrics.json` says of a step before anything was measured."""
+    def _record(self, plan: StepPlan, trained: TrainedStep) -> StepRecord:
+        """`metrics.json` of a step before anything was measured."""
         work = self.work
-        return {
-            "fingerprint": plan.fingerprint,
-            "position": plan.position,
-            "tasks": list(plan.tasks),
-            "parent": plan.parent,
-            "parent_run": work.start.run_uri if work.start and plan.parent == work.start.fingerprint else None,
-            "depth": plan.depth,
-            "setting": setting(work.config),
-            "data": {name: _training_data(work.config, name) for name in plan.tasks},
-            "classes": _class_names(work.config, plan.tasks),
-            "peak_memory_bytes": _peak_memory(work.world.device),
-            "finished": time.time(),
-        }
+        return StepRecord(
+            fingerprint=plan.fingerprint,
+            position=plan.position,
+            tasks=plan.tasks,
+            parent=plan.parent,
+            parent_run=work.start.run_uri if work.start and plan.parent == work.start.fingerprint else None,
+            depth=plan.depth,
+            setting=Setting.of(work.config),
+            data={name: _training_data(work.config, name) for name in plan.tasks},
+            classes=_class_names(work.config, plan.tasks),
+            peak_memory_bytes=_peak_memory(work.world.device),
+            finished=time.time(),
+            trainable_parameters=trained.trainable_parameters,
+            head_parameters=trained.head_parameters,
+            adapter_bytes=trained.adapter_bytes,
+            files=trained.files,
+            training=trained.training,
+            started=trained.started,
+            cells=(),
+            seconds=trained.seconds,
+            environment={},
+            other=trained.other,
+        )
 
-    def _publish(self, plan: StepPlan, metrics: dict) -> None:
+    def _publish(self, plan: StepPlan, metrics: StepRecord) -> None:
         """Write `metrics.json`: from here on the step is done."""
         work = self.work
         self.control.check_lease()
         if work.is_writer:
             work.run.write_json(f"{plan.directory}/metrics.json", metrics)
-            work.event("published", plan, cells=metrics["cells"], seconds=metrics["seconds"])
+            work.event("published", plan, cells=metrics.cells, seconds=metrics.seconds)
             work.run.remove(f"{plan.directory}/trained.json")
         work.world.barrier()
 
 
-def _training_data(config: PipelineConfig, name: str) -> dict:
+def _with_cells(metrics: StepRecord, cells: Sequence[Cell], took: float) -> StepRecord:
+    """The record of a step on which more was scored just now."""
+    before = metrics.seconds
+    seconds = replace(before, evaluate=before.evaluate + took, total=before.total + took)
+    return replace(metrics, cells=(*metrics.cells, *cells), seconds=seconds, finished=time.time())
+
+
+def _training_data(config: PipelineConfig, name: str) -> TaskData:
     task = config.task(name)
-    return {"train": {"digest": digest_of(task, "train"), "rows": len(load_split(task, "train"))}}
+    return TaskData(Split(digest_of(task, "train"), len(load_split(task, "train"))))
 
 
 def _class_names(config: PipelineConfig, names: Sequence[str]) -> dict[str, list[str]]:

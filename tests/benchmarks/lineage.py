@@ -54,7 +54,7 @@ def measure(uri: str, folder: Path, steps: int, clock: Callable[[], float]) -> d
     run = make_run(folder, name=f"chain{steps}", tasks=tasks)
     ids = timed("send one step more, by another process", lambda: project(run, uri, "benchmark"))
     timed("send again, nothing new", lambda: project(run, uri, "benchmark"))
-    ancestry = timed("ancestry from the run directory", lambda: from_run(run, run.results()["steps"][-1]["directory"]))
+    ancestry = timed("ancestry from the run directory", lambda: from_run(run, run.results().steps[-1].directory))
     version, _ = timed("register", lambda: register(uri, "benchmark", ids[ancestry.links[-1].fingerprint], ancestry))
     assert timed("ancestry from MLflow", lambda: from_mlflow(uri, version.uri)) == ancestry
     timed("ancestry as text", lambda: as_text(ancestry))

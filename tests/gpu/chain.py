@@ -21,7 +21,7 @@ from measure import GPU, Plan
 from results import Result, Table
 
 AFTER = 3  # optimizer steps of the first task before the run is ended
-STEPS = 300
+STEPS = 30
 RUNS = ("first", "second", "resumed")
 
 

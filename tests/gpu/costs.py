@@ -18,7 +18,7 @@ COLUMNS = [
 
 def cost_model() -> ModuleType:
     """The module with `shape_of` and `cost`."""
-    from pipelines import cost  # needs pydantic, which the other parts do without
+    from pipelines.preflight import cost  # needs pydantic, which the other parts do without
 
     return cost
 
@@ -78,7 +78,7 @@ def predict(cost: ModuleType, raw: dict, plan: Plan):
     """The cost of a configuration whose base has the measured shape: its config.json, no weights."""
     import transformers
 
-    from pipelines.config import PipelineConfig
+    from pipelines.config.pipeline import PipelineConfig
 
     with tempfile.TemporaryDirectory() as folder:
         transformers.MistralConfig(**SMALL if plan.tiny else MISTRAL_7B).save_pretrained(folder)

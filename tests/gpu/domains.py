@@ -25,7 +25,7 @@ def run(plan: Plan, result: Result) -> None:
     found = finish(start(arguments, Path.cwd()), plan.left())
     if found.code != 0:
         raise RuntimeError(f"compare ended with code {found.code}: {found.last_words}")
-    from pipelines.compare import columns_of  # needs what `require` has looked for
+    from pipelines.comparison.tables import columns_of  # needs what `require` has looked for
 
     compared = json.loads(found.out)
     columns = columns_of(compared)

@@ -28,10 +28,12 @@ def run(plan: Plan, result: Result) -> None:
 
 def explained(result: Result, table: Table) -> None:
     """Torch's own error, as `pipelines` explains it."""
-    from pipelines.worker import explain
+    from pipelines.workers.failures import explain
 
     text = explain(out_of_memory())
-    result.row(table, "out of memory", "pipelines.worker.explain", None, text, "gradient_accumulation" in text)
+    result.row(
+        table, "out of memory", "pipelines.workers.failures.explain", None, text, "gradient_accumulation" in text
+    )
 
 
 def out_of_memory() -> torch.OutOfMemoryError:

@@ -105,7 +105,7 @@ def test_reports_at_each_rung_and_at_its_end_and_is_not_repeated(spec, group):
     assert (found["status"], found["steps"], found["objective"]) == ("finished", 9, reports[-1]["objective"])
     assert [rung["step"] for rung in found["rungs"]] == [1, 3]
     assert [rung["objective"] for rung in found["rungs"]] == [report["objective"] for report in reports[:2]]
-    scores = {cell["name"]: cell["value"] for cell in run.metrics(spec.step(VALUES).directory)["cells"]}
+    scores = {cell.name: cell.value for cell in run.metrics(spec.step(VALUES).directory).cells}
     assert found["scores"] == scores and found["objective"] == scores["part"]
     assert found["setting"]["training"]["learning_rate"] == 1e-2
     json.dumps(group.assignments, allow_nan=False)
@@ -132,7 +132,7 @@ def test_a_pruned_trial_ends_at_its_rung_and_goes_on_from_there_to_the_same_bits
     assert [told(again)["resource"], told(again)["resource"]] == [3, 9]
     assert not run.stop_requested()
     assert record(spec)["status"] == "finished"
-    assert run.metrics(spec.step(VALUES).directory)["training"]["resumed_at"] == [1]
+    assert run.metrics(spec.step(VALUES).directory).training.resumed_at == [1]
 
     calm = Spec(**(spec.__dict__ | {"uri": str(tmp_path / "calm")}))
     undisturbed = Trial(calm, 1, VALUES, group)

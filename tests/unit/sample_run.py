@@ -17,10 +17,20 @@ from pipelines.chain.results import build_results
 from pipelines.config.loading import parse_config
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.data.sources import digest_of
-from pipelines.evaluation.evaluate import Cell
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.event import Event
 from pipelines.runs.identity import StepPlan, fingerprint
 from pipelines.runs.start import record_start
+from pipelines.runs.step_record import (
+    Cell,
+    PublishedFile,
+    Seconds,
+    Setting,
+    Split,
+    StepRecord,
+    TaskData,
+    Training,
+)
 
 TEXT = ("biomed", "code", "finance")
 START = 1_760_000_000.0
@@ -102,15 +112,15 @@ def make_run(
         row = write_step(run, config, plan, step, drop)
     if status is not None:
         run.write_json("results.json", build_results(config, plan, run, status))
-        _event(run, row["finished"] + 1, status)
+        _event(run, row.finished + 1, status)
     return run
 
 
 def make_grown_run(folder: Path, origin: RunDirectory, task: str, **options) -> RunDirectory:
     """A run whose only step grew from the last one of another run (`start_from`), which lists the tasks of both."""
     earlier = origin.results()
-    start_from = f"{origin.uri}/{earlier['steps'][-1]['fingerprint']}"
-    config = make_config(folder, tasks=(*earlier["tasks"], task), start_from=start_from, **options)
+    start_from = f"{origin.uri}/{earlier.steps[-1].fingerprint}"
+    config = make_config(folder, tasks=(*earlier.tasks, task), start_from=start_from, **options)
     run = RunDirectory(config.run_uri)
     plan = make_plan(config, run)
     run.open_for_writing(config)
@@ -124,7 +134,7 @@ def make_grown_run(folder: Path, origin: RunDirectory, task: str, **options) -> 
 
 def _event(run: RunDirectory, moment: float, kind: str, **fields) -> None:
     name = f"{int(moment * 1e6):017d}-{fingerprint([moment, kind])[:8]}"
-    run.write_json(f"events/{name}.json", {"kind": kind, "time": moment, **fields})
+    run.write_json(f"events/{name}.json", Event.from_json({"kind": kind, "time": moment, **fields}))
 
 
 def score(config: PipelineConfig, task: str, position: int) -> float | None:
@@ -142,37 +152,40 @@ def retention_nll(index: int, position: int) -> float:
     return 4.42 + 0.2 * index + 0.012 * position
 
 
-def write_base_row(run: RunDirectory, config: PipelineConfig, plan: Plan, drop: float = 0.0) -> dict:
+def write_base_row(run: RunDirectory, config: PipelineConfig, plan: Plan, drop: float = 0.0) -> StepRecord:
     """Row 0: the base, or the step of another run that this one grows from."""
     start = plan.start
-    row = {
-        "fingerprint": start.fingerprint if start else plan.base_fingerprint,
-        "position": 0,
-        "tasks": [],
-        "parent": None,
-        "parent_run": start.run_uri if start else None,
+    row = StepRecord(
+        fingerprint=start.fingerprint if start else plan.base_fingerprint,
+        position=0,
+        tasks=(),
+        parent=None,
+        parent_run=start.run_uri if start else None,
         **_measured(run, config, plan, plan.base_directory, 0, start.depth if start else 0, drop),
-    }
+    )
     run.write_json(f"{plan.base_directory}/metrics.json", row)
     return row
 
 
-def write_step(run: RunDirectory, config: PipelineConfig, plan: Plan, step: StepPlan, drop: float = 0.0) -> dict:
+def write_step(run: RunDirectory, config: PipelineConfig, plan: Plan, step: StepPlan, drop: float = 0.0) -> StepRecord:
     """One step's folder, `metrics.json` last."""
-    trains = {name: {"digest": digest_of(config.task(name), "train"), "rows": ROWS} for name in step.tasks}
-    row = {
-        "fingerprint": step.fingerprint,
-        "position": step.position,
-        "tasks": list(step.tasks),
-        "parent": step.parent,
-        "parent_run": plan.start.run_uri if plan.start and step.parent == plan.start.fingerprint else None,
-        "depth": step.depth,
-        "data": {name: {"train": identity} for name, identity in trains.items()},
-        "classes": {name: ["bad", "good"] for name in step.tasks if name not in TEXT},
+    row = StepRecord(
+        fingerprint=step.fingerprint,
+        position=step.position,
+        tasks=step.tasks,
+        parent=step.parent,
+        parent_run=plan.start.run_uri if plan.start and step.parent == plan.start.fingerprint else None,
+        depth=step.depth,
+        setting=Setting.of(config),
+        data={name: TaskData(Split(digest_of(config.task(name), "train"), ROWS)) for name in step.tasks},
+        classes={name: ["bad", "good"] for name in step.tasks if name not in TEXT},
+        trainable_parameters=2304,
+        head_parameters=0,
+        adapter_bytes=9216 + 128 * step.position,
+        files=_publish(run, step.directory),
+        training=_training(START + 10 + STEP_SECONDS * step.position),
         **_measured(run, config, plan, step.directory, step.position, step.depth, drop),
-        **_trained(config, step.position),
-        "files": _publish(run, step.directory),
-    }
+    )
     run.write_json(f"{step.directory}/metrics.json", row)
     return row
 
@@ -180,12 +193,12 @@ def write_step(run: RunDirectory, config: PipelineConfig, plan: Plan, step: Step
 def _measured(
     run: RunDirectory, config: PipelineConfig, plan: Plan, directory: str, position: int, depth: int, drop: float
 ) -> dict:
-    """The part of `metrics.json` that every row has, with its predictions."""
+    """The fields that every row has, with its predictions."""
     started = START + 10 + STEP_SECONDS * position
     cells = _cells(config, plan, plan.needed[directory], depth, started + 80, drop)
     for cell in cells:
         rows = "".join(json.dumps(outcome) + "\n" for outcome in outcomes(cell))
-        run.write_bytes(f"{directory}/predictions/{cell['name']}.jsonl", rows.encode())
+        run.write_bytes(f"{directory}/predictions/{cell.name}.jsonl", rows.encode())
     return {
         "cells": cells,
         "started": started,
@@ -198,11 +211,11 @@ def _measured(
             "deepspeed_stage": 2,
             "device": "cpu",
         },
-        "seconds": {"train": 70.0 if position else 0.0, "evaluate": 15.0, "overhead": 10.0, "total": 95.0},
+        "seconds": Seconds(train=70.0 if position else 0.0, evaluate=15.0, overhead=10.0, total=95.0),
     }
 
 
-def _publish(run: RunDirectory, directory: str) -> dict:
+def _publish(run: RunDirectory, directory: str) -> dict[str, PublishedFile]:
     """Adapter and heads, and what metrics.json says of the files."""
     contents = {
         "adapter/adapter_config.json": b'{"peft_type": "CURLORA", "r": 8}',
@@ -211,45 +224,26 @@ def _publish(run: RunDirectory, directory: str) -> dict:
     }
     for name, content in contents.items():
         run.write_bytes(f"{directory}/{name}", content)
-    return {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in contents.items()}
+    return {name: PublishedFile(len(c), hashlib.sha256(c).hexdigest()) for name, c in contents.items()}
 
 
-def outcomes(cell: dict) -> list[dict]:
+def outcomes(cell: Cell) -> list[dict]:
     """Per-example outcomes that add up to a cell's value: the first so many examples are right, or equal losses."""
-    if cell["metric"] == "nll":
-        return [{"id": i, "nll": 40 * cell["value"], "tokens": 40} for i in range(EXAMPLES)]
-    right = round(EXAMPLES * cell["value"])
+    if cell.metric == "nll":
+        return [{"id": i, "nll": 40 * cell.value, "tokens": 40} for i in range(EXAMPLES)]
+    right = round(EXAMPLES * cell.value)
     return [{"id": i, "label": 1, "prediction": int(i < right), "correct": i < right} for i in range(EXAMPLES)]
 
 
-def _trained(config: PipelineConfig, position: int) -> dict:
-    """The part of `metrics.json` that only a trained step has."""
-    started = START + 10 + STEP_SECONDS * position
+def _training(started: float) -> Training:
     points = [
         [s, 0.4 + 2.2 * math.exp(-s / 9) + 0.06 * math.sin(s * 1.7), 3e-3 * (1 - s / 41), started + 5 + 1.5 * s]
         for s in range(1, 41)
     ]
-    return {
-        "setting": {
-            "adapter": config.adapter.model_dump(),
-            "strategy": config.strategy.model_dump(),
-            "training": config.training.model_dump(),
-        },
-        "trainable_parameters": 2304,
-        "head_parameters": 0,
-        "adapter_bytes": 9216 + 128 * position,
-        "training": {
-            "steps": 40,
-            "tokens": 245_760,
-            "tokens_per_second": 3510.9,
-            "final_loss": points[-1][1],
-            "curve": points,
-            "resumed_at": [],
-        },
-    }
+    return Training(40, 245_760, 3510.9, points[-1][1], points)
 
 
-def _cells(config: PipelineConfig, plan: Plan, names, depth: int, moment: float, drop: float) -> list[dict]:
+def _cells(config: PipelineConfig, plan: Plan, names, depth: int, moment: float, drop: float) -> tuple[Cell, ...]:
     """The cells that the plan needs of a row, `depth` steps after the base."""
     cells = []
     for index, task in enumerate(config.tasks):
@@ -259,10 +253,10 @@ def _cells(config: PipelineConfig, plan: Plan, names, depth: int, moment: float,
     for index, corpus in enumerate(config.retention):
         value = retention_nll(index, depth)
         cells.append(_cell(plan, corpus, "retention", corpus.split, "nll", value, moment + 10 + index, None))
-    return [cell for cell in cells if cell["name"] in names]
+    return tuple(cell for cell in cells if cell.name in names)
 
 
-def _cell(plan: Plan, source, role: str, split: str, metric: str, value: float, moment: float, majority) -> dict:
+def _cell(plan: Plan, source, role: str, split: str, metric: str, value: float, moment: float, majority) -> Cell:
     nll = value if metric == "nll" else None
     return Cell(
         name=source.name,
@@ -279,4 +273,4 @@ def _cell(plan: Plan, source, role: str, split: str, metric: str, value: float, 
         seconds=3.2,
         time=moment,
         higher_is_better=nll is None,
-    ).to_json()
+    )

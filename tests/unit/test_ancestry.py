@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -38,7 +39,7 @@ def grown(tmp_path_factory, chain) -> RunDirectory:
 
 
 def last(run: RunDirectory) -> str:
-    return run.results()["steps"][-1]["directory"]
+    return run.results().steps[-1].directory
 
 
 def test_from_the_base_to_the_adapter_with_data_settings_and_scores(chain):
@@ -47,10 +48,10 @@ def test_from_the_base_to_the_adapter_with_data_settings_and_scores(chain):
     assert [link.parent for link in ancestry.links[1:]] == [link.fingerprint for link in ancestry.links[:-1]]
     step = ancestry.links[2]
     metrics = chain.metrics(step.step_directory)
-    assert step.data == {"sst2": metrics["data"]["sst2"]["train"]}
+    assert step.data == {"sst2": metrics.data["sst2"].train.to_json()}
     assert step.settings["training.learning_rate"] == "0.003"
-    assert step.scores["score/mrpc"] == chain.results()["scores"][2][0]
-    assert step.scores["nll/wikitext2"] == chain.results()["nll"]["wikitext2"][2]
+    assert step.scores["score/mrpc"] == chain.results().scores[2][0]
+    assert step.scores["nll/wikitext2"] == chain.results().nll["wikitext2"][2]
     assert ancestry.tasks == ("mrpc", "sst2", "biomed") and set(ancestry.digests) == set(ancestry.tasks)
 
 
@@ -77,14 +78,14 @@ def test_both_go_on_in_the_run_that_a_chain_started_from(chain, grown, store):
 def test_an_origin_that_is_gone_is_named(tmp_path, chain):
     orphan = make_grown_run(tmp_path, chain, "code", name="orphan")
     directory = last(orphan)
-    orphan.write_json(f"{directory}/metrics.json", orphan.metrics(directory) | {"parent_run": "/gone"})
+    orphan.write_json(f"{directory}/metrics.json", replace(orphan.metrics(directory), parent_run="/gone"))
     with pytest.raises(RunDirectoryError, match="/gone has no step"):
         from_run(orphan, directory)
 
 
 @pytest.mark.parametrize("form", ["{run}", "{run}/sst2", "{run}/2", "{run}/{directory}", "{run}/{directory}/adapter"])
 def test_an_adapter_has_several_names(chain, form):
-    directory = chain.results()["steps"][1]["directory"]
+    directory = chain.results().steps[1].directory
     ancestry = find(form.format(run=chain.uri, directory=directory))
     assert ancestry.links[-1].title == ("3 biomed" if form == "{run}" else "2 sst2")
 
@@ -99,12 +100,12 @@ def test_text_names_settings_once_and_again_where_they_change(tmp_path):
     run = make_run(tmp_path, tasks=("mrpc", "sst2"))
     directory = last(run)
     metrics = run.metrics(directory)
-    metrics["setting"]["training"]["learning_rate"] = 0.5
+    metrics.setting.training["learning_rate"] = 0.5
     run.write_json(f"{directory}/metrics.json", metrics)
     text = as_text(from_run(run, directory))
     assert text.count("training.seed 0") == 1
     assert "now training.learning_rate 0.5\n" in text
-    assert metrics["data"]["sst2"]["train"]["digest"] in text
+    assert metrics.data["sst2"].train.digest in text
 
 
 def test_command_prints_text_json_and_a_figure(chain, tmp_path):

@@ -15,7 +15,9 @@ from pipelines.comparison.tables import as_csv, markdown
 from pipelines.errors import ConfigError
 from pipelines.metrics.paired import bootstrap, mean_and_error
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.results import StepSummary
 from tests.conftest import minimal
+from tests.unit.sample_records import results
 
 RAW = {
     "name": "sequence",
@@ -116,7 +118,7 @@ def test_bootstrap_weighs_examples_and_counts_tasks_alike():
 def run_with(folder, correct: list[int], step: str = "task") -> RunDirectory:
     """A run of one task, in one step, whose test examples came out as `correct` says."""
     run = RunDirectory(str(folder))
-    run.write_json("results.json", {"tasks": ["task"], "steps": [{"task": step, "directory": "steps/1"}]})
+    run.write_json("results.json", results(tasks=("task",), steps=(StepSummary(step, "f", "steps/1"),)))
     run.write_bytes("steps/1/predictions/task.jsonl", "".join(f'{{"correct": {c}}}\n' for c in correct).encode())
     return run
 

@@ -15,6 +15,9 @@ from pipelines.chain.results import build_results
 from pipelines.config.loading import load_config
 from pipelines.inference.predict import load_trained
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.event import Event
+from pipelines.runs.results import Results
+from pipelines.runs.step_record import StepRecord
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "earlier-run"
 
@@ -40,8 +43,7 @@ def test_its_results_are_computed_alike(earlier):
     config, run = earlier
     config, plan = planned(config, run)
     stored = run.read_json("results.json")
-    again = build_results(config, plan, run, "finished")
-    again = again if isinstance(again, dict) else again.to_json()
+    again = build_results(config, plan, run, "finished").to_json()
     stored["base_model"] = again["base_model"]  # where it lay then
     assert again == stored
 
@@ -58,3 +60,14 @@ def test_its_adapter_gives_the_logits_that_its_worker_recorded(earlier):
         logits = trained.model(input_ids=torch.tensor([recorded["input_ids"]])).logits[0, -1]
     wanted = torch.tensor(recorded["last_logits"])
     assert (logits[: len(wanted)] - wanted).abs().max() <= 1e-5
+
+
+def test_its_records_are_written_again_as_they_were(earlier):
+    _, run = earlier
+    kinds = {"metrics.json": StepRecord, "results.json": Results}
+    paths = [path.removeprefix(f"{run.root}/") for path in run.fs.find(run.root)]
+    records = [p for p in paths if p.startswith("events/") or p.rpartition("/")[2] in kinds]
+    assert len(records) > 10
+    for path in records:
+        kind = kinds.get(path.rpartition("/")[2], Event)
+        assert kind.from_json(run.read_json(path)).to_json() == run.read_json(path)

@@ -11,15 +11,14 @@ import pytest
 from pipelines.config.sections import GateConfig
 from pipelines.metrics.paired import mcnemar, paired_p_value, sign_flip
 from pipelines.promotion.gate import Side, judge_against
+from tests.unit import sample_records
 
-NOTHING = {"learning_accuracy": None}
+NOTHING = sample_records.results()
 
 
 def cell(name: str, value: float, role: str = "task", metric: str = "accuracy", key: str = "same", count: int = 200):
-    nll = value if metric == "nll" else None
-    perplexity = math.exp(nll) if nll else None
-    fields = {"role": role, "metric": metric, "value": value, "nll": nll, "perplexity": perplexity}
-    return {"name": name, "key": key, "count": count, **fields}
+    perplexity = math.exp(value) if metric == "nll" else None
+    return sample_records.cell(name, metric, value, role=role, key=key, count=count, perplexity=perplexity)
 
 
 def side(outcomes: dict[str, list[dict]] | None = None, tasks=(), **cells) -> Side:
@@ -84,7 +83,9 @@ def test_scores_on_other_test_data_are_not_compared():
 
 
 def test_a_floor_of_learning_holds_beside_the_champion():
-    verdict = judge_against(side(), side(), {"learning_accuracy": 0.5}, GateConfig(min_learning_accuracy=0.7))
+    verdict = judge_against(
+        side(), side(), sample_records.results(learning_accuracy=0.5), GateConfig(min_learning_accuracy=0.7)
+    )
     assert verdict["reasons"] == ["learning accuracy 0.5000 is below the limit 0.7"]
 
 

@@ -12,8 +12,8 @@ from pipelines.workers.heartbeat import EXIT_CODE, Heartbeat
 def read_until(run: RunDirectory, kind: str) -> dict:
     end = time.monotonic() + 10
     while time.monotonic() < end:
-        progress = run.read_json("progress.json")
-        if progress and progress["kind"] == kind:
+        progress = run.progress()
+        if progress and progress.kind == kind:
             return progress
         time.sleep(0.05)
     raise AssertionError(f"never said {kind}")
@@ -27,8 +27,8 @@ def test_progress_follows_what_is_said_with_rising_serials(tmp_path):
     second = read_until(run, "training")
     heartbeat.close()
     assert second["step"] == 3
-    assert second["serial"] > first["serial"]
-    assert second["worker"] == first["worker"]
+    assert second.serial > first.serial
+    assert second.worker == first.worker
 
 
 def test_only_one_rank_writes(tmp_path):
@@ -56,6 +56,6 @@ def test_a_worker_without_beats_ends_itself_and_says_where_it_hung(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, timeout=60)
     assert done.returncode == EXIT_CODE
     (_, event), *_ = RunDirectory(str(tmp_path / "run")).events()
-    assert event["kind"] == "hang"
-    assert "wait_for_a_lost_peer" in event["stacks"]
-    assert json.dumps(event)
+    assert event.kind == "hang"
+    assert "wait_for_a_lost_peer" in event.other["stacks"]
+    assert json.dumps(event.to_json())

@@ -7,6 +7,7 @@ import math
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,14 +76,14 @@ def history(client, run_id: str, key: str) -> list[tuple[int, float]]:
 def test_chain_is_parent_and_every_step_a_child_with_original_times(chain, client):
     run, ids = chain
     parent = client.get_run(ids["parent"])
-    steps = run.results()["steps"]
-    assert set(ids) == {"parent", *(step["fingerprint"] for step in steps)}
+    steps = run.results().steps
+    assert set(ids) == {"parent", *(step.fingerprint for step in steps)}
     assert parent.info.status == "FINISHED"
     assert parent.info.start_time == START * 1000
     assert parent.info.end_time == (START + 10 + 300 + 95 + 1) * 1000
-    child = client.get_run(ids[steps[1]["fingerprint"]])
+    child = client.get_run(ids[steps[1].fingerprint])
     assert child.data.tags["mlflow.parentRunId"] == ids["parent"]
-    assert child.data.tags["curlora.parent_fingerprint"] == steps[0]["fingerprint"]
+    assert child.data.tags["curlora.parent_fingerprint"] == steps[0].fingerprint
     assert (child.data.tags["curlora.task"], child.data.tags["curlora.position"]) == ("sst2", "2")
     assert (child.info.start_time, child.info.end_time) == ((START + 210) * 1000, (START + 305) * 1000)
 
@@ -90,8 +91,8 @@ def test_chain_is_parent_and_every_step_a_child_with_original_times(chain, clien
 def test_parent_draws_scores_over_the_sequence(chain, client):
     run, ids = chain
     parent, results = ids["parent"], run.results()
-    for column, task in enumerate(results["tasks"]):
-        measured = [(t, row[column]) for t, row in enumerate(results["scores"]) if row[column] is not None]
+    for column, task in enumerate(results.tasks):
+        measured = [(t, row[column]) for t, row in enumerate(results.scores) if row[column] is not None]
         assert history(client, parent, f"score/{task}") == measured
     assert history(client, parent, "nll/wikitext2") == list(enumerate(results["nll"]["wikitext2"]))
     assert history(client, parent, "perplexity/wikitext2")[0][1] == pytest.approx(math.exp(4.42))
@@ -101,20 +102,20 @@ def test_parent_draws_scores_over_the_sequence(chain, client):
 
 def test_child_holds_curve_cost_parameters_datasets_and_adapter(chain, client):
     run, ids = chain
-    step = run.metrics(run.finished_steps()[run.results()["steps"][0]["fingerprint"]])
-    run_id = ids[step["fingerprint"]]
+    step = run.metrics(run.finished_steps()[run.results().steps[0].fingerprint])
+    run_id = ids[step.fingerprint]
     child = client.get_run(run_id)
     curve = client.get_metric_history(run_id, "train/loss")
     assert {(m.step, m.value, m.timestamp) for m in curve} == {
-        (s, loss, round(moment * 1000)) for s, loss, _, moment in step["training"]["curve"]
+        (s, loss, round(moment * 1000)) for s, loss, _, moment in step.curve
     }
     assert child.data.metrics["seconds/train"] == 70.0
     assert child.data.metrics["adapter_bytes"] == step["adapter_bytes"]
     assert child.data.params["training.learning_rate"] == "0.003"
     assert child.data.params["environment.deepspeed_stage"] == "2"
     inputs = {i.dataset.name: i.dataset.digest for i in child.inputs.dataset_inputs}
-    assert inputs["mrpc/train"] == step["data"]["mrpc"]["train"]["digest"]
-    assert inputs["sst2/test"] == next(c["digest"] for c in step["cells"] if c["name"] == "sst2")
+    assert inputs["mrpc/train"] == step.data["mrpc"].train.digest
+    assert inputs["sst2/test"] == next(cell.digest for cell in step.cells if cell.name == "sst2")
     assert {"adapter/adapter_model.safetensors", "heads.safetensors", "metrics.json", "predictions/mrpc.jsonl"} <= set(
         artifacts(client, run_id)
     )
@@ -213,13 +214,13 @@ def test_setting_that_is_not_identity_may_change_although_parameters_cannot(tmp_
 def test_cell_measured_later_is_sent(tmp_path, store, client):
     run = make_run(tmp_path, tasks=("mrpc",))
     ids = project(run, store, "later")
-    directory = run.finished_steps()[run.results()["steps"][0]["fingerprint"]]
+    directory = run.finished_steps()[run.results().steps[0].fingerprint]
     metrics = run.metrics(directory)
-    extra = {**metrics["cells"][-1], "name": "books", "time": metrics["finished"] + 500}
-    run.write_json(f"{directory}/metrics.json", {**metrics, "cells": [*metrics["cells"], extra]})
+    extra = replace(metrics.cells[-1], name="books", time=metrics.finished + 500)
+    run.write_json(f"{directory}/metrics.json", replace(metrics, cells=(*metrics.cells, extra)))
     project(run, store, "later")
-    assert history(client, ids["parent"], "nll/books") == [(1, extra["nll"])]
-    path = client.download_artifacts(ids[metrics["fingerprint"]], "metrics.json", str(tmp_path))
+    assert history(client, ids["parent"], "nll/books") == [(1, extra.nll)]
+    path = client.download_artifacts(ids[metrics.fingerprint], "metrics.json", str(tmp_path))
     assert json.loads(Path(path).read_text())["cells"][-1]["name"] == "books"
 
 
@@ -227,7 +228,7 @@ def test_joint_run_is_one_child_of_all_tasks(tmp_path, store, client):
     run = make_run(tmp_path, strategy={"name": "joint"})
     ids = project(run, store, "joint")
     assert len(ids) == 2
-    child = client.get_run(ids[run.results()["steps"][0]["fingerprint"]])
+    child = client.get_run(ids[run.results().steps[0].fingerprint])
     assert child.data.tags["curlora.task"] == "joint"
     assert [step for step, _ in history(client, ids["parent"], "score/sst2")] == [0, 1]
 

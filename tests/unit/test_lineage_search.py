@@ -1,10 +1,14 @@
 """Searches in a real MLflow store: trials are grandchildren, a step says what it was trained under and why."""
 
+from dataclasses import replace
+
 import pytest
 from sample_run import START, make_run
 
 from pipelines.lineage.projection import project
 from pipelines.lineage.store import initialize
+from pipelines.runs.results import SearchSummary
+from tests.unit.sample_records import step_record, training
 
 FOLDER = "search/1-mrpc-0a1b2c3d"
 
@@ -44,7 +48,8 @@ def write_search(run, records: dict[str, dict], chosen: str | None) -> None:
     for name, record in records.items():
         run.write_json(f"{FOLDER}/trials/{name}/trial.json", record)
     curve = [[step, 1.0 / step, 1e-3, START + step] for step in range(1, 10)]
-    run.write_json(f"{FOLDER}/trials/a/steps/1-mrpc-11111111/metrics.json", {"training": {"curve": curve}})
+    step = step_record(tasks=("mrpc",), training=training(9, curve=curve))
+    run.write_json(f"{FOLDER}/trials/a/steps/1-mrpc-11111111/metrics.json", step)
     run.write_json(f"{FOLDER}/trials/b/train/22222222/00000003.json", {"curve": curve[:3]})
     if chosen is None:
         return
@@ -62,9 +67,20 @@ def write_search(run, records: dict[str, dict], chosen: str | None) -> None:
         },
     )
     run.write_bytes(f"{FOLDER}/table.md", b"| trial |")
-    results = run.results()
-    entry = {"position": 1, "until": 2, "directory": FOLDER, "values": records[chosen]["values"], "why": "highest"}
-    run.write_json("results.json", results | {"searches": [entry]})
+    entry = SearchSummary(
+        task="mrpc",
+        position=1,
+        why="highest",
+        rule="highest objective wins",
+        pareto=[],
+        steps={"spent": 15, "whole": 27},
+        values=records[chosen]["values"],
+        directory=FOLDER,
+        trials=3,
+        adopted=False,
+        until=2,
+    )
+    run.write_json("results.json", replace(run.results(), searches=(entry,)))
 
 
 def kinds(client, experiment: str) -> dict[str, list]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -17,7 +18,10 @@ from pipelines.evaluation.evaluate import evaluate
 from pipelines.inference.predict import input_columns, load_trained, predict, rows_of_file, rows_of_texts
 from pipelines.models import adapters, heads
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.results import StepSummary
+from pipelines.runs.step_record import PublishedFile
 from tests.conftest import WORDS, write_jsonl
+from tests.unit.sample_records import results, step_record
 
 ROWS = [
     {
@@ -68,12 +72,10 @@ def trained(tmp_path, model, tokenizer):
     folder.mkdir()
     adapters.save_adapter(adapted, buffers | chosen, folder)
     run.upload(folder, "steps/1-head-abcdef12")
-    metrics = {"fingerprint": "abcdef1234", "tasks": ["head"], "parent": "base", "cells": [], "position": 1}
-    run.write_json("steps/1-head-abcdef12/metrics.json", metrics)
-    base = {"fingerprint": "base", "tasks": [], "parent": None, "cells": [], "position": 0}
-    run.write_json("steps/0-base-base/metrics.json", base)
-    step = {"task": "head", "directory": "steps/1-head-abcdef12", "fingerprint": "abcdef1234"}
-    run.write_json("results.json", {"steps": [step]})
+    run.write_json("steps/1-head-abcdef12/metrics.json", step_record("abcdef1234", ("head",), parent="base"))
+    run.write_json("steps/0-base-base/metrics.json", step_record("base"))
+    step = StepSummary("head", "abcdef1234", "steps/1-head-abcdef12")
+    run.write_json("results.json", results(steps=(step,)))
     return run, adapted
 
 
@@ -169,11 +171,11 @@ def served(trained, tmp_path):
 
     run, _ = trained
     directory, config = "steps/1-head-abcdef12", run.config()
-    metrics = run.metrics(directory)
-    metrics["files"] = {path.removeprefix(run.path(directory) + "/"): {} for path in run.fs.find(run.path(directory))}
+    paths = (path.removeprefix(run.path(directory) + "/") for path in run.fs.find(run.path(directory)))
     learned = [task for task in config.tasks if task.name != "later"]
-    metrics["classes"] = {task.name: kind_of(task).classes(task) for task in learned}
-    tasks = learned_tasks([(config, metrics | {"tasks": [task.name for task in learned]})])
+    classes = {task.name: kind_of(task).classes(task) for task in learned}
+    metrics = replace(run.metrics(directory), files={path: PublishedFile(0) for path in paths}, classes=classes)
+    tasks = learned_tasks([(config, replace(metrics, tasks=tuple(task.name for task in learned)))])
     config = config.model_copy(update={"tasks": tasks})
     write_model(Adapter(run, directory, metrics, config, base_fingerprint(config.base_model)), tmp_path / "model")
     return mlflow.pyfunc.load_model(str(tmp_path / "model"))

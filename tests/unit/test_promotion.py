@@ -55,15 +55,15 @@ def test_first_run_is_judged_by_absolute_limits_and_becomes_champion(make, store
     _, _, warned = sync(run)
     assert warned == []
     champion = registry.champion(store, make.model)
-    last = run.results()["steps"][-1]
-    assert (champion.version, champion.run_uri, champion.step_directory) == (1, run.uri, last["directory"])
+    last = run.results().steps[-1]
+    assert (champion.version, champion.run_uri, champion.step_directory) == (1, run.uri, last.directory)
     assert champion.tasks == TASKS
-    metrics = run.metrics(last["directory"])
-    assert champion.digests["sst2"] == metrics["data"]["sst2"]["train"]["digest"]
-    assert champion.base_fingerprint == run.metrics(f"steps/{run.list('steps')[0]}")["fingerprint"]
+    metrics = run.metrics(last.directory)
+    assert champion.digests["sst2"] == metrics.data["sst2"].train.digest
+    assert champion.base_fingerprint == run.metrics(f"steps/{run.list('steps')[0]}").fingerprint
     assert registry.by_alias(store, make.model, "candidate") == champion
-    assert run.results()["gate"]["passed"] and run.results()["registry"]["promoted"]
-    kinds = [event["kind"] for _, event in run.events()]
+    assert run.results().gate["passed"] and run.results().registry["promoted"]
+    kinds = [event.kind for _, event in run.events()]
     assert kinds.count("gate") == kinds.count("promoted") == 1
 
 
@@ -71,7 +71,7 @@ def test_candidate_that_forgot_is_refused_and_the_champion_stays(make, store, cl
     sync(make("good"))
     forgetful = make("forgetful", drop=0.2)
     sync(forgetful)
-    gate = forgetful.results()["gate"]
+    gate = forgetful.results().gate
     assert gate["against"]["version"] == 1 and not gate["passed"]
     assert "mrpc: accuracy" in gate["reasons"][0]
     assert registry.champion(store, make.model).version == 1

@@ -6,6 +6,7 @@ import io
 import math
 import re
 import struct
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -16,6 +17,7 @@ from pipelines.reporting.drawing import colors
 from pipelines.reporting.formatting import duration, signed, size
 from pipelines.reporting.page import ReportError, write_figures, write_report
 from pipelines.reporting.summary import goodness, headlines, histories, print_summary, story
+from pipelines.runs.results import Results
 
 SHAPES = {
     "mixed": {"tasks": ("mrpc", "sst2", "biomed")},
@@ -74,7 +76,7 @@ def page_of(run) -> Page:
     return page
 
 
-def printed(results: dict, width: int = 100) -> str:
+def printed(results: Results, width: int = 100) -> str:
     console = Console(file=io.StringIO(), width=width)
     print_summary(results, console)
     return console.file.getvalue()
@@ -85,7 +87,7 @@ def test_every_shape_of_run_has_page_figures_and_summary(shape, tmp_path):
     run = make_run(tmp_path, **SHAPES[shape])
     results = run.results()
     written = write_figures(run)
-    expected = {"score_matrix", "tasks", "training"} | ({"perplexity"} if results["nll"] else set())
+    expected = {"score_matrix", "tasks", "training"} | ({"perplexity"} if results.nll else set())
     assert written == [
         f"figures/{name}.png" for name in ("score_matrix", "perplexity", "tasks", "training") if name in expected
     ]
@@ -99,7 +101,7 @@ def test_every_shape_of_run_has_page_figures_and_summary(shape, tmp_path):
     assert len(images) == len(expected)  # the matrix is a table on the page, the ancestry is drawn
     assert all(len(image["alt"]) > 20 for image in images)
     assert not re.search(r"\b(None|nan|inf)\b", page.text.split("Configuration")[0])
-    for task in results["tasks"]:
+    for task in results.tasks:
         assert task in printed(results)
 
 
@@ -125,11 +127,14 @@ def test_text_from_configuration_and_data_is_escaped(tmp_path):
     run = make_run(tmp_path, tasks=("mrpc", "sst2"), base_model={"path": str(tmp_path / evil)})
     results = run.results()
     # names have a safe alphabet in a configuration, but the page must not rely on it
-    results["tasks"] = [evil, "sst2"]
-    for name in ("metric", "majority"):
-        results[name] = {evil: results[name]["mrpc"], "sst2": results[name]["sst2"]}
-    results["steps"][0]["task"] = evil
-    results["gate"] = {"passed": False, "reasons": [evil]}
+    results = replace(
+        results,
+        tasks=(evil, "sst2"),
+        metric={evil: results.metric["mrpc"], "sst2": results.metric["sst2"]},
+        majority={evil: results.majority["mrpc"], "sst2": results.majority["sst2"]},
+        steps=(replace(results.steps[0], task=evil), results.steps[1]),
+        gate={"passed": False, "reasons": [evil]},
+    )
     run.write_json("results.json", results)
     page = page_of(run)
     assert "script" not in {tag for tag, _ in page.tags}
@@ -152,8 +157,8 @@ def test_no_text_can_leave_its_element_or_attribute(tmp_path):
     run = make_run(tmp_path)
     names = dict.fromkeys(("mrpc", "accuracy", "sequential", "curlora", "cpu"), evil)
     for directory in run.finished_steps().values():
-        run.write_json(f"{directory}/metrics.json", renamed(run.metrics(directory), names))
-    results = renamed(run.results(), names)
+        run.write_json(f"{directory}/metrics.json", renamed(run.metrics(directory).to_json(), names))
+    results = renamed(run.results().to_json(), names)
     extras = [None, *({evil: 0.5} for _ in results["steps"])]
     compared = {"name": evil, "metric": evil, "champion": 0.9, "candidate": 0.7, "loss": 0.2, "limit": 0.1, "p": 0.01}
     results |= {
@@ -200,8 +205,8 @@ def test_ancestry_names_every_fingerprint_and_data_digest(mixed):
     text = page.text
     for fingerprint, directory in run.finished_steps().items():
         assert fingerprint in text
-        for splits in run.metrics(directory).get("data", {}).values():
-            assert splits["train"]["digest"] in text
+        for data in (run.metrics(directory).data or {}).values():
+            assert data.train.digest in text
 
 
 def test_change_is_negative_for_forgetting_in_either_direction(tmp_path):
@@ -275,7 +280,7 @@ def test_long_sequence_stays_readable_in_terminal_and_page(tmp_path):
 
 def test_half_done_run_has_a_page(tmp_path):
     run = make_run(tmp_path, finished=1, status="failed")
-    assert run.results()["scores"][2:] == [[None] * 3] * 2
+    assert run.results().scores[2:] == [[None] * 3] * 2
     assert "1 of 3 steps are done so far" in page_of(run).text
     assert len(write_figures(run)) == 4
 
@@ -302,9 +307,10 @@ def test_numbers_for_people():
 def test_written_answers_are_shown_in_every_metric(tmp_path):
     run = make_run(tmp_path)
     results = run.results()
-    name = results["tasks"][0]
-    rows = [{"rouge_l": 0.125 * k, "exact_match": 0.0625 * k} if k else None for k in range(len(results["scores"]))]
-    run.write_json("results.json", results | {"extras": {name: rows}, "metric": results["metric"] | {name: "rouge_l"}})
+    name = results.tasks[0]
+    rows = [{"rouge_l": 0.125 * k, "exact_match": 0.0625 * k} if k else None for k in range(len(results.scores))]
+    metric = results.metric | {name: "rouge_l"}
+    run.write_json("results.json", replace(results, extras={name: rows}, metric=metric))
     write_report(run)
     page = run.read_bytes("report.html").decode()
     assert "<h2>Written answers</h2>" in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ OVERFLOW = """Math.max(...[...document.querySelectorAll('main *')]
 
 def written(folder: Path, **options) -> str:
     run = make_run(folder, **options)
-    run.write_json("results.json", run.results() | {"gate": VERDICT, "registry": REGISTRY})
+    run.write_json("results.json", replace(run.results(), gate=VERDICT, registry=REGISTRY))
     return f"file://{run.path(write_report(run))}"
 
 

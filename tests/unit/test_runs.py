@@ -14,7 +14,9 @@ from pipelines.errors import LeaseHeld, RunDirectoryError
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import fingerprint
 from pipelines.runs.lease import acquire_lease, driver_of
+from pipelines.runs.step_record import PublishedFile
 from tests.conftest import minimal
+from tests.unit.sample_records import step_record
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -30,7 +32,7 @@ def test_a_step_is_done_when_its_metrics_are_there(run, tmp_path):
     (tmp_path / "up" / "adapter" / "weights").write_bytes(b"123")
     run.upload(tmp_path / "up", "steps/1-a-00000000")
     assert run.finished_steps() == {}
-    run.write_json("steps/1-a-00000000/metrics.json", {"fingerprint": "f"})
+    run.write_json("steps/1-a-00000000/metrics.json", step_record("f", ("a",)))
     assert run.finished_steps() == {"f": "steps/1-a-00000000"}
     local = run.download("steps/1-a-00000000", tmp_path / "down")
     assert (local / "adapter" / "weights").read_bytes() == b"123"
@@ -41,8 +43,8 @@ def test_events_come_back_in_order_and_only_unknown_ones(run):
         run.event("tick", number=number)
         time.sleep(0.001)
     names = [name for name, _ in run.events()]
-    assert [event["number"] for _, event in run.events()] == list(range(5))
-    assert [event["number"] for _, event in run.events(names[:3])] == [3, 4]
+    assert [event.other["number"] for _, event in run.events()] == list(range(5))
+    assert [event.other["number"] for _, event in run.events(names[:3])] == [3, 4]
 
 
 def test_an_event_is_read_once(run, monkeypatch):
@@ -62,7 +64,7 @@ def test_events_after_the_clock_was_set_back_are_seen(run, monkeypatch):
     past = time.time() - 3600
     monkeypatch.setattr(time, "time", lambda: past)
     run.event("tick", number=1)
-    assert [event["number"] for _, event in run.events(known)] == [1]
+    assert [event.other["number"] for _, event in run.events(known)] == [1]
 
 
 def test_nothing_half_written_is_left_when_a_write_fails(tmp_path, monkeypatch):
@@ -131,7 +133,7 @@ def test_a_driver_whose_lease_was_taken_notices(run, monkeypatch):
 
 def test_damaged_files_are_found_by_size(run):
     run.write_bytes("steps/1-a-00000000/adapter/weights", b"123")
-    files = {"adapter/weights": {"bytes": 3, "sha256": ""}, "heads.safetensors": {"bytes": 1, "sha256": ""}}
+    files = {"adapter/weights": PublishedFile(3), "heads.safetensors": PublishedFile(1)}
     assert run.damaged_files("steps/1-a-00000000", files) == ["heads.safetensors"]
     run.write_bytes("steps/1-a-00000000/adapter/weights", b"12")
     assert run.damaged_files("steps/1-a-00000000", files) == ["adapter/weights", "heads.safetensors"]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -122,9 +123,9 @@ def finish_job(jobs: Jobs, registry, promoted: bool = True) -> RunDirectory:
     run = finish(chain.model_dump())
     gate = {"passed": promoted, "reasons": [] if promoted else ["forgetting 0.5 is above the limit 0.02"]}
     version = {"uri": f"models:/model/{len(jobs.sent)}", "promoted": promoted}
-    run.write_json("results.json", run.results() | {"gate": gate, "registry": version})
+    run.write_json("results.json", replace(run.results(), gate=gate, registry=version))
     if promoted:
-        step = run.results()["steps"][-1]["directory"]
+        step = run.results().steps[-1].directory
         digests = {task.name: digest_of(task, "train") for task in chain.tasks}
         registry.champion = SimpleNamespace(
             version=len(jobs.sent), run_uri=run.uri, step_directory=step, digests=digests
@@ -153,7 +154,7 @@ def test_the_next_domain_continues_from_the_champion_and_is_scored_beside_its_ta
     told = look()
     assert "news: finished; the gate: passed; models:/model/1 is champion now" in told
     chain = jobs.sent[-1]
-    assert chain.start_from == f"{first.uri}/{first.results()['steps'][-1]['directory']}"
+    assert chain.start_from == f"{first.uri}/{first.results().steps[-1].directory}"
     assert [task.name for task in chain.tasks] == ["news", "law"]
     finish_job(jobs, registry)
     look()

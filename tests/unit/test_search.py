@@ -1,7 +1,5 @@
 """Before and after the trials: what they may see, where a search lies, what the chain takes over, room for them."""
 
-import json
-
 import pytest
 
 from pipelines.chain.plan import make_plan
@@ -14,6 +12,7 @@ from pipelines.search.run_search import concurrent
 from pipelines.search.step_search import adopt, place, settings_found
 from pipelines.search.trial_spec import Spec
 from tests.conftest import WORDS, minimal, write_jsonl
+from tests.unit.sample_records import cell, step_record
 
 SPACE = {"training.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
 
@@ -191,10 +190,7 @@ def test_the_winning_trial_is_taken_over_only_if_it_trained_this_very_step(raw, 
     step, trial = spec.step(values), spec.run(values)
     trial.write_bytes(f"{step.directory}/adapter/adapter_model.safetensors", b"weights")
     trial.write_bytes(f"{step.directory}/predictions/reviews.jsonl", b"{}")
-    facts = {"trainable_parameters": 1, "head_parameters": 2, "adapter_bytes": 7, "files": {}, "training": {}}
-    seconds = {"train": 2.0, "evaluate": 1.0, "total": 4.0, "overhead": 1.0}
-    metrics = facts | {"started": 1.0, "seconds": seconds, "cells": [{"name": "reviews"}]}
-    trial.write_json(f"{step.directory}/metrics.json", metrics)
+    trial.write_json(f"{step.directory}/metrics.json", step_record(tasks=("reviews",), cells=(cell("reviews"),)))
     found(where, run, values, fingerprint=step.fingerprint, directory=step.directory)
     mine = planned(raw)[2].steps[0]
     assert adopt(run, where, mine) is not shortened
@@ -203,7 +199,7 @@ def test_the_winning_trial_is_taken_over_only_if_it_trained_this_very_step(raw, 
         assert run.read_bytes(f"{mine.directory}/adapter/adapter_model.safetensors") == b"weights"
         assert run.list(f"{mine.directory}/predictions") == []  # test scores are still to be made
         assert run.metrics(mine.directory) is None
-        assert json.loads(run.read_bytes(f"{mine.directory}/trained.json"))["seconds"]["train"] == 2.0
+        assert run.trained(mine.directory).seconds.train == 2.0
 
 
 # -- room

@@ -15,7 +15,9 @@ from pipelines.promotion.publish import sync
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import lineage
 from pipelines.runs.start import record_start
+from pipelines.runs.step_record import Setting, Split, TaskData
 from tests.conftest import minimal, write_jsonl
+from tests.unit.sample_records import step_record
 
 TASKS = ("first", "second", "third")
 
@@ -43,20 +45,16 @@ def finish(raw) -> RunDirectory:
     run.open_for_writing(config)
     record_start(run, plan.start)
     for step in plan.steps:
-        row = {
-            "fingerprint": step.fingerprint,
-            "position": step.position,
-            "depth": step.depth,
-            "tasks": list(step.tasks),
-            "parent": step.parent,
-            "parent_run": plan.start.run_uri if plan.start and step.position == 1 else None,
-            "setting": {"adapter": config.adapter.model_dump(), "strategy": config.strategy.model_dump()},
-            "data": {name: {"train": {"digest": digest_of(config.task(name), "train")}} for name in step.tasks},
-            "cells": [],
-            "seconds": {"train": 1, "evaluate": 1, "overhead": 1, "total": 3},
-            "adapter_bytes": 1,
-            "files": {},
-        }
+        row = step_record(
+            step.fingerprint,
+            step.tasks,
+            position=step.position,
+            depth=step.depth,
+            parent=step.parent,
+            parent_run=plan.start.run_uri if plan.start and step.position == 1 else None,
+            setting=Setting.of(config),
+            data={name: TaskData(Split(digest_of(config.task(name), "train"), 1)) for name in step.tasks},
+        )
         run.write_json(f"{step.directory}/metrics.json", row)
     run.write_json("results.json", build_results(config, plan, run, "finished"))
     return run
@@ -94,7 +92,7 @@ def test_tasks_of_the_earlier_run_are_scored_from_the_start_and_not_trained(raw,
     assert plan.needed[plan.steps[0].directory] == TASKS
     assert plan.learned_at() == {"first": 0, "second": 0, "third": 1}
     results = build_results(config, plan, RunDirectory(config.run_uri), "running")
-    assert results["start_from"] == {"run": earlier.uri, "step": plan.start.directory}
+    assert results.start_from == {"run": earlier.uri, "step": plan.start.directory}
 
 
 def test_a_task_whose_training_data_changed_is_trained_again(raw, earlier, tmp_path):
@@ -105,10 +103,10 @@ def test_a_task_whose_training_data_changed_is_trained_again(raw, earlier, tmp_p
 
 
 def test_steps_are_named_by_task_position_fingerprint_or_directory(raw, earlier):
-    step = earlier.results()["steps"][0]
-    names = ["first", "1", step["fingerprint"], step["directory"], step["directory"].split("/")[-1]]
+    step = earlier.results().steps[0]
+    names = ["first", "1", step.fingerprint, step.directory, step.directory.split("/")[-1]]
     found = {find_start(parse_config(after(raw, earlier, name))).fingerprint for name in names}
-    assert found == {step["fingerprint"]}
+    assert found == {step.fingerprint}
 
 
 def test_lineage_leads_through_several_runs(raw, earlier, tmp_path):
@@ -117,7 +115,7 @@ def test_lineage_leads_through_several_runs(raw, earlier, tmp_path):
     start = find_start(parse_config(after(raw, second, "third", name="last", tasks=[extra])))
     assert list(start.digests) == list(TASKS)
     assert start.depth == 3
-    assert [row["tasks"] for row in lineage(start.run, start.directory)] == [["third"], ["second"], ["first"]]
+    assert [row.tasks for row in lineage(start.run, start.directory)] == [("third",), ("second",), ("first",)]
     shutil.rmtree(earlier.uri)  # what the second run started from is on its own record
     assert find_start(parse_config(after(raw, second, "third", name="last", tasks=[extra]))) == start
 
@@ -133,12 +131,12 @@ def test_a_run_that_goes_on_keeps_the_parent_it_began_with(tmp_path):
     )
     run = RunDirectory(config.run_uri)
     plan = make_plan(config, run)
-    assert plan.start.fingerprint == first.results()["steps"][-1]["fingerprint"]
+    assert plan.start.fingerprint == first.results().steps[-1].fingerprint
     record_start(run, plan.start)
     second = make_run(tmp_path, name="second", tasks=("mrpc", "sst2"), drop=-0.02, **registered)
     sync(second)
     assert make_plan(config, run) == plan
-    assert make_plan(config).start.fingerprint == second.results()["steps"][-1]["fingerprint"]
+    assert make_plan(config).start.fingerprint == second.results().steps[-1].fingerprint
 
 
 @pytest.mark.parametrize(
@@ -163,7 +161,7 @@ def test_another_base_is_refused(raw, earlier, tmp_path):
 
 
 def test_state_of_another_strategy_is_refused(raw, earlier):
-    directory = earlier.results()["steps"][1]["directory"]
+    directory = earlier.results().steps[1].directory
     earlier.write_json(f"{directory}/strategy/state.json", {})
     assert "set strategy.name: sequential" in problem(after(raw, earlier, "second", strategy={"name": "ewc"}))
 

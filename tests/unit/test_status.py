@@ -10,15 +10,19 @@ from rich.console import Console
 from pipelines.preflight.machine import examine
 from pipelines.reporting.progress import ChainProgress
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.event import Event
 from pipelines.runs.lease import acquire_lease
+from pipelines.runs.results import StepSummary
 from pipelines.runs.status import SILENT_SECONDS, cancel_run, run_status
+from pipelines.runs.step_record import Seconds
+from tests.unit.sample_records import cell, results
 
 
 @pytest.fixture
 def run(tmp_path):
     run = RunDirectory(str(tmp_path / "chain"))
-    steps = [{"seconds": {"train": 1.0}}, {"seconds": {}}]
-    run.write_json("results.json", {"status": "running", "steps": steps})
+    steps = (StepSummary("mrpc", "1", "steps/1", seconds=Seconds(train=1.0)), StepSummary("sst2", "2", "steps/2"))
+    run.write_json("results.json", results("running", steps=steps))
     run.event("step_started", task="mrpc")
     progress = {"kind": "training", "task": "mrpc", "step": 3, "steps": 10, "loss": 0.5, "time": time.time()}
     run.write_json("progress.json", progress)
@@ -57,13 +61,13 @@ def test_new_run_has_no_history(tmp_path):
 def test_progress_without_a_terminal_is_plain_lines():
     out = io.StringIO()
     with ChainProgress(Console(file=out, width=200), 2, "chain") as progress:
-        progress({"kind": "started", "done": 0})
-        progress({"kind": "step_started", "position": 1, "task": "mrpc"})
+        progress(Event("started", done=0))
+        progress(Event("step_started", position=1, task="mrpc"))
         progress.last_line = 0.0
         fields = {"step": 5, "steps": 10, "loss": 0.7, "seconds_left": 2.0, "tokens_per_second": 1234.5}
-        progress({"kind": "training", "task": "mrpc", **fields})
-        progress({"kind": "published", "position": 1, "task": "mrpc", "cells": [{"name": "mrpc", "value": 0.71}]})
-        progress({"kind": "something new"})
+        progress(Event("training", task="mrpc", **fields))
+        progress(Event("published", position=1, task="mrpc", cells=(cell("mrpc", value=0.71),)))
+        progress(Event("something new"))
     lines = out.getvalue().splitlines()
     assert "mrpc: step 5/10 · loss 0.700 · 1,234 tokens/s · 2 s left" in lines
     assert "task 1/2 mrpc done: mrpc 0.710" in lines

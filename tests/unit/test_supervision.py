@@ -4,6 +4,7 @@ import pytest
 
 from pipelines.config.sections import DurabilityConfig
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.event import Event
 from pipelines.workers.assignment import Assignment
 from pipelines.workers.failures import GroupLost, WorkersFailed, WorkersSilent
 from pipelines.workers.supervision import Supervisor
@@ -98,7 +99,7 @@ def test_progress_records_are_signs_of_life(run, assignment):
     seen = []
     watched = Supervisor(ScriptedGroup(None, None), run, DurabilityConfig(start_timeout=600), on_event=seen.append)
     watched.submit(assignment)
-    record = {"kind": "training", "worker": "a", "serial": 1}
+    record = Event("training", worker="a", serial=1)
     run.write_json("progress.json", record)
     before = watched._alive
     watched.look(0)

@@ -32,7 +32,7 @@ def stream(data, batch_size, seed, world, position=0, count=None) -> list[dict]:
 
 
 def ids_of(batches: list[dict]) -> list[list[int]]:
-    return [[id(example) for example in batch["examples"]] for batch in batches]
+    return [[id(example) for example in batch.examples] for batch in batches]
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 4), st.integers(0, 3))
@@ -41,9 +41,9 @@ def test_ranks_share_the_same_global_batches(count, batch_size, size, seed):
     per_rank = [stream(data, batch_size, seed, World(rank, size, CPU)) for rank in range(size)]
     alone = stream(data, batch_size, seed, World(0, 1, CPU))
     for number, whole in enumerate(alone):
-        parts = [e for b in per_rank if b[number]["scale"] for e in b[number]["examples"]]
-        assert sorted(map(id, parts)) == sorted(map(id, whole["examples"]))
-    seen = [e for batch in alone for e in batch["examples"]]
+        parts = [e for b in per_rank if b[number].scale for e in b[number].examples]
+        assert sorted(map(id, parts)) == sorted(map(id, whole.examples))
+    seen = [e for batch in alone for e in batch.examples]
     assert sorted(map(id, seen)) == sorted(map(id, data))
 
 
@@ -64,7 +64,7 @@ def test_epochs_differ_and_seeds_repeat():
 
 def global_loss(model, batch: list[Example], size: int) -> float:
     parts = [collate(batch, World(rank, size, CPU)) for rank in range(size)]
-    return sum(float(example_losses(model, part)[0].sum() * part["scale"]) for part in parts)
+    return sum(float(example_losses(model, part)[0].sum() * part.scale) for part in parts)
 
 
 def test_loss_is_the_mean_over_the_global_batch_for_any_number_of_workers(model):

@@ -6,12 +6,14 @@ from dataclasses import replace
 import pytest
 
 from pipelines.config.loading import parse_config
+from pipelines.runs.step_record import Cell, Seconds
 from pipelines.search import trial as trials
 from pipelines.search.trial import Trial
 from pipelines.search.trial_spec import Spec
-from pipelines.workers.assignment import Assignment, rung_file
+from pipelines.workers.assignment import Assignment, RungScores, rung_file
 from pipelines.workers.failures import GroupLost
 from tests.conftest import minimal
+from tests.unit.sample_records import cell, step_record, training
 
 VALUES = {"training.learning_rate": 1e-2}
 RUNGS = (1 / 9, 1 / 3)
@@ -39,11 +41,8 @@ def spec(tmp_path) -> Spec:
     )
 
 
-def cells(score: float, nll: float = 4.1) -> list[dict]:
-    return [
-        {"name": "reviews", "metric": "accuracy", "value": score, "seconds": 1.0},
-        {"name": "text", "metric": "nll", "value": nll, "seconds": 1.0},
-    ]
+def cells(score: float, nll: float = 4.1) -> tuple[Cell, ...]:
+    return cell("reviews", value=score), cell("text", "nll", nll)
 
 
 class Workers:
@@ -68,21 +67,15 @@ class Workers:
 
     def reach(rung: float, score: float, **fields):
         def act(self):
-            found = {"rung": rung, "step": round(90 * rung), "steps": 90, "time": 1.0, "cells": cells(score)} | fields
+            found = RungScores(rung, cells(score), 1.0, round(90 * rung), 90, **fields)
             self.run.write_json(rung_file(rung), found)
 
         return act
 
     def end(score: float):
         def act(self):
-            metrics = {
-                "cells": cells(score),
-                "seconds": {"train": 5.0, "evaluate": 2.0, "total": 8.0},
-                "training": {"steps": 90},
-                "trainable_parameters": 64,
-                "head_parameters": 6,
-                "started": 1.0,
-            }
+            seconds = Seconds(train=5.0, evaluate=2.0, total=8.0)
+            metrics = step_record(tasks=("reviews",), cells=cells(score), seconds=seconds, training=training(90))
             self.run.write_json(f"{self.directory}/metrics.json", metrics)
             return {"stopped": False}
 

@@ -16,7 +16,8 @@ import pipelines
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("curlora", "pipelines", "cluster")
 DATA = {
-    *("pipelines/comparison/methods.yaml", "pipelines/reporting/templates/report.html"),
+    "pipelines/comparison/methods.yaml",
+    *(str(file.relative_to(ROOT)) for file in (ROOT / "pipelines" / "reporting" / "templates").iterdir()),
     *(f"pipelines/configs/{name}.yaml" for name in ("demo", "llama-70b", "paper-gpt2-large", "paper-mistral-7b")),
     *(f"cluster/deepspeed/{name}.json" for name in ("zero1", "zero2", "zero3", "zero3-offload")),
 }

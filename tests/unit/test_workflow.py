@@ -1,6 +1,7 @@
 """Plans: what a step's identity is, which cells a row needs, and what is missing."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from pipelines.promotion.gate import judge
 from pipelines.runs.directory import RunDirectory
 from pipelines.workers.ray_cluster import check_cluster, gpus_per_worker
 from tests.conftest import minimal, write_jsonl
+from tests.unit.sample_records import cell, results, step_record
 
 
 @pytest.fixture
@@ -117,8 +119,9 @@ def test_a_missing_cell_is_found_without_redoing_its_step(raw):
     config = parse_config(raw)
     plan, run = make_plan(config), RunDirectory(config.run_uri)
     step = plan.steps[0]
-    cells = [{"name": n, "key": plan.cell_keys[n]} for n in plan.needed[step.directory]]
-    run.write_json(f"{step.directory}/metrics.json", {"fingerprint": step.fingerprint, "cells": cells[:-1]})
+    cells = [cell(n, key=plan.cell_keys[n]) for n in plan.needed[step.directory]]
+    row = step_record(step.fingerprint, step.tasks, cells=tuple(cells[:-1]))
+    run.write_json(f"{step.directory}/metrics.json", row)
     assert plan.missing_cells(run)[step.directory] == ["wiki"]
     assert [s.position for s in plan.missing_steps(run)] == [2, 3]
 
@@ -130,26 +133,24 @@ def finished(config, plan, run) -> None:
     scores[3] = {"first": 0.6, "second": 0.8, "third": 3.0}
     for position, directory in enumerate(plan.needed):
         values = scores[position] | {"wiki": 2.0 + 0.1 * position}
-        cells = [
-            {"name": n, "key": plan.cell_keys[n], "value": v, "nll": v if v > 1 else None, "majority": 0.5}
-            for n, v in values.items()
-        ]
-        seconds = {"train": 2.0, "evaluate": 1.0, "overhead": 0.5, "total": 3.5}
-        row = {"fingerprint": directory, "cells": cells, "seconds": seconds, "adapter_bytes": 10, "training": {}}
-        run.write_json(f"{directory}/metrics.json", row | {"trainable_parameters": 7, "head_parameters": position})
+        cells = tuple(
+            cell(n, "nll" if v > 1 else "accuracy", v, key=plan.cell_keys[n], majority=0.5) for n, v in values.items()
+        )
+        row = step_record(directory, ("task",) if position else (), cells=cells)
+        run.write_json(f"{directory}/metrics.json", replace(row, head_parameters=position))
 
 
 def test_results_follow_from_the_run_directory(raw):
     config = parse_config(raw)
     plan, run = make_plan(config), RunDirectory(config.run_uri)
     finished(config, plan, run)
-    results = build_results(config, plan, run, "finished")
-    assert results["scores"] == [[None, 0.5, 4.0], [0.8, 0.6, None], [0.7, 0.9, 3.9], [0.6, 0.8, 3.0]]
-    assert results["nll"]["wiki"] == pytest.approx([2.0, 2.1, 2.2, 2.3])
-    assert results["average_accuracy"] == pytest.approx(0.7)
-    assert results["forgetting"] == pytest.approx(0.15)
-    assert results["nll_learning"] == pytest.approx(1.0)
-    assert results["seconds"] == pytest.approx({"total": 14.0, "train": 8.0, "evaluate": 4.0, "overhead": 2.0})
+    found = build_results(config, plan, run, "finished")
+    assert found.scores == [[None, 0.5, 4.0], [0.8, 0.6, None], [0.7, 0.9, 3.9], [0.6, 0.8, 3.0]]
+    assert found.nll["wiki"] == pytest.approx([2.0, 2.1, 2.2, 2.3])
+    assert found.average_accuracy == pytest.approx(0.7)
+    assert found.forgetting == pytest.approx(0.15)
+    assert found.nll_learning == pytest.approx(1.0)
+    assert found.seconds.to_json() == pytest.approx({"total": 14.0, "train": 8.0, "evaluate": 4.0, "overhead": 2.0})
 
 
 def test_gate_refuses_with_reasons_and_ignores_what_does_not_exist(raw):
@@ -158,8 +159,7 @@ def test_gate_refuses_with_reasons_and_ignores_what_does_not_exist(raw):
     finished(config, plan, run)
     verdict = judge(build_results(config, plan, run, "finished"), config.gate)
     assert verdict == {"passed": False, "reasons": ["forgetting 0.1500 is above the limit 0.1"]}
-    empty = dict.fromkeys(("forgetting", "nll_backward_transfer", "perplexity_ratio", "learning_accuracy"))
-    assert judge(empty, config.gate) == {"passed": True, "reasons": []}
+    assert judge(results(), config.gate) == {"passed": True, "reasons": []}
 
 
 def test_workers_that_can_never_be_placed_are_bad_input(raw):

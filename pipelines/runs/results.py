@@ -1,0 +1,113 @@
+"""`results.json`: a run as a whole, the score matrix and everything that is computed from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipelines.runs.record import OPTIONAL, Record
+from pipelines.runs.step_record import Seconds
+
+Series = list[float | None]  # one value per row of the score matrix
+
+
+@dataclass(frozen=True)
+class StepSummary(Record):
+    """A step of the chain in `results.json`; without seconds it is not done."""
+
+    task: str
+    fingerprint: str
+    directory: str
+    mlflow_run_id: str | None = None
+    seconds: Seconds = field(default_factory=Seconds)
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.seconds != Seconds()
+
+
+@dataclass(frozen=True)
+class SearchSummary(Record):
+    """What was chosen before a step, and why.
+
+    Attributes:
+        pareto: numbers of the trials that none beats in learning and retention together.
+        steps: optimizer steps `spent`, and `whole` if no trial had ended early.
+        values: the chosen setting.
+        directory: the search's folder.
+        trials: how many there were.
+        adopted: whether the winning trial's adapter was taken over.
+        until: position of the last step that is trained under it.
+    """
+
+    task: str
+    position: int
+    why: str
+    rule: str
+    pareto: list[int]
+    steps: dict[str, int]
+    values: dict[str, Any]
+    directory: str
+    trials: int
+    adopted: bool
+    until: int
+
+
+@dataclass(frozen=True)
+class Results(Record):
+    """A run; one that is a trial of a search has no score matrix. Metrics are defined in `metrics/score_matrix.py`.
+
+    Attributes:
+        status: running, finished, failed or stopped.
+        adapter: `type` and `r`.
+        start_from: `run` and `step` that the chain continues.
+        learned_at: task → row of the matrix that is the first after its training.
+        metric: task → name of its metric.
+        scores: `scores[t][i]` is the score on task i after step t; row 0 is what the chain begins with.
+        perplexity, nll: retained corpus → its value in every row.
+        majority: task → what always answering the commonest class scores.
+        extras: task → its other metrics in every row.
+        gate: the verdict, `{"passed", "reasons", …}`.
+        registry: the registered version, `{"name", "version", "uri", "promoted", …}`.
+        ran: of the call that returns it: whether anything was missing. Not in the file.
+    """
+
+    run: str
+    status: str
+    base_model: str
+    base_fingerprint: str | None = None
+    adapter: dict[str, Any] = field(default_factory=dict)
+    strategy: str | None = None
+    start_from: dict[str, str] | None = None
+    tasks: tuple[str, ...] = ()
+    learned_at: dict[str, int] = field(default_factory=dict)
+    metric: dict[str, str] = field(default_factory=dict)
+    trainable_parameters: int | None = None
+    head_parameters: int | None = None
+    adapter_bytes: int | None = None
+    scores: list[Series] = field(default_factory=list)
+    perplexity: dict[str, Series] = field(default_factory=dict)
+    nll: dict[str, Series] = field(default_factory=dict)
+    majority: dict[str, float | None] = field(default_factory=dict)
+    extras: dict[str, list[dict[str, float] | None]] = field(default_factory=dict)
+    average_accuracy: float | None = None
+    learning_accuracy: float | None = None
+    backward_transfer: float | None = None
+    forward_transfer: float | None = None
+    forgetting: float | None = None
+    perplexity_ratio: float | None = None
+    nll_average: float | None = None
+    nll_learning: float | None = None
+    nll_backward_transfer: float | None = None
+    gate: dict[str, Any] | None = None
+    registry: dict[str, Any] | None = None
+    seconds: Seconds = field(default_factory=Seconds)
+    steps: tuple[StepSummary, ...] = ()
+    searches: tuple[SearchSummary, ...] | None = field(default=None, metadata=OPTIONAL)
+    ran: bool | None = field(default=None, metadata=OPTIONAL)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status == "finished"

@@ -1,0 +1,195 @@
+"""What the workers record of a step: `metrics.json` and its parts.
+
+    {"fingerprint": "0f3a…", "position": 2, "tasks": ["sst2"], "parent": "77c1…", "setting": {"adapter": {…}, …},
+     "data": {"sst2": {"train": {"digest": "…", "rows": 67349}}}, "files": {"adapter/adapter_model.safetensors": …},
+     "training": {"steps": 100, "curve": [[1, 2.3, 0.003, 1.76e9], …], …},
+     "cells": [{"name": "sst2", "value": 0.91, …}, …], "seconds": {"train": 70.2, …}, …}
+
+Row 0, what a chain begins with, has cells but nothing that training makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipelines.config.pipeline import PipelineConfig
+from pipelines.runs.record import OPTIONAL, Record
+
+
+def step_label(tasks: Sequence[str]) -> str:
+    """How a step is called: after its task, `joint` where it learns several at once."""
+    return tasks[0] if len(tasks) == 1 else "joint"
+
+
+@dataclass(frozen=True)
+class Cell(Record):
+    """One cell of the score matrix, or one retention figure.
+
+    Attributes:
+        role: `task` or `retention`.
+        value: what `metric` says.
+        nll: nats per token, where there are any.
+        count: examples.
+        majority: what always answering the commonest class scores.
+        digest: of the test data.
+        key: identity of the score: test data, metric, and how it is measured.
+        time: Unix time of the measurement.
+        extras: other metrics of the same outcomes.
+        loss: cross-entropy of the right class, where there are classes.
+    """
+
+    name: str
+    role: str
+    metric: str
+    value: float
+    nll: float | None
+    perplexity: float | None
+    count: int
+    tokens: int | None
+    majority: float | None
+    digest: str
+    key: str
+    seconds: float
+    time: float
+    higher_is_better: bool = True
+    extras: dict[str, float] = field(default_factory=dict)
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Seconds(Record):
+    """Where the time of a step or a run went; nothing of one that is not done."""
+
+    train: float | None = field(default=None, metadata=OPTIONAL)
+    evaluate: float | None = field(default=None, metadata=OPTIONAL)
+    overhead: float | None = field(default=None, metadata=OPTIONAL)
+    total: float | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True)
+class Setting(Record):
+    """What makes a step's training, as in its configuration; part of its fingerprint."""
+
+    adapter: dict[str, Any]
+    strategy: dict[str, Any]
+    training: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: PipelineConfig) -> Setting:
+        return cls(config.adapter.model_dump(), config.strategy.model_dump(), config.training.model_dump())
+
+
+@dataclass(frozen=True)
+class Split(Record):
+    """The rows of a split, by their digest."""
+
+    digest: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class TaskData(Record):
+    """What a task was trained on."""
+
+    train: Split
+
+
+@dataclass(frozen=True)
+class PublishedFile(Record):
+    """A file of a step as it was published."""
+
+    bytes: int
+    sha256: str | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True)
+class Training(Record):
+    """How the training of a step went.
+
+    Attributes:
+        steps: optimizer steps.
+        curve: [optimizer step, loss, learning rate, Unix time] of every step.
+        resumed_at: optimizer steps at which it went on from a checkpoint.
+    """
+
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    final_loss: float | None
+    curve: list[list[float]]
+    resumed_at: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SelfTest(Record):
+    """A few logits as the worker computed them: whoever loads the adapter can check that it is the same."""
+
+    input_ids: list[int]
+    last_logits: list[float]
+
+
+@dataclass(frozen=True)
+class TrainedStep(Record):
+    """`trained.json`: a step that is trained and saved, but not scored yet.
+
+    Attributes:
+        files: path below the step directory → what was published.
+        seconds: `train` and `total` so far.
+    """
+
+    trainable_parameters: int
+    head_parameters: int
+    adapter_bytes: int
+    files: dict[str, PublishedFile]
+    training: Training
+    started: float
+    seconds: Seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord(Record):
+    """`metrics.json` of a step. What only training makes is None in row 0.
+
+    Attributes:
+        parent: fingerprint of the step that it grew from; None at the base.
+        parent_run: the run of the parent where that is another one.
+        depth: steps between the base and this one, itself included.
+        data: task → what it was trained on.
+        classes: class names of its classifications.
+        peak_memory_bytes: of the worker that wrote it.
+        started, finished: Unix time.
+        environment: versions, hardware, commit.
+    """
+
+    fingerprint: str
+    position: int
+    tasks: tuple[str, ...]
+    parent: str | None
+    parent_run: str | None = None
+    depth: int | None = field(default=None, metadata=OPTIONAL)
+    setting: Setting | None = field(default=None, metadata=OPTIONAL)
+    data: dict[str, TaskData] | None = field(default=None, metadata=OPTIONAL)
+    classes: dict[str, list[str]] | None = field(default=None, metadata=OPTIONAL)
+    peak_memory_bytes: int | None = None
+    finished: float
+    trainable_parameters: int | None = field(default=None, metadata=OPTIONAL)
+    head_parameters: int | None = field(default=None, metadata=OPTIONAL)
+    adapter_bytes: int | None = field(default=None, metadata=OPTIONAL)
+    files: dict[str, PublishedFile] | None = field(default=None, metadata=OPTIONAL)
+    training: Training | None = field(default=None, metadata=OPTIONAL)
+    started: float
+    cells: tuple[Cell, ...]
+    self_test: SelfTest | None = field(default=None, metadata=OPTIONAL)
+    seconds: Seconds
+    environment: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        return step_label(self.tasks) if self.position else "base"
+
+    @property
+    def curve(self) -> list[list[float]]:
+        """`Training.curve`; empty in row 0."""
+        return self.training.curve if self.training else []
