@@ -138,6 +138,7 @@ def test_help_lists_every_command_in_one_group():
     assert sorted(name for names in GROUPS.values() for name in names) == sorted(COMMANDS)
     text = CliRunner().invoke(main, ["--help"]).output
     assert all(f"\n  {name} " in text for name in COMMANDS)
+    assert "..." not in text.partition("Training:")[2], "the first sentence of a command fits its line"
 
 
 def test_help_needs_no_library_but_click():
