@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 
-class Verdict(str, Enum):
+class Verdict(StrEnum):
     """`gate.passed` of `results.json`: true, false, or null while MLflow cannot be asked for the champion."""
 
     PASSED = "passed"
     REFUSED = "refused"
     UNDECIDED = "undecided"
-
-    def __str__(self) -> str:
-        return self.value
 
     @classmethod
     def of(cls, gate: Mapping[str, Any]) -> Verdict:
