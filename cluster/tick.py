@@ -73,7 +73,7 @@ def tick(config: PipelineConfig, cluster: Callable, dry_run: bool = False) -> Ou
     """
     folder = schedule_folder(config)
     if folder.exists("pause.json"):
-        return Outcome(["paused; go on with --resume"])
+        return Outcome(["paused; resume with --resume"])
     try:
         found = scan(config.domains.inbox, config.domains.marker)
     except OSError as error:

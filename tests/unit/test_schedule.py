@@ -302,7 +302,7 @@ def test_pause_dry_run_and_two_ticks_at_once(look, config, jobs, add):
     add("news")
     assert look(dry_run=True) == ["news: is complete; it would be checked, and trained when its turn comes"]
     schedule_decisions.pause(config, True)
-    assert look() == ["paused; go on with --resume"]
+    assert look() == ["paused; resume with --resume"]
     schedule_decisions.pause(config, False)
     with acquire_lease(schedule_decisions.schedule_folder(config)):
         assert look() == ["another tick is at work"]
