@@ -1,7 +1,7 @@
-"""The chain: which steps and cells are missing, in which segments they run, and watching them.
+"""The driver of a chain: finds the missing steps and cells, cuts them into segments, and supervises the workers.
 
-The driver decides and watches; it never trains. What is done stands in the run directory, so a second call of `run`
-does only what is missing, after a crash as after a change of the configuration.
+The driver never trains. What is done is recorded in the run directory, so a second call of `run` does only what is
+missing, after a crash as well as after a change of the configuration.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pipelines.workers.supervision import Supervisor
 
 @dataclass
 class Drive:
-    """One call of `run_chain`: what its parts share.
+    """State shared by the parts of one call of `run_chain`.
 
     Attributes:
         groups: all worker groups; a search uses them side by side, the chain the first one.
@@ -79,7 +79,7 @@ def run_chain(
 
     Args:
         on_event: called with every event of the run as it happens (progress bars).
-        segment_length: steps a worker group does before the driver looks again; None: as many as possible.
+        segment_length: steps that a worker group trains before the driver plans again; None: as many as possible.
         address: Ray cluster; None: RAY_ADDRESS, else a local one.
         redo: tasks or positions whose finished steps are to be trained again.
         group: workers to use and to leave as they are; None: a cluster and workers for this run alone.
@@ -165,7 +165,7 @@ def _check_fits(config: PipelineConfig) -> None:
 
 @contextlib.contextmanager
 def _stops_cleanly(drive: Drive) -> Iterator[None]:
-    """However the run ends early, results.json says so; a request to stop is taken back."""
+    """Records an early end in results.json, and withdraws the request to stop."""
     try:
         yield
     except (KeyboardInterrupt, RunStopped) as stop:
@@ -243,7 +243,7 @@ def _save_results(run: RunDirectory, config: PipelineConfig, plan: Plan, status:
 
 
 def _run_segments(drive: Drive, segment_length: int | None) -> None:
-    """Segment after segment; one that breaks off is started again as long as it gets on."""
+    """Run segment after segment; one whose workers are lost is started again as long as it makes progress."""
     length = segment_length or len(drive.plan.steps)
     while True:
         missing = drive.plan.missing_steps(drive.run)
@@ -270,7 +270,7 @@ def _search(drive: Drive) -> None:
     """Find the setting of the first step that has none, and take over what its best trial has trained."""
     plan, run = drive.plan, drive.run
     step = plan.steps[plan.undecided - 1]
-    where = step_search.place(drive.config, step.position, step.parent, plan.base_fingerprint)
+    where = step_search.search_before(drive.config, step.position, step.parent, plan.base_fingerprint)
     parent = plan.steps[step.position - 2].directory if step.position > 1 else None
 
     def on_event(event: Event) -> None:

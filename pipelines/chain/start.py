@@ -1,7 +1,7 @@
-"""What a chain grows from when it does not begin at the base: a finished step of an earlier run (`start_from`).
+"""Finds and checks the step of an earlier run that a chain continues from (`start_from`).
 
 `<run URI or path>/<step>` names a step by task, position, fingerprint or directory; `models:/name@alias` is asked of
-the model registry *once* for a run: an alias moves, and a run that goes on must not change its parent.
+the model registry *once* for a run: an alias moves, and a resumed run must not change its parent.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _learned(run: RunDirectory, directory: str) -> dict[str, str]:
 
 # -- whether it fits
 def _misfits(config: PipelineConfig, start: Start) -> Iterator[Problem]:
-    """What of the configuration keeps it from growing from there; each with the value that would."""
+    """Settings that do not fit the step to continue from, each with the value that would."""
     ours = config.base_model
     if base_fingerprint(ours) != start.base_fingerprint:
         theirs = ", ".join(f"{field}: {'null' if value is None else value}" for field, value in start.base.items())

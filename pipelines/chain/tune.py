@@ -45,7 +45,7 @@ def tune(
     if not plan.undecided:  # else `planned` has looked
         check_trial_data(config)
     step = _step_of(plan, run, task)
-    where = step_search.place(config, step.position, step.parent, plan.base_fingerprint)
+    where = step_search.search_before(config, step.position, step.parent, plan.base_fingerprint)
     with acquire_lease(run) as lease:
         run.open_for_writing(config)
         run.remove("stop.json")  # it was meant for an earlier driver

@@ -8,7 +8,7 @@ from pipelines.data.encoding import Encoded
 
 
 def make_batches(items: Sequence[Encoded], batch_tokens: int, new_tokens: int = 0) -> list[list[Encoded]]:
-    """Longest first, as many sequences a batch as `batch_tokens` padded tokens hold (at least one).
+    """Longest first, as many sequences per batch as `batch_tokens` padded tokens hold (at least one).
 
     Args:
         new_tokens: how many more each sequence will grow by.

@@ -3,7 +3,7 @@
 Sharded so that each example counts exactly once whatever the number of workers: batches are cut from the globally
 sorted sequences (their content does not depend on the world size), dealt out in turn, and the per-example outcomes
 are gathered on rank 0. Under ZeRO-3 every rank runs the same number of forward passes, because each one is a
-collective operation. What the scores of sequences mean is the kind's business (pipelines/kinds).
+collective operation. What the scores of sequences mean is the kind's business (`pipelines/data/kinds`).
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def evaluate(
 
 
 def score(model: nn.Module, evaluation: EvaluationSet, world: World, batch_tokens: int) -> list[Scored] | None:
-    """What the model says of every sequence, in no order, on rank 0; None on the others."""
+    """Scored sequences, unordered, on rank 0; None on the others."""
     return gather(score_part(model, evaluation, world, batch_tokens), world)
 
 
 def score_part(model: nn.Module, evaluation: EvaluationSet, world: World, batch_tokens: int) -> list[Scored]:
-    """What the model says of this rank's share of the sequences."""
+    """Scored sequences of this rank's share."""
     scorer = KINDS[evaluation.kind].scorer
     if scorer == "choices":
         batches = make_question_batches(evaluation.items, batch_tokens)

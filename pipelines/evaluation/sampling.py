@@ -1,6 +1,6 @@
-"""Text that a model writes by itself: sequences sampled from it, dealt out to the workers.
+"""Unconditional sampling from the model, sharded over the workers.
 
-What is written depends on the seed and the number of the batch only, so it is the same on any number of workers.
+The samples depend on the seed and the number of the batch only, so they are the same on any number of workers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipelines.models.losses import accepts, keep_logits
 BATCH = 32  # sequences a forward pass
 
 
-def write_text(
+def sample_text(
     model: nn.Module, rows: int, length: int, start: int, seed: int, world: World, forbidden: Sequence[int] = ()
 ) -> list[tuple[int, ...]]:
     """`rows` sequences of `length` tokens, `start` included, sampled at temperature 1; the same on every rank.

@@ -101,7 +101,7 @@ def by_writing(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded]
 
 
 def greedy(model: nn.Module, padded: Padded, limit: int, stops: Sequence[int], world: World) -> list[list[int]]:
-    """Greedy decoding of left-padded prompts: at most `limit` tokens a row, up to a stop token (left out).
+    """Greedy decoding of left-padded prompts: at most `limit` tokens per row, up to a stop token (left out).
 
     In lockstep all ranks go on until every rank is done: each pass is a collective operation under ZeRO-3.
     """

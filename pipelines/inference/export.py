@@ -1,4 +1,4 @@
-"""A finished step leaves this system: as a PEFT LoRA adapter that any server loads, or merged into a full model."""
+"""Exports a finished step: as a PEFT LoRA adapter that any server loads, or merged into a full model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Use a trained run on new text: one process, no Ray, and the code path of evaluation, so that results agree."""
+"""Predictions of a trained run on new text: in one process, without Ray, by the code that evaluation uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter as an MLflow model: rows in, what `curlora predict` says of them out, by the same code.
+"""An adapter as an MLflow model: rows in, the answers of `curlora predict` out, by the same code.
 
 `mlflow.pyfunc.load_model("models:/NAME@champion")` runs `pyfunc_entry.py` (kept in the model as code; nothing is
 pickled), so curlora and pipelines must be importable there; the model's requirements name them.

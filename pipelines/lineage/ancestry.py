@@ -1,7 +1,7 @@
 """Which adapter grew from which: base → step → step, with data, settings and scores; from run directories or MLflow.
 
 Both sources give the same `Ancestry`: what a run directory says of a step, its child run in MLflow holds as tags,
-parameters and metrics (see pipelines/lineage.py). A chain that started from another run's adapter goes on there.
+parameters and metrics (see `projection.py`). A chain that started from another run's adapter continues there.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def _base_link(client, chain) -> Link:
 
 # -- as text
 def as_text(ancestry: Ancestry) -> str:
-    """The chain from the base down, a paragraph an adapter; settings only where they change."""
+    """The chain from the base down, one paragraph per adapter; settings only where they change."""
     lines = [f"base  {ancestry.base_model}", f"      fingerprint {ancestry.links[0].fingerprint}"]
     lines += _score_lines(ancestry.links[0])
     before: Mapping[str, str] = {}

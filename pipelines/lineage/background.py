@@ -23,7 +23,7 @@ class Projector:
         self._stop = self._started = False
 
     def poke(self) -> None:
-        """There is something new to send."""
+        """Wake the thread: there is something new to send."""
         if self.tracking is None:
             return
         if not self._started:

@@ -1,7 +1,7 @@
 """Adapters as MLflow logged models: packed as a pyfunc from code, linked to their run, parent, data and scores.
 
 A step's model is found by its tag `curlora.step_fingerprint` within its chain, else made; it is READY once its files
-are there. See pipelines/serving.py for what it does when it is loaded.
+are there. `inference/pyfunc.py` is what runs when it is loaded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REQUIREMENTS = ("curlora", "torch", "transformers", "peft", "safetensors", "data
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a model is made from.
+    """The adapter that a logged model is made from.
 
     Attributes:
         config: of the run, its tasks those that the adapter and its ancestors were trained on.
@@ -86,7 +86,7 @@ def write_model(adapter: Adapter, target: Path, model_id: str | None = None) -> 
 
 
 def facts(adapter: Adapter) -> dict:
-    """Who the adapter is, for people and for the code that loads it."""
+    """Facts about the adapter, for people and for the code that loads it."""
     return {
         "run_uri": adapter.run.uri,
         "step_directory": adapter.directory,

@@ -37,7 +37,7 @@ INPUT_PAUSES = (0.2, 0.5, 1.0)  # seconds between tries
 
 @dataclass(frozen=True)
 class Target:
-    """What every part of one projection needs: where to, and of what."""
+    """Source and destination of one projection."""
 
     client: Any
     experiment_id: str

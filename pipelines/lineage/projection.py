@@ -1,8 +1,9 @@
 """Project a run directory into MLflow: one idempotent function, used live by the driver and by `curlora sync`.
 
 Experiment = sequence, parent run = chain, child run = step. Everything is found by tag, else made, and is sent with
-its original timestamps, so sending again doubles nothing. Only `MlflowClient` is used: fluent state is bound to a
-thread and a process. MLflow is a projection: when it is away a run loses nothing, `project` raises one `LineageError`.
+its original timestamps, so sending again duplicates nothing. Only `MlflowClient` is used: fluent state is bound to a
+thread and a process. MLflow is a projection: when it is unreachable a run loses nothing and `project` raises one
+`LineageError`.
 
 Conventions a dashboard can rely on, the same for every sequence:
 
@@ -81,7 +82,7 @@ CHAIN_NOTE = (
 
 
 def project(run: RunDirectory, uri: str, experiment: str, chain: Sequence[str] | None = None) -> dict[str, str]:
-    """Bring MLflow up to what the run directory says. Call it as often as you like, also while the run goes on.
+    """Bring MLflow up to date with the run directory. May be called at any time, also while the run is going on.
 
     Args:
         run: the run directory.
@@ -100,7 +101,7 @@ def project(run: RunDirectory, uri: str, experiment: str, chain: Sequence[str] |
 
 
 class Projection:
-    """A run in MLflow, kept up to date by a process that lives with it.
+    """A run in MLflow, kept up to date by one long-lived process.
 
     What it has found or sent it does not look up again, so a step costs the same at the end of a long chain as at its
     beginning. After an error everything is looked up anew.

@@ -1,4 +1,4 @@
-"""Versions of a model in MLflow's registry: which adapter serves, which one wants to, and how it came there.
+"""Versions of a model in MLflow's registry: the champion, the candidates, and the history of promotions.
 
 `tracking.register_as` names the model. The adapter that a finished chain ends in becomes a version, found again by
 its run and step; the alias `candidate` is on the newest one that the gate has judged, `champion` on the one in use.

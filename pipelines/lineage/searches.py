@@ -1,4 +1,4 @@
-"""Searches in MLflow: under the chain a run for each search, under that a run for each trial, so grandchildren.
+"""Searches in MLflow: one run per search below the chain's run, one run per trial below the search's.
 
 tags (`curlora.` + …)   kind (search | trial), task, position on both; search (its folder) on both;
                         why, rule, chosen on a search; trial, status, error, chosen on a trial;
@@ -26,7 +26,7 @@ JUDGED = ("objective", "learning", "retention_loss")
 
 
 def project_searches(to: mlflow_records.Target, parent_id: str, steps: Mapping[str, str]) -> None:
-    """Bring MLflow up to what the run's `search/` says.
+    """Bring MLflow up to date with the run's `search/`.
 
     Args:
         steps: step fingerprint → its MLflow run.

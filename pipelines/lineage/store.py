@@ -1,4 +1,5 @@
-"""An MLflow store as this system reaches it: a client that gives up within seconds, one clear error, its own pages.
+"""An MLflow store as this system reaches it: a client that gives up within seconds, one clear error, the command of
+its web pages.
 
 Only `MlflowClient` is used anywhere: fluent state is bound to a thread and a process. Nothing here knows about runs.
 """
@@ -119,7 +120,7 @@ def artifact_root(uri: str) -> str | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the forty lines that a first migration logs."""
+    """Suppresses the forty lines that a first migration logs."""
     loggers = [logging.getLogger(name) for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking")]
     before = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,7 +1,7 @@
 """From a finished chain to a champion: the gate's verdict, the registered version, its promotion, the way back.
 
 A verdict is applied once: a version that was judged and perhaps put back by hand stays where it is however often its
-run is sent again. MLflow away means "undecided"; `curlora sync` decides later.
+run is sent again. While MLflow is unreachable the verdict is "undecided"; `curlora sync` decides later.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipelines.runs.verdict import Verdict
 
 
 class Refused(RuntimeError):
-    """The gate is against it."""
+    """The gate refuses the promotion."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What follows a finished chain: verdict, report, record in MLflow, registered version.
 
-Made anew only where something changed. The driver does this at the end of a run, `curlora sync` where MLflow was away
-then; both come to the same.
+Done again only if something has changed. The driver does this at the end of a run, `curlora sync` later if MLflow was
+unreachable then; both give the same.
 """
 
 from __future__ import annotations

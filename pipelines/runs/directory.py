@@ -1,4 +1,4 @@
-"""The run directory: the only truth about a run. MLflow, report and progress are projections of it.
+"""The run directory, the only source of truth about a run; MLflow, report and progress are projections of it.
 
 Works on any fsspec URI without append or rename (object stores have neither). A step is done if and only if its
 `metrics.json` exists; it is written last. Layout, below `<storage>/<name>/`:
@@ -6,13 +6,13 @@ Works on any fsspec URI without append or rename (object stores have neither). A
     config.yaml                      resolved configuration
     steps/<k>-<task>-<fp8>/          adapter/, heads.safetensors, strategy/, predictions/<name>.jsonl, metrics.json
     steps/0-base-<fp8>/              the untouched base: predictions/ and metrics.json only (row 0); under
-                                     start_from 0-start-<fp8>, the step that the chain grows from
+                                     start_from 0-start-<fp8>, the step that the chain continues from
     start.json                       which step start_from meant
     train/<fp8>/                     checkpoints in the middle of a step; deleted when it is done
     search/<k>-<task>-<fp8>/         a search before a step: trials/<fp8>/ (each a run directory), results.json
-    events/<time>-<id>.json          immutable, one a file
+    events/<time>-<id>.json          immutable, one file per event
     results.json, report.html, figures/*.png
-    lease.json, progress.json, stop.json   who drives it, where it is, who wants it to stop
+    lease.json, progress.json, stop.json   its driver, its progress, a request to stop
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class RunDirectory:
 
     @property
     def is_finished(self) -> bool:
-        """Whether its results say so."""
+        """Whether results.json says that the run is finished."""
         results = self.results()
         return results is not None and results.is_finished
 
@@ -234,7 +234,7 @@ class RunDirectory:
         return None if raw is None else Event.from_json(raw)
 
     def progress(self) -> Event | None:
-        """What a worker said last of what it is doing."""
+        """The latest progress record of the workers."""
         return self.read_event("progress.json")
 
     def events(self, known: Collection[str] = ()) -> Iterator[tuple[str, Event]]:

@@ -1,4 +1,4 @@
-"""What a step was computed with: versions, hardware, the commit of this code. Recorded, but part of no identity."""
+"""The environment of a step: versions, hardware, commit of this code. Recorded, but not part of any fingerprint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def describe(world_size: int, deepspeed_stage: int, device: str) -> dict:
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Of those that are installed: a cluster job runs this code from a folder."""
+    """Versions of the installed packages; a cluster job runs this code from a folder, without a version."""
     found = {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""What happens in a run, as it is told: `events/*.json`, `progress.json`, and what a driver tells its caller."""
+"""Events of a run: `events/*.json`, `progress.json`, and what a driver reports to its caller."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Event(Record):
 
     @classmethod
     def of(cls, kind: str, **details: Any) -> Event:
-        """An event of this moment, whatever its details are called."""
+        """An event with the current time and any details."""
         named = {name: value for name, value in details.items() if name in NAMED}
         return cls(kind, **named, other={name: value for name, value in details.items() if name not in NAMED})
 

@@ -113,7 +113,7 @@ def acquire_lease(run: RunDirectory) -> Lease:
 
 
 def driver_of(run: RunDirectory) -> dict | None:
-    """The lease of a driver that may be alive: its `host`, `pid`, `token`; None if surely nobody drives."""
+    """The lease of a driver that may be alive: its `host`, `pid`, `token`; None if there is certainly no driver."""
     holder = run.read_json("lease.json")
     return holder if holder and not _is_dead(holder) else None
 
@@ -124,7 +124,7 @@ def _is_dead(holder: dict) -> bool:
 
 
 def _process_start(pid: int) -> float | None:
-    """Start time of a process: a pid alone may have been given to another one since."""
+    """Start time of a process: its pid may have been reused since."""
     import psutil  # comes with ray; only a driver needs it
 
     try:

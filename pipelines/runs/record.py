@@ -1,6 +1,6 @@
-"""The base of everything in a run directory that is read by name: a frozen dataclass with a JSON form.
+"""Base class of the records of a run directory: frozen dataclasses with a JSON form.
 
-What is read and written again loses nothing: fields that this version has no name for are kept in `other`. Fields that
+Reading and writing a record loses nothing: fields unknown to this version are kept in `other`. Fields that
 earlier versions did not write have a default.
 """
 
@@ -65,7 +65,7 @@ def _written(record: type[Record]) -> tuple[tuple[str, bool], ...]:
 
 @functools.cache
 def _readers(record: type[Record]) -> dict[str, Callable[[Any], Any] | None]:
-    """Field → what makes its value out of JSON; None where it stays as it is."""
+    """Field → function that converts its JSON value; None if no conversion is needed."""
     hints = get_type_hints(record)
     return {name: _reader(hints[name]) for name, _ in _written(record)}
 

@@ -70,7 +70,7 @@ def started_at(run: RunDirectory, steps: Steps) -> float:
 
 
 def ended_at(run: RunDirectory, steps: Steps) -> float:
-    """When the chain came to its end: the last such event, which is among the last files."""
+    """Unix time at which the chain ended: its last such event, which is among the last files."""
     for name in reversed(run.list("events")):
         event = run.read_event(f"events/{name}")
         if event and event.kind in ("finished", "failed"):
@@ -133,7 +133,7 @@ def curve_points(curve: Sequence[Sequence[float]]) -> list[Point]:
 
 
 def lineage(run: RunDirectory, directory: str) -> Iterator[StepRecord]:
-    """`metrics.json` of a step and of all it grew from, newest first, over the runs that it leads through."""
+    """`metrics.json` of a step and of all its ancestors, newest first, across runs."""
     trained, metrics = _trained(run), run.metrics(directory)
     while metrics is not None:
         yield metrics

@@ -1,4 +1,4 @@
-"""`results.json`: a run as a whole, the score matrix and everything that is computed from it."""
+"""`results.json`: the results of a whole run, with the score matrix and everything computed from it."""
 
 from __future__ import annotations
 

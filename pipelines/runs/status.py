@@ -1,4 +1,4 @@
-"""What a run directory says of its state, without looking at any cluster."""
+"""State of a run according to its run directory; no cluster is asked."""
 
 from __future__ import annotations
 

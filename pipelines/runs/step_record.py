@@ -19,7 +19,7 @@ from pipelines.runs.record import OPTIONAL, Record
 
 
 def step_label(tasks: Sequence[str]) -> str:
-    """How a step is called: after its task, `joint` where it learns several at once."""
+    """Name of a step: its task, or `joint` if it trains on several at once."""
     return tasks[0] if len(tasks) == 1 else "joint"
 
 
@@ -29,10 +29,10 @@ class Cell(Record):
 
     Attributes:
         role: `task` or `retention`.
-        value: what `metric` says.
+        value: score in the unit of `metric`.
         nll: nats per token, where there are any.
         count: examples.
-        majority: what always answering the commonest class scores.
+        majority: score of always answering the most frequent class.
         digest: of the test data.
         key: identity of the score: test data, metric, and how it is measured.
         time: Unix time of the measurement.
@@ -60,7 +60,7 @@ class Cell(Record):
 
 @dataclass(frozen=True)
 class Seconds(Record):
-    """Where the time of a step or a run went; nothing of one that is not done."""
+    """Where the time of a step or a run went; None for what is not done yet."""
 
     train: float | None = field(default=None, metadata=OPTIONAL)
     evaluate: float | None = field(default=None, metadata=OPTIONAL)
@@ -70,7 +70,7 @@ class Seconds(Record):
 
 @dataclass(frozen=True)
 class Setting(Record):
-    """What makes a step's training, as in its configuration; part of its fingerprint."""
+    """The sections of the configuration that determine a step's training; part of its fingerprint."""
 
     adapter: dict[str, Any]
     strategy: dict[str, Any]

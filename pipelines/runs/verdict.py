@@ -1,4 +1,4 @@
-"""The gate's verdict in a word, as tags, events, decisions and pages show it."""
+"""The gate's verdict as one word, used in tags, events, decisions and pages."""
 
 from __future__ import annotations
 

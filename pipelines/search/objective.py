@@ -1,11 +1,11 @@
-"""What trials are worth and which one wins: pure functions of what they scored, a table and a figure.
+"""The value of a trial and the choice of the winner: pure functions of the trials' scores.
 
-**The rule.** Among the trials that trained to their end, the one with the highest objective wins; of equal ones the
-one with fewer trainable numbers, then the earlier. Objective = learning − weight × retention loss, on validation data:
+**The rule.** Among the trials that trained to their end, the one with the highest objective wins; ties go to fewer
+trainable parameters, then to the earlier trial. Objective = learning − weight × retention loss, on validation data:
 
-    learning        mean over the new tasks of the score (for text: minus the NLL in nats a token)
+    learning        mean over the new tasks of the score (for text: minus the NLL in nats per token)
     retention loss  mean over earlier tasks and retained texts of what each has lost since before the trial
-                    (score, or nats a token; negative = gained)
+                    (score, or nats per token; negative = gained)
 """
 
 from __future__ import annotations

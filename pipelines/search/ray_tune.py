@@ -1,4 +1,4 @@
-"""The parts of a search that live inside Ray Tune: what is proposed, what is ended early, and when all of it stops.
+"""The parts of a search that run inside Ray Tune: searcher, scheduler, stopper and the trainable of a trial.
 
 Only the driver of a search imports this (Ray Tune takes a second). None of these objects is ever restored by Ray Tune,
 which would unpickle them: a search goes on from its trials' own records.
@@ -41,7 +41,7 @@ ENVIRONMENT = {
 
 
 class Proposals(Searcher):
-    """Known settings first, then those of `sampler`; hands out the worker groups too, one a running trial.
+    """Known settings first, then those of `sampler`; hands out the worker groups too, one per running trial.
 
     Args:
         on_end: called with (number, values) when a trial has ended, however it has.
@@ -109,7 +109,7 @@ class Proposals(Searcher):
 
 
 class Halving(AsyncHyperBandScheduler):
-    """ASHA (Li et al. 2020, arXiv 1810.05934), which tells when it ends a trial before its time.
+    """ASHA (Li et al. 2020, arXiv 1810.05934), which reports the trials that it ends early.
 
     At a rung it compares trials by their signal (`choice.Assessment`).
     """

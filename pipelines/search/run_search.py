@@ -2,9 +2,8 @@
 
 Ray Tune proposes settings, compares them at rungs (ASHA) and ends those that lag behind. Each trial is a
 DeepSpeed-sharded run on a worker group that stays warm from trial to trial (`trial.py`); Tune's own actors take no
-CPU, so nothing waits for what it holds itself. Everything a search knows lies below `<run>/search/<k>-<task>-<fp8>/`:
-a search that was interrupted, or gets more trials, repeats none that has ended.
-"""
+CPU, so no trial waits for resources that Tune itself holds. Everything a search knows lies below
+`<run>/search/<k>-<task>-<fp8>/`: a search that was interrupted, or gets more trials, repeats none that has ended."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from pipelines.runs.identity import fingerprint
 from pipelines.runs.lease import Lease
 from pipelines.runs.step_record import Cell
 from pipelines.search import objective, table
-from pipelines.search.step_search import Place
+from pipelines.search.step_search import StepSearch
 from pipelines.search.trial import prune
 from pipelines.search.trial_spec import Spec
 from pipelines.workers.assignment import Assignment
@@ -40,9 +39,9 @@ LOOK_SECONDS = 1.0  # between two looks at the workers that score what there is 
 
 @dataclass
 class Running:
-    """A search at work: what its parts share."""
+    """State shared by the parts of a running search."""
 
-    where: Place
+    where: StepSearch
     run: RunDirectory
     spec: Any  # trial.Spec
     lease: Lease
@@ -64,7 +63,7 @@ class Running:
 
 
 def search(
-    where: Place,
+    where: StepSearch,
     run: RunDirectory,
     parent_directory: str | None,
     base_directory: str,
@@ -99,7 +98,7 @@ def search(
     return results
 
 
-def _spec(where: Place, run: RunDirectory, parent_directory: str | None, base_directory: str, lease: Lease):
+def _spec(where: StepSearch, run: RunDirectory, parent_directory: str | None, base_directory: str, lease: Lease):
     search = where.config.search
     levels = range(search.rungs, 0, -1) if search.scheduler == "asha" else ()
     return Spec(
@@ -129,7 +128,7 @@ def _changes_the_loss(path: str) -> bool:
     return path.startswith("strategy") or path == "training.max_length"
 
 
-def _check_models(where: Place, known: list[Values]) -> None:
+def _check_models(where: StepSearch, known: list[Values]) -> None:
     """Raises ConfigError where an adapter or a strategy of a setting does not fit the model."""
     from pipelines.preflight.model import check_model  # imports torch
 
@@ -178,7 +177,7 @@ def _cells(run: RunDirectory, directory: str) -> dict[str, Cell]:
 
 
 def _work(running: Running, run: RunDirectory, assignment: Assignment) -> None:
-    """Have an assignment done that is no trial."""
+    """Run an assignment that is not a trial."""
     supervisor = Supervisor(running.groups[0], run, running.where.config.durability)
     while True:
         try:
@@ -252,7 +251,7 @@ def _recorded(running: Running) -> list[dict]:
 
 @contextlib.contextmanager
 def _ended_cleanly(running: Running, proposals) -> Iterator[None]:
-    """Whatever ends a search early: its workers write checkpoints and leave."""
+    """If a search ends early, its workers write checkpoints and end."""
     try:
         yield
     except BaseException:

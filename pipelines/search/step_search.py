@@ -17,7 +17,7 @@ from pipelines.search.trial_spec import copy_step
 
 
 @dataclass(frozen=True)
-class Place:
+class StepSearch:
     """The search before one step.
 
     Attributes:
@@ -61,7 +61,7 @@ class Place:
         return results if results and results["request"] == self.request else None
 
 
-def place(config: PipelineConfig, position: int, parent: str, base: str) -> Place:
+def search_before(config: PipelineConfig, position: int, parent: str, base: str) -> StepSearch:
     judged = trial_view(config, position)
     new = tuple(t.name for t in config.tasks) if config.is_joint else (config.tasks[position - 1].name,)
     fresh = config.adapter.carry == "fresh"  # earlier tasks keep adapters of their own
@@ -70,11 +70,11 @@ def place(config: PipelineConfig, position: int, parent: str, base: str) -> Plac
     sources = {source.name: source for source in [*judged.tasks, *judged.retention]}
     keys = {name: fingerprint(score_identity(sources[name], judged)) for name in names}
     identities = [data_identity(config.task(name)) for name in new]
-    return Place(config, position, new, parent, base, judged, names, keys, identities)
+    return StepSearch(config, position, new, parent, base, judged, names, keys, identities)
 
 
 def settings_found(run: RunDirectory) -> Callable[[PipelineConfig, int, str, str], PipelineConfig | None]:
-    """For `workflow.make_plan`: the setting of a step, None where a search has to find it first."""
+    """For `make_plan`: the setting of a step; None if a search has to find it first."""
 
     first: list[PipelineConfig | None] = []
 
@@ -84,7 +84,7 @@ def settings_found(run: RunDirectory) -> Callable[[PipelineConfig, int, str, str
             return config
         if when == "first" and position > 1:
             return first[0]
-        results = place(config, position, parent, base).found(run)
+        results = search_before(config, position, parent, base).found(run)
         setting = with_values(config, results["chosen"]["values"]) if results else None
         first.append(setting)
         return setting
@@ -100,7 +100,7 @@ def summaries(
         return ()
     found = []
     for step in steps[:1] if config.search.when == "first" else steps:
-        where = place(config, step.position, step.parent, base)
+        where = search_before(config, step.position, step.parent, base)
         if results := where.found(run):
             summary = SearchSummary(
                 **{key: results[key] for key in ("task", "position", "why", "rule", "pareto", "steps")},
@@ -114,7 +114,7 @@ def summaries(
     return tuple(found)
 
 
-def adopt(run: RunDirectory, where: Place, step: StepPlan) -> bool:
+def adopt(run: RunDirectory, where: StepSearch, step: StepPlan) -> bool:
     """Take over what the winning trial has trained, if that is this very step at full length."""
     chosen = where.found(run)["chosen"]
     if chosen["fingerprint"] != step.fingerprint or run.metrics(step.directory):

@@ -1,8 +1,8 @@
 """One trial of a search: a run directory of its own, trained by a warm worker group, driven by Ray Tune step by step.
 
 Tune's actor trains nothing and takes no CPU: it hands the trial to a worker group, tells Tune what it scored at each
-rung, and lets it go on. `trial.json`, written last, says what became of it; a trial that has one is not repeated, its
-scores are told to Tune again.
+rung, and lets it go on. `trial.json`, written last, records its outcome; a trial that has one is not
+repeated, its scores are reported to Tune again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIGN_SECONDS = 1.0  # between two looks for errors and signs of life
 
 
 class TrialBlocked(RuntimeError):
-    """The trial cannot get on for a reason that is not its own."""
+    """The trial cannot continue for a reason outside itself."""
 
 
 class Trial:
@@ -50,7 +50,7 @@ class Trial:
         )
 
     def advance(self, seconds: float = STEP_SECONDS) -> dict:
-        """What Tune should know next: scores at a rung, the end, or nothing new within `seconds`.
+        """The next report to Tune: scores at a rung, the end, or nothing new within `seconds`.
 
         Raises:
             TrialBlocked: the workers gave no sign of life, or were asked to stop.
@@ -67,7 +67,7 @@ class Trial:
             self._work()
 
     def _news(self) -> dict | None:
-        """The next report that the run directory allows; None while the workers have to get there first."""
+        """The next report that can be made from the run directory; None while the workers are not that far."""
         record = self.run.read_json("trial.json") or {}
         if record.get("status") == "failed":
             return {"done": True}
@@ -148,7 +148,7 @@ class Trial:
 
 
 def write_record(run: RunDirectory, spec: Spec, number: int, values: Values, status: str, **fields: Any) -> dict:
-    """`trial.json`: what became of a trial (finished, pruned or failed)."""
+    """`trial.json`: the outcome of a trial (finished, pruned or failed)."""
     nothing = dict.fromkeys(("objective", "learning", "retention_loss", "total_steps", "error", "seconds"))
     step = spec.step(values)
     config = spec.setting(values)

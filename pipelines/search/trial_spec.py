@@ -109,7 +109,7 @@ class Spec:
 
 
 def copy_step(source: RunDirectory, directory: str, target: RunDirectory, to: str) -> None:
-    """What a step trained, without what it scored."""
+    """Copy what a step trained, without its scores."""
     for path in source.fs.find(source.path(directory)):
         name = posixpath.relpath(path, source.path(directory))
         if name.startswith(COPIED) and not name.endswith(".tmp"):

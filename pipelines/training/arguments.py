@@ -22,7 +22,7 @@ def training_arguments(
     world_size: int,
     done: int = 0,
 ) -> transformers.TrainingArguments:
-    """What Trainer needs to know; saving, logging and evaluation are ours. `done` steps of `steps` lie behind."""
+    """Arguments for Trainer; saving, logging and evaluation are our own. `done` of the `steps` are done."""
     return transformers.TrainingArguments(
         output_dir=output_dir,
         deepspeed=deepspeed,

@@ -52,7 +52,7 @@ class GlobalBatches:
 
     Args:
         examples: the training set.
-        batch_size: examples a micro-batch over all ranks; the last one of an epoch may be smaller.
+        batch_size: examples per micro-batch over all ranks; the last one of an epoch may be smaller.
         transform: the strategy's `batch` hook, applied to the global micro-batch.
         position: micro-batches that were seen before (a resumed step goes on with the next one).
     """

@@ -52,5 +52,5 @@ def example_losses(model: nn.Module, batch: MicroBatch, held: Iterable[str] = ()
 
 
 def losses_alone(model: nn.Module, examples: Sequence[Example], device: torch.device) -> torch.Tensor:
-    """(batch,) differentiable losses of examples that this process alone has drawn: what a strategy may ask for."""
+    """(batch,) differentiable losses of examples of this process alone, as a service to strategies."""
     return example_losses(model, collate(list(examples), World(0, 1, device)).to(device))[0]

@@ -178,7 +178,7 @@ class ContinualTrainer(transformers.Trainer):
     # -- around an optimizer step
 
     def begin_training(self) -> None:
-        """The engine stands: give it what the checkpoint holds."""
+        """Load the checkpoint's optimizer state into the engine."""
         if self.resume is None:
             return
         state = self.resume.tensors
@@ -193,7 +193,7 @@ class ContinualTrainer(transformers.Trainer):
         self._learning_rate = float(self.lr_scheduler.get_last_lr()[0])  # Trainer moves it on before the step ends
 
     def end_step(self) -> None:
-        """Book-keeping after an optimizer step; reads the loss only about once a second."""
+        """Book-keeping after an optimizer step; reads the loss only about once per second."""
         self.strategy.after_step(self.model, self.step)
         self._pending.append((self.step, self._learning_rate, time.time()))
         self._step_losses.append(torch.stack(self._losses).sum())
@@ -206,7 +206,7 @@ class ContinualTrainer(transformers.Trainer):
             self._last_synchronisation = time.monotonic()
 
     def _synchronise(self) -> None:
-        """All ranks together: the losses so far, and whether to keep a checkpoint or to stop."""
+        """Share the losses so far, and decide on all ranks alike whether to write a checkpoint or to stop."""
         requests = self.requests()
         # rank 0 chooses the distance to the next one, by its own clock
         seconds = max(time.monotonic() - self._last_synchronisation, 1e-6) / len(self._step_losses)

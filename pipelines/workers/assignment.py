@@ -1,4 +1,4 @@
-"""What the driver and the workers say to each other: assignments, and verdicts at the rungs of a trial."""
+"""Messages between driver and workers: assignments, and verdicts at the rungs of a trial."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def rung_file(rung: float) -> str:
 
 
 def verdict_file(rung: float) -> str:
-    """Where the driver of a trial says whether it goes on from a rung."""
+    """Where the driver writes whether a trial continues after a rung."""
     return f"verdicts/{rung:.4f}.json"
 
 
@@ -38,13 +38,13 @@ class RungScores(Record):
 
     @classmethod
     def read(cls, run: RunDirectory, rung: float) -> RungScores | None:
-        """The scores at a rung; None where the trial has not got there."""
+        """The scores at a rung; None if the trial has not reached it."""
         raw = run.read_json(rung_file(rung))
         return None if raw is None else cls.from_json(raw)
 
 
 class Queue:
-    """Assignments by number, and what became of each: `<number>.json`, `<number>.done.json`; `end.json` ends it."""
+    """Assignments by number, and the result of each: `<number>.json`, `<number>.done.json`; `end.json` ends it."""
 
     def __init__(self, uri: str):
         self.uri = uri
@@ -63,7 +63,7 @@ class Queue:
         return self._files.read_json(f"{number:06d}.done.json")
 
     def place(self, placement_group: str) -> None:
-        """Say where the workers are, for whoever has to end them."""
+        """Record the placement group of the workers, for whoever has to end them."""
         self._files.write_json("place.json", {"placement_group": placement_group})
 
     @property

@@ -1,4 +1,4 @@
-"""Which errors of a worker are worth another start, and how a user should read them."""
+"""Classifies the errors of workers: which are worth another start, and what a user should do about them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipelines.errors import ConfigError, DivergedError
 
 
 class GroupLost(RuntimeError):
-    """The group's Ray Train job broke off; another start may fare better."""
+    """The group's Ray Train job was lost; another start may succeed."""
 
 
 class WorkersFailed(RuntimeError):
@@ -20,7 +20,7 @@ class WorkersSilent(RuntimeError):
 
 
 def root_cause(error: BaseException) -> str:
-    """The worker's own last line out of a nest of Ray errors."""
+    """The last line of the worker's own error, out of nested Ray errors."""
     causes = getattr(getattr(error, "cause", None), "worker_failures", None) or getattr(error, "worker_failures", None)
     text = str(next(iter(causes.values()))) if causes else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -88,7 +88,7 @@ def connect(verbose: bool = False, address: str | None = None) -> None:
 
 
 def _set_sigterm(handler) -> None:
-    """Ray's own handler, which Python does not know of, ends the process before the workers can save anything."""
+    """Restores our SIGTERM handler: Ray's own, unknown to Python, ends the process before the workers can save."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
 

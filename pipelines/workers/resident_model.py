@@ -75,7 +75,7 @@ class ResidentModel:
         gc.collect()
 
     def release(self) -> None:
-        """End of an assignment: whatever adapter is still on stays where its model is garbage."""
+        """End of an assignment: forget an adapted model that an error left behind."""
         self._adapted = None
 
     # -- adapters on and off

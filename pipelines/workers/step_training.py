@@ -20,7 +20,7 @@ from pipelines.data.sets import training_examples
 from pipelines.distributed import engine
 from pipelines.distributed.engine import writable
 from pipelines.errors import DivergedError, Stopped
-from pipelines.evaluation.sampling import write_text
+from pipelines.evaluation.sampling import sample_text
 from pipelines.models import adapters, heads
 from pipelines.runs.identity import StepPlan
 from pipelines.runs.step_record import PublishedFile, Seconds, TrainedStep, Training
@@ -175,7 +175,7 @@ class StepTraining:
         length = min(length, work.config.training.max_length, self.resident.context)
         seed = work.config.training.seed
         with engine.ready_for_inference(model, work.settings, work.world), work.heartbeat.guard():
-            return write_text(model, rows, length, start, seed, work.world, forbidden)
+            return sample_text(model, rows, length, start, seed, work.world, forbidden)
 
     def _trainer(
         self,

@@ -1,8 +1,8 @@
-"""Supervises the workers while they do an assignment: one supervisor for chain, trial and a search's reference scores.
+"""Supervises the workers of an assignment: one supervisor for chains, trials and a search's reference scores.
 
-A worker tells of itself through the run directory only: events, and `progress.json`. From these the supervisor learns
-that training moves on, that an error makes another try pointless, or that nobody has given a sign of life for too
-long. Workers that are lost for another reason are worth another start as long as they make progress.
+Workers communicate only through the run directory: by events and `progress.json`. From these the supervisor sees
+progress, errors that make another start pointless, and silence. Workers that are lost for any other reason are
+started again as long as they make progress.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Supervisor:
         run: the run directory that the workers write to.
         progress: what of the work is done, in a form to compare; a lost group that has changed it may start again.
         on_event: called with each new event and progress record.
-        sign_seconds: at most once in so long events and progress are read.
+        sign_seconds: least time between two reads of events and progress.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Supervisor:
         return self._number is None
 
     def ignore_errors_so_far(self) -> None:
-        """Report new events; no error among them is one of the assignment to come."""
+        """Report new events without acting on errors among them: these are not about the next assignment."""
         for event in self._new_events():
             self.on_event(event)
 
     def submit(self, assignment: Assignment) -> None:
-        """Hand out an assignment. What earlier workers said until now is no word of those that take it."""
+        """Hand out an assignment. Events written before it are not about it."""
         self.ignore_errors_so_far()
         self._before = self.progress()
         self._alive = self._looked = time.monotonic()
@@ -74,7 +74,7 @@ class Supervisor:
             raise
 
     def look(self, seconds: float = LOOK_SECONDS) -> dict | None:
-        """What became of the assignment; None while it is at work, after `seconds`.
+        """The result of the assignment; None if it is not done within `seconds`.
 
         Raises:
             WorkersFailed: an error that another start would meet again, or too many starts without progress.

@@ -59,7 +59,7 @@ def serve(queue: Queue, verbose: bool) -> None:
 
 
 def _next(queue: Queue, number: int, world: World) -> tuple[str, dict | None]:
-    """What there is to do: rank 0 asks, all hear."""
+    """The next assignment: rank 0 asks and broadcasts the answer."""
     received = [_ask(queue, number) if world.rank == 0 else None]
     if world.size > 1:
         torch.distributed.broadcast_object_list(received, src=0, group=world.group)
@@ -82,7 +82,7 @@ def _ask(queue: Queue, number: int) -> tuple[str, dict | None]:
 
 
 def _quiet(verbose: bool) -> None:
-    """The libraries' plumbing off: what a user should see goes through the run directory."""
+    """Silences the libraries: what a user should see goes through the run directory."""
     if verbose:
         return
     warnings.filterwarnings("ignore")

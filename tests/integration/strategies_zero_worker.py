@@ -22,7 +22,7 @@ from curlora.continual.parameters import adapter_parameters, read, write
 from pipelines.config.sections import TrainingConfig
 from pipelines.distributed import engine
 from pipelines.distributed.world import World
-from pipelines.evaluation.sampling import write_text
+from pipelines.evaluation.sampling import sample_text
 from pipelines.models import heads
 from pipelines.training.arguments import training_arguments
 from pipelines.training.trainer import ContinualTrainer
@@ -150,7 +150,7 @@ def strategies(base, config: dict, world: World) -> dict:
 
             def write_rows(model, rows, length):
                 with engine.ready_for_inference(model, config, world):
-                    return write_text(model, rows, length, 1, 0, world)
+                    return sample_text(model, rows, length, 1, 0, world)
 
             places = {"rank": world.rank, "size": world.size, "total": total, "write": write_rows}
             context = TaskContext(task, position, 0, examples(task, position, classes), **places)

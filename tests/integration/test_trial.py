@@ -7,7 +7,7 @@ import pytest
 from pipelines.config.loading import load_config
 from pipelines.data.held_out import training_view
 from pipelines.runs.identity import base_fingerprint
-from pipelines.search.step_search import place
+from pipelines.search.step_search import search_before
 from pipelines.search.trial import Trial, prune
 from pipelines.search.trial_spec import Spec
 from pipelines.workers.assignment import verdict_file
@@ -55,7 +55,7 @@ def group(bench, config) -> Group:
 @pytest.fixture
 def spec(config, tmp_path) -> Spec:
     base = base_fingerprint(config.base_model)
-    where = place(config, 1, base, base)
+    where = search_before(config, 1, base, base)
     return Spec(
         config=where.judged,
         uri=str(tmp_path / "search"),

@@ -9,7 +9,7 @@ from pipelines.data.sources import load_split
 from pipelines.errors import ConfigError
 from pipelines.runs.directory import RunDirectory
 from pipelines.search.run_search import concurrent
-from pipelines.search.step_search import adopt, place, settings_found
+from pipelines.search.step_search import adopt, search_before, settings_found
 from pipelines.search.trial_spec import Spec
 from tests.conftest import WORDS, minimal, write_jsonl
 from tests.unit.sample_records import cell, step_record
@@ -39,7 +39,7 @@ def planned(raw: dict, run: RunDirectory | None = None):
 def place_of(raw: dict, position: int = 1):
     config, _, plan = planned(raw)
     step = plan.steps[position - 1]
-    return place(config, position, step.parent, plan.base_fingerprint)
+    return search_before(config, position, step.parent, plan.base_fingerprint)
 
 
 def found(where, run: RunDirectory, values: dict, **fields) -> None:
@@ -141,7 +141,7 @@ def test_every_task_has_its_own_setting_and_waits_for_its_own_search(raw):
     _, _, plan = planned(raw)
     assert plan.undecided == 2
     assert [step.position for step in plan.missing_steps(run)] == [1]
-    second = place(config, 2, plan.steps[0].fingerprint, plan.base_fingerprint)
+    second = search_before(config, 2, plan.steps[0].fingerprint, plan.base_fingerprint)
     found(second, run, {"training.learning_rate": 1e-3})
     _, _, plan = planned(raw)
     assert [s.training.learning_rate for s in plan.settings] == [5e-3, 1e-3]
@@ -152,7 +152,7 @@ def test_a_changed_first_choice_asks_for_the_second_search_again(raw):
     config, run, plan = planned(raw)
     found(place_of(raw), run, {"training.learning_rate": 5e-3})
     _, _, plan = planned(raw)
-    second = place(config, 2, plan.steps[0].fingerprint, plan.base_fingerprint)
+    second = search_before(config, 2, plan.steps[0].fingerprint, plan.base_fingerprint)
     found(second, run, {"training.learning_rate": 1e-3})
     found(place_of(raw), run, {"training.learning_rate": 6e-3})
     assert planned(raw)[2].undecided == 2
