@@ -1,4 +1,7 @@
-"""Commands on a cluster: `submit`, `tick`, `schedule`, and what `status` and `cancel` do with `--address`."""
+"""Commands on a cluster: `submit`, `tick`, `schedule`, and `status` and `cancel` with `--address`.
+
+Each command imports what it runs when it runs (see pipelines/cli/app.py).
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,16 @@ import click
 
 @click.command()
 @click.argument("config", type=click.Path())
-@click.option("--address", help="The cluster's dashboard; default: RAY_API_SERVER_ADDRESS.")
-@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
-@click.option("--wait/--detach", default=True, show_default=True, help="Follow the job and end as it ends.")
-@click.option("--shared-paths", is_flag=True, help="Every node mounts the paths of CONFIG as this machine does.")
-@click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
+@click.option("--address", help="Dashboard URL of the cluster; default: RAY_API_SERVER_ADDRESS.")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of CONFIG.")
+@click.option("--wait/--detach", default=True, show_default=True, help="Follow the job and exit with its exit code.")
+@click.option("--shared-paths", is_flag=True, help="All nodes mount the paths of CONFIG like this machine.")
+@click.option("--verbose", is_flag=True, help="Show the output of Ray and DeepSpeed.")
 def submit(config, address, overrides, wait, shared_paths, verbose) -> None:
-    """Train the chain of CONFIG as a job on a Ray cluster; a job that is at work on it already is followed instead.
+    """Train the chain of CONFIG as a job on a Ray cluster.
 
-    Submitting again after a failure goes on from there. Ctrl-C ends the following, not the job.
+    A job that is already running is followed instead. Submitting again after a failure continues from there. Ctrl-C
+    stops following, not the job.
 
     \b
     Example:  curlora submit my.yaml --address http://127.0.0.1:8265 --detach
@@ -29,7 +33,7 @@ def submit(config, address, overrides, wait, shared_paths, verbose) -> None:
     jobs = _cluster(address)
     chain = load_for_cluster(config, overrides, shared_paths or jobs.is_this_machine())
     job, is_new = jobs.submit(chain, verbose)
-    click.echo(f"{job.id}: {'submitted' if is_new else 'is at work already'}", err=True)
+    click.echo(f"{job.id}: {'submitted' if is_new else 'is already running'}", err=True)
     stop = f"curlora cancel {job.run} --address {jobs.address}"
     if not wait:
         click.echo(f"follow it: the same command with --wait; stop it: {stop}", err=True)
@@ -37,7 +41,7 @@ def submit(config, address, overrides, wait, shared_paths, verbose) -> None:
     try:
         job = jobs.follow(job.id, lambda lines: click.echo(lines, nl=False))
     except KeyboardInterrupt:
-        click.echo(f"{job.id} goes on; stop it: {stop}", err=True)
+        click.echo(f"{job.id} continues; stop it: {stop}", err=True)
         sys.exit(1)
     click.echo(f"{job.id}: {job.status.lower()}", err=True)
     sys.exit(job.exit_code if job.exit_code is not None else int(job.status != "SUCCEEDED"))
@@ -45,14 +49,15 @@ def submit(config, address, overrides, wait, shared_paths, verbose) -> None:
 
 @click.command()
 @click.argument("config", type=click.Path())
-@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done.")
-@click.option("--again", metavar="DOMAIN", help="Take back what was decided on this domain, then look.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of CONFIG.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be done.")
+@click.option("--again", metavar="DOMAIN", help="First withdraw the decisions on this domain.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def tick(config, overrides, dry_run, again, as_json) -> None:
-    """Look at the inbox of CONFIG once: train what is new, complete and sound from the champion on. For any scheduler.
+    """Look into the inbox once and train a new domain.
 
-    Safe to call at any rate; nothing is trained twice. A domain that is refused is looked at again when it changes.
+    The domain continues from the champion, as configured in domains: of CONFIG. For use with any scheduler: safe to
+    call at any rate, and nothing is trained twice. A refused domain is considered again when it changes.
 
     \b
     Example:  curlora tick my.yaml --dry-run
@@ -75,13 +80,15 @@ def tick(config, overrides, dry_run, again, as_json) -> None:
 
 @click.command()
 @click.argument("config", type=click.Path())
-@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
-@click.option("--dry-run", is_flag=True, help="Say when it would look and what it would do now.")
-@click.option("--history", is_flag=True, help="Every decision so far.")
-@click.option("--pause/--resume", "paused", default=None, help="No tick does anything until --resume.")
-@click.option("--json", "as_json", is_flag=True, help="For --history.")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of CONFIG.")
+@click.option("--dry-run", is_flag=True, help="Only print when it would look and what it would do now.")
+@click.option("--history", is_flag=True, help="Print all decisions.")
+@click.option("--pause/--resume", "paused", default=None, help="Suspend all ticks until --resume.")
+@click.option("--json", "as_json", is_flag=True, help="Print the history as JSON.")
 def schedule(config, overrides, dry_run, history, paused, as_json) -> None:
-    """Look at the inbox of CONFIG by its cron expression until Ctrl-C, which ends the loop and no job.
+    """Look into the inbox at regular times, until Ctrl-C.
+
+    The times are those of domains.cron in CONFIG. Ctrl-C stops no job.
 
     \b
     Example:  curlora schedule my.yaml
@@ -96,7 +103,7 @@ def schedule(config, overrides, dry_run, history, paused, as_json) -> None:
     scheduling_tick.check_schedule(pipeline)
     if paused is not None:
         decisions.pause(pipeline, paused)
-        click.echo("paused" if paused else "goes on")
+        click.echo("paused" if paused else "resumed")
     elif history:
         _print_history(decisions.history(pipeline), as_json)
     elif dry_run:
@@ -133,7 +140,7 @@ def _print_jobs(jobs: list, as_json: bool) -> None:
 
 
 def job_status(address: str, run: str | None, as_json: bool) -> None:
-    """`curlora status [RUN] --address …`: the jobs of a cluster, or of one run."""
+    """`curlora status [RUN] --address …`: print the jobs of a cluster, or of one run."""
     _print_jobs(_cluster(address).jobs(run), as_json)
 
 
@@ -142,17 +149,17 @@ def cancel_job(address: str, run: str, wait: float) -> None:
     jobs = _cluster(address)
     working = [job for job in jobs.jobs(run) if not job.over]
     if not working:
-        click.echo(f"no job of '{run}' is at work on {jobs.address}")
+        click.echo(f"no job of '{run}' is running on {jobs.address}")
     for job in working:
         job = jobs.stop(job.id, wait)
         if not job.over:
-            click.echo(f"error: asked {job.id} to stop, but it is still there after {wait:g} s", err=True)
+            click.echo(f"error: {job.id} was asked to stop, but is still running after {wait:g} s", err=True)
             sys.exit(1)
-        click.echo(f"{job.id}: {job.status.lower()}; submit the same configuration to go on from there")
+        click.echo(f"{job.id}: {job.status.lower()}; submit the same configuration to continue from there")
 
 
 def _cluster(address: str | None):
-    """The cluster at an address, as one that jobs can be sent to."""
+    """The cluster at an address, by default at RAY_API_SERVER_ADDRESS."""
     from cluster.jobs import Cluster, default_address
 
     address = address or default_address()

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, each with the exit code it means on the command line."""
+"""Errors that a user can correct. The command line reports them without a traceback (exit codes: cli/app.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with the input: where, and what to do."""
+    """One problem of the input: the field or file, what was found and what to do."""
 
     field: str
     message: str
@@ -19,7 +19,7 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """Bad input. Carries every problem found; the command line prints one line each and exits with 2."""
+    """Invalid input, with every problem found; the command line prints one line per problem and exits with 2."""
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = list(problems)
@@ -27,42 +27,43 @@ class ConfigError(ValueError):
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the nearest of `valid`, or the list of them."""
+    """`"did you mean 'x'?"` with the nearest of the valid names, or the list of them if none is near."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else f"expected one of: {', '.join(valid)}"
 
 
 class RunFailed(RuntimeError):
-    """The chain stopped; what was finished stays, and the same command goes on from there."""
+    """The chain failed. Finished steps are kept; the same command continues from there."""
 
 
 class RunStopped(RuntimeError):
-    """Somebody asked the run to stop (Ctrl-C, SIGTERM, `curlora cancel`); the same command goes on from there."""
+    """The run was asked to stop (Ctrl-C, SIGTERM, `curlora cancel`); the same command continues from there."""
 
 
 def and_then(reason: str) -> str:
-    return f"{reason}\nWhat was finished is kept; run the same command to go on from there."
+    """A reason of a failure, followed by how to continue."""
+    return f"{reason}\nFinished steps are kept; run the same command to continue from there."
 
 
 class LeaseHeld(RuntimeError):
-    """Another driver works on this run."""
+    """Another driver is working on this run."""
 
 
 class Unavailable(RuntimeError):
-    """A service that the command needs (a cluster, a registry) is away or refuses; trying again may help."""
+    """A service that the command needs (cluster, registry) cannot be reached or refuses; a retry may help."""
 
 
 class RunDirectoryError(RuntimeError):
-    """The run directory cannot be used as it is: not writable, or of another format."""
+    """The run directory cannot be used: it is not writable, damaged, or of another format."""
 
 
 class LineageError(RuntimeError):
-    """MLflow could not be reached or refused what was sent. The run directory still holds everything."""
+    """MLflow cannot be reached or refused what was sent. The run directory still holds everything."""
 
 
 class DataError(ValueError):
-    """Data that cannot be used; carries the problems found."""
+    """Data that cannot be used, with the problems found."""
 
     def __init__(self, problems: Sequence[Problem]):
         self.problems = list(problems)
@@ -70,12 +71,12 @@ class DataError(ValueError):
 
 
 class DemoError(RuntimeError):
-    """The demo cannot be prepared from this environment; the message says what to do."""
+    """The demo cannot be built in this environment; the message says what to do."""
 
 
 class DivergedError(RuntimeError):
-    """The loss, a weight or a score is no longer a number."""
+    """The loss, a weight or a score is NaN or infinite."""
 
 
 class Stopped(RuntimeError):
-    """Work on an assignment ended early because the driver asked for it; a checkpoint was written."""
+    """A worker ended its assignment early on request of the driver, after writing a checkpoint."""

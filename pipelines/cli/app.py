@@ -1,7 +1,7 @@
-"""The command line, `curlora …` = `python -m pipelines …`.
+"""The command line: `curlora …`, also `python -m pipelines …`.
 
-Exit codes: 0 done, 1 failed, 2 bad input. What takes seconds to import is imported by the command that needs it, so
-that help and bad input answer at once.
+Exit codes: 0 success, 1 failure, 2 invalid input. The modules of commands import only click at their top: a command
+imports what it runs when it runs, so that help and invalid input are answered at once.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ COMMANDS = {
     "tick": "cluster.cli:tick",
     "schedule": "cluster.cli:schedule",
 }
-"""Command → "module:function", imported when it is called for. The only way from here up to `cluster`."""
+"""Command → "module:function", imported on demand. This table is the only way from here up to `cluster`."""
 
 GROUPS = {
-    "Train": ("demo", "run", "tune", "compare"),
-    "Watch and use": ("status", "cancel", "report", "predict", "export", "connectivity", "delete"),
-    "MLflow": ("lineage", "sync", "promote", "ui"),
-    "Cluster": ("submit", "tick", "schedule", "doctor"),
+    "Training": ("demo", "run", "tune", "compare"),
+    "Runs and results": ("status", "cancel", "report", "predict", "export", "connectivity", "delete"),
+    "MLflow and registry": ("lineage", "sync", "promote", "ui"),
+    "Cluster and machine": ("submit", "tick", "schedule", "doctor"),
 }
+"""The sections of `curlora --help`."""
 
 
 class _Commands(click.Group):
-    """Finds commands in the table above; reports errors that a user can mend in one line, with the exit codes."""
+    """Finds commands in the table above, and reports errors that a user can correct in one line each."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -63,9 +64,9 @@ class _Commands(click.Group):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context):
-        signal.signal(signal.SIGTERM, _interrupt)  # what a scheduler sends means the same as Ctrl-C
+        signal.signal(signal.SIGTERM, _interrupt)  # sent by schedulers; has the effect of Ctrl-C
         if "--verbose" not in sys.argv:
-            warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing a user could mend
+            warnings.simplefilter("ignore", FutureWarning)  # between libraries; a user can do nothing about them
             logging.disable(logging.WARNING)
         try:
             return super().invoke(ctx)
@@ -80,7 +81,7 @@ class _Commands(click.Group):
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("stopped; run the same command to go on from there", err=True)
+            click.echo("stopped; run the same command to continue from there", err=True)
             ctx.exit(1)
         finally:
             logging.disable(logging.NOTSET)
@@ -93,9 +94,11 @@ def _interrupt(*_: object) -> None:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="curlora")
 def main() -> None:
-    """Continual learning for language models: a chain of CURLoRA fine-tunes on Ray, sharded by DeepSpeed.
+    """Continual learning for language models: chains of CURLoRA fine-tunes on Ray and DeepSpeed, tracked in MLflow.
+
+    `curlora COMMAND --help` explains a command with an example.
 
     \b
-    Start here:  curlora demo
-    Your own:    curlora run my.yaml --dry-run
+    Try it:         curlora demo
+    Your own data:  curlora run my.yaml --dry-run
     """

@@ -1,4 +1,4 @@
-"""What several commands share: consoles, progress bars, opening a run by name."""
+"""Shared by several commands: consoles, progress bars, opening runs by name."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import click
 
 from pipelines.errors import RunFailed, RunStopped
 
-LINE_SECONDS = 10.0
+LINE_SECONDS = 10.0  # between two lines of progress without a terminal
 
 
 def with_bar(title: str, work):
-    """Run `work(progress=…)` under a progress bar (lines where there is no terminal); silent if nothing is to do."""
+    """Run `work(progress=…)` under a progress bar, or with lines of text if there is no terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = new_console(err=True)
@@ -35,19 +35,20 @@ def with_bar(title: str, work):
         return work(progress=progress)
 
 
-def number_list(text: str, kind: type, option: str) -> list:
+def number_list(text: str, convert: type, option: str) -> list:
+    """The numbers of a comma-separated option."""
     try:
-        return [kind(part) for part in text.split(",") if part.strip()]
+        return [convert(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise click.BadParameter(f"'{text}' is not a list of numbers such as 1,2,3", param_hint=option) from None
 
 
 @contextlib.contextmanager
 def at_work(as_json: bool):
-    """Around a training command: its failures in words, with exit code 1.
+    """Report failures of a training command in one line, with exit code 1.
 
     Args:
-        as_json: whatever libraries print (Ray tells of lost nodes) goes to stderr: a script reads stdout.
+        as_json: redirect the output of libraries (Ray reports lost nodes) to stderr, since a script reads stdout.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
@@ -56,7 +57,7 @@ def at_work(as_json: bool):
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except RunStopped as stop:
-        click.echo(f"stopped ({stop}); run the same command to go on from there", err=True)
+        click.echo(f"stopped ({stop}); run the same command to continue from there", err=True)
         sys.exit(1)
 
 
@@ -67,17 +68,18 @@ def new_console(err: bool = False):
 
 
 def open_run(run: str, storage: str):
-    """The run called `run`: a path or URI, or a name below `storage`."""
+    """The run at a path or URI, or with this name below `storage`."""
     from pipelines.runs.directory import RunDirectory
 
     for uri in (run, f"{storage}/{run}"):
         directory = RunDirectory(os.path.abspath(uri) if "://" not in uri else uri)
         if directory.exists("config.yaml"):
             return directory
-    raise click.UsageError(f"no run '{run}', neither as a path nor below {storage}; see curlora status")
+    raise click.UsageError(f"no run '{run}', neither as a path nor below {storage}; curlora status lists all runs")
 
 
 def all_runs(storage: str) -> list:
+    """All runs below `storage`."""
     from pipelines.runs.directory import RunDirectory
 
     parent = RunDirectory(os.path.abspath(storage) if "://" not in storage else storage)
@@ -86,6 +88,6 @@ def all_runs(storage: str) -> list:
 
 
 def load_object(target: str):
-    """The object that "module:name" names."""
+    """Import the object "module:name"."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -1,4 +1,4 @@
-"""The commands `promote`, `ui` and `doctor`."""
+"""Commands around the model registry and the environment: `promote`, `ui`, `doctor`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from pipelines.errors import LineageError
 
 @click.command()
 @click.argument("run")
-@click.option("--to", "version", type=click.IntRange(1), help="Go (back) to this version of the run's model.")
-@click.option("--force", is_flag=True, help="Whatever the gate says; needs --reason.")
-@click.option("--reason", default="", help="Recorded in MLflow with the promotion.")
-@click.option("--no-hook", is_flag=True, help="Do not run gate.on_promotion.")
-@click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--to", "version", type=click.IntRange(1), help="Version of the model to promote instead.")
+@click.option("--force", is_flag=True, help="Promote against the verdict of the gate; needs --reason.")
+@click.option("--reason", default="", help="Reason, recorded in MLflow with the promotion.")
+@click.option("--no-hook", is_flag=True, help="Do not run the command of gate.on_promotion.")
+@click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def promote(run: str, version: int | None, force: bool, reason: str, no_hook: bool, storage: str, as_json: bool):
-    """Make the adapter of RUN the champion of its registered model, if the gate lets it; or go back to a version.
+    """Make the adapter of RUN champion, if the gate permits it.
 
-    The command of `gate.on_promotion` that RUN's configuration names is run: promote only runs that you trust.
+    With --to, make that version of RUN's model champion. This runs the command that gate.on_promotion in RUN's
+    configuration names: promote only runs that you trust.
 
     \b
     Example:  curlora promote support-bot
@@ -32,7 +33,7 @@ def promote(run: str, version: int | None, force: bool, reason: str, no_hook: bo
     from pipelines.promotion import promotion
 
     if force and not reason.strip():
-        raise click.UsageError("--force needs --reason TEXT: whoever asks in six months should find it")
+        raise click.UsageError("--force needs --reason TEXT, so that it can be understood later")
     directory = open_run(run, storage)
     try:
         if version is not None:
@@ -55,10 +56,12 @@ def promote(run: str, version: int | None, force: bool, reason: str, no_hook: bo
 
 @click.command()
 @click.argument("run", required=False)
-@click.option("--storage", default="./runs", show_default=True)
-@click.option("--port", default=5000, show_default=True)
+@click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
+@click.option("--port", default=5000, show_default=True, help="Port of the pages.")
 def ui(run: str | None, storage: str, port: int) -> None:
-    """MLflow's pages on http://127.0.0.1:PORT over the store of RUN (default: sqlite:///mlflow.db here).
+    """Show the MLflow pages of RUN in a browser.
+
+    They are served on http://127.0.0.1:PORT; without RUN, those of sqlite:///mlflow.db in this folder.
 
     \b
     Example:  curlora ui demo
@@ -69,7 +72,7 @@ def ui(run: str | None, storage: str, port: int) -> None:
     if run:
         tracking = open_run(run, storage).config().tracking
         if tracking is None:
-            raise click.UsageError(f"run '{run}' was not tracked (tracking: null); use curlora sync {run} first")
+            raise click.UsageError(f"run '{run}' was not tracked (tracking: null); run curlora sync {run} first")
         uri = tracking.uri
     try:
         command = ui_command(uri, port)
@@ -77,15 +80,17 @@ def ui(run: str | None, storage: str, port: int) -> None:
     except LineageError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
-    click.echo(f"{page}  (MLflow over {uri}; Ctrl-C ends it)")
+    click.echo(f"{page}  (MLflow on {uri}; Ctrl-C ends it)")
     sys.exit(subprocess.run(command, env=ui_environment(), check=False).returncode)
 
 
 @click.command()
 @click.argument("config", required=False, type=click.Path())
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(config: str | None, as_json: bool) -> None:
-    """Whether this machine and this environment can run a chain (that of CONFIG), and what to mend.
+    """Check whether this machine can run a chain.
+
+    Lists what to correct in the environment and, given CONFIG, in its paths.
 
     \b
     Example:  curlora doctor

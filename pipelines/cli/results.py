@@ -1,4 +1,4 @@
-"""Commands on a run's results: `report`, `sync`, `lineage`, `connectivity`, `export`, `predict`, `delete`."""
+"""Commands on the results of a run: `report`, `predict`, `export`, `lineage`, `connectivity`, `sync`, `delete`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pipelines.errors import ConfigError, LineageError, Problem
 
 @click.command()
 @click.argument("run")
-@click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 def delete(run: str, storage: str, yes: bool) -> None:
-    """Delete RUN with its adapters and results. What it sent to MLflow stays there.
+    """Delete RUN with all adapters and results. Its records in MLflow are kept.
 
     \b
     Example:  curlora delete demo
@@ -29,16 +29,16 @@ def delete(run: str, storage: str, yes: bool) -> None:
     if not yes:
         click.confirm(f"Delete {directory.uri} with all its adapters?", abort=True)
     with acquire_lease(directory):
-        directory.remove("config.yaml")  # first: from here on it is no run
+        directory.remove("config.yaml")  # first: without it, the folder is no run
     directory.remove("")
     click.echo(f"deleted {directory.uri}")
 
 
 @click.command()
 @click.argument("run")
-@click.option("--storage", default="./runs", show_default=True)
+@click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
 def report(run: str, storage: str) -> None:
-    """Write the page and the figures of RUN anew.
+    """Write the report page and the figures of RUN again.
 
     \b
     Example:  curlora report demo
@@ -57,10 +57,10 @@ def report(run: str, storage: str) -> None:
 
 @click.command()
 @click.argument("run")
-@click.option("--storage", default="./runs", show_default=True)
-@click.option("--uri", help="MLflow store; default: the run's own.")
+@click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
+@click.option("--uri", help="MLflow tracking URI; default: that of the run.")
 def sync(run: str, storage: str, uri: str | None) -> None:
-    """Send RUN to MLflow (again): whatever is missing there, nothing twice.
+    """Send RUN to MLflow. Sends what is missing there, and nothing twice.
 
     \b
     Example:  curlora sync demo --uri http://127.0.0.1:5000
@@ -79,14 +79,15 @@ def sync(run: str, storage: str, uri: str | None) -> None:
 
 @click.command()
 @click.argument("adapter")
-@click.option("--json", "as_json", is_flag=True)
-@click.option("--figure", type=click.Path(path_type=Path), help="Draw it too: a .png, .svg or .pdf file.")
-@click.option("--uri", help="MLflow store of a models:/ name; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db.")
-@click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Also draw it into a .png, .svg or .pdf file.")
+@click.option("--uri", help="MLflow of a models:/ name; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db.")
+@click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
 def lineage(adapter: str, as_json: bool, figure: Path | None, uri: str | None, storage: str) -> None:
-    """Which adapter ADAPTER grew from, on which data, with which settings and scores, down to the base.
+    """Show the ancestors of ADAPTER down to the base.
 
-    ADAPTER is a run (its last step), run/step, a step's folder, models:/NAME@champion or models:/NAME/3.
+    Each step is listed with its data, settings and scores. ADAPTER is a run (its last step), RUN/STEP, the folder of a
+    step, models:/NAME@champion or models:/NAME/3.
 
     \b
     Example:  curlora lineage models:/support-bot@champion --figure lineage.png
@@ -107,12 +108,16 @@ def lineage(adapter: str, as_json: bool, figure: Path | None, uri: str | None, s
 
 @click.command()
 @click.argument("run")
-@click.option("--points", type=click.IntRange(2), default=5, show_default=True, help="On each line, ends included.")
-@click.option("--max-examples", type=click.IntRange(1), help="Test rows a task; default: as many as RUN scored.")
-@click.option("--storage", default="./runs", show_default=True)
-@click.option("--json", "as_json", is_flag=True)
+@click.option(
+    "--points", type=click.IntRange(2), default=5, show_default=True, help="Points per line, with both ends."
+)
+@click.option("--max-examples", type=click.IntRange(1), help="Test rows per task; default: as many as RUN scored.")
+@click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def connectivity(run: str, points: int, max_examples: int | None, storage: str, as_json: bool) -> None:
-    """Loss of every task on the straight line from each adapter of RUN to the next: is there a path that forgets less?
+    """Measure the loss between consecutive adapters of RUN.
+
+    Evaluates all tasks at points on the straight line from each adapter to the next (mode connectivity).
 
     \b
     Example:  curlora connectivity domains-tiny
@@ -134,11 +139,13 @@ def connectivity(run: str, points: int, max_examples: int | None, storage: str, 
 @click.command()
 @click.argument("run")
 @click.option("--as", "form", type=click.Choice(["lora", "merged"]), required=True, help="LoRA adapter or full model.")
-@click.option("--to", "target", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--to", "target", type=click.Path(path_type=Path), required=True, help="Folder to create.")
 @click.option("--step", help="Task name, position or fingerprint; default: the last finished step.")
-@click.option("--storage", default="./runs", show_default=True)
+@click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
 def export(run: str, form: str, target: Path, step: str | None, storage: str) -> None:
-    """Write an adapter of RUN as a plain PEFT LoRA adapter (exact; any LoRA server loads it) or as a merged model.
+    """Write an adapter of RUN as LoRA adapter or merged model.
+
+    The LoRA adapter is exact, and any server of LoRA adapters can load it.
 
     \b
     Example:  curlora export demo --as lora --to ./demo-lora --step scipy
@@ -150,14 +157,21 @@ def export(run: str, form: str, target: Path, step: str | None, storage: str) ->
 
 @click.command()
 @click.argument("run")
-@click.option("--task", required=True, help="Name of the run's task that says how to ask.")
-@click.option("--text", "texts", multiple=True, help="A text; for a task with several fields one for each, in order.")
-@click.option("--file", "file", type=click.Path(path_type=Path), help="JSONL with the task's fields.")
-@click.option("--step", help="Task name, position or fingerprint, or base; default: the last finished step.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a row.")
-@click.option("--storage", default="./runs", show_default=True)
+@click.option("--task", required=True, help="Task of the run whose kind and prompt are used.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    help="Input text; one --text per field of the task, in order.",
+)
+@click.option("--file", "file", type=click.Path(path_type=Path), help="JSONL file with the fields of the task.")
+@click.option("--step", help="Task name, position, fingerprint or base; default: the last finished step.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per row.")
+@click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
 def predict(run: str, task: str, texts, file: Path | None, step: str | None, as_json: bool, storage: str) -> None:
-    """What the trained model of RUN says of new text: a class, a choice, an answer, or the text's perplexity.
+    """Apply the trained model of RUN to new text.
+
+    Prints a class, a choice, an answer or the perplexity of the text, depending on the task.
 
     \b
     Example:  curlora predict demo --task scipy --text "Compute the inverse of a matrix."
@@ -176,10 +190,10 @@ def predict(run: str, task: str, texts, file: Path | None, step: str | None, as_
 
 
 def _in_words(prediction: dict) -> str:
-    """A prediction as one line for people."""
+    """A prediction as one line of text."""
     if "nll" in prediction:
         if prediction["nll"] is None:
             return "too short to be scored"
-        numbers = f"perplexity {prediction['perplexity']:.2f}, NLL {prediction['nll']:.4f} nats a token"
+        numbers = f"perplexity {prediction['perplexity']:.2f}, NLL {prediction['nll']:.4f} nats per token"
         return f"{numbers}, {prediction['tokens']} tokens"
     return str(prediction.get("label", prediction["prediction"]))

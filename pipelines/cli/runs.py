@@ -1,4 +1,4 @@
-"""The commands `status` and `cancel`."""
+"""Commands on runs in progress: `status` and `cancel`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pipelines.cli.helpers import all_runs, load_object, new_console, open_run
 
 @click.command()
 @click.argument("run", required=False)
-@click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
-@click.option("--address", help="Ask this cluster for its jobs instead (the dashboard's address).")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
+@click.option("--address", help="Dashboard URL of a cluster whose jobs to list instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(run: str | None, storage: str, address: str | None, as_json: bool) -> None:
-    """What is done of one RUN (a name or a path), or a line for every run.
+    """Show the progress of RUN, a name or path, or one line per run.
 
     \b
     Example:  curlora status demo
@@ -46,11 +46,13 @@ def status(run: str | None, storage: str, address: str | None, as_json: bool) ->
 
 @click.command()
 @click.argument("run")
-@click.option("--storage", default="./runs", show_default=True, help="Where runs lie.")
-@click.option("--wait", default=15.0, show_default=True, help="Seconds to wait for its end.")
-@click.option("--address", help="Stop the run's job on this cluster (the dashboard's address).")
+@click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
+@click.option("--wait", default=15.0, show_default=True, help="Seconds to wait until it has stopped.")
+@click.option("--address", help="Dashboard URL of the cluster on which to stop the run's job.")
 def cancel(run: str, storage: str, wait: float, address: str | None) -> None:
-    """Ask RUN to write a checkpoint and end, wherever its driver is; the same configuration goes on from there.
+    """Stop RUN after a checkpoint, wherever its driver runs.
+
+    The same configuration continues from there.
 
     \b
     Example:  curlora cancel demo
@@ -63,9 +65,9 @@ def cancel(run: str, storage: str, wait: float, address: str | None) -> None:
 
     ended = cancel_run(open_run(run, storage), wait)
     if ended is None:
-        click.echo("nobody is working on this run")
+        click.echo("no driver is working on this run")
     elif ended:
-        click.echo("stopped; run the same configuration to go on from there")
+        click.echo("stopped; run the same configuration to continue from there")
     else:
-        click.echo(f"error: asked to stop, but its driver is still there after {wait:g} s", err=True)
+        click.echo(f"error: the run was asked to stop, but its driver is still running after {wait:g} s", err=True)
         sys.exit(1)

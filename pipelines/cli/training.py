@@ -1,4 +1,4 @@
-"""Commands that train: `demo`, `run`, `tune`, `compare`."""
+"""Commands that train: `demo`, `run`, `tune` and `compare`."""
 
 from __future__ import annotations
 
@@ -6,29 +6,34 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from pipelines.cli.helpers import at_work, new_console, number_list, with_bar
 from pipelines.config.paths import CONFIGS
 from pipelines.errors import ConfigError, DemoError
-from pipelines.runs.event import Event
+
+if TYPE_CHECKING:
+    from pipelines.runs.event import Event
 
 
 @click.command()
-@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of demo.yaml.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of the configuration."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print results.json instead of tables.")
-@click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
+@click.option("--verbose", is_flag=True, help="Show the output of Ray and DeepSpeed.")
 def demo(overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
-    """A whole chain from nothing but this environment: no data, no model, no network.
+    """Run a complete chain without data, model or network.
 
-    A small model is pretrained once on the documentation of the installed packages, then learns the documentation of
+    Pretrains a small model once on the documentation of the installed packages, then trains it on the documentation of
     four libraries, one after another.
 
     \b
     Example:  curlora demo
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve each other on a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would starve each other on a busy machine
     from pipelines.demo.build import prepare_demo
 
     try:
@@ -42,15 +47,15 @@ def demo(overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
 
 @click.command()
 @click.argument("config", type=click.Path())
-@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field.")
-@click.option("--dry-run", is_flag=True, help="Check everything, print sizes and memory, train nothing.")
-@click.option("--address", help="Ray cluster; default: RAY_ADDRESS, else a local one.")
-@click.option("--segment-length", type=click.IntRange(1), help="Tasks a worker group trains before it is renewed.")
-@click.option("--redo", multiple=True, metavar="TASK", help="Train this finished step again (name or position).")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of CONFIG.")
+@click.option("--dry-run", is_flag=True, help="Validate everything, print sizes and memory, and train nothing.")
+@click.option("--address", help="Address of a Ray cluster; default: RAY_ADDRESS, else a local one.")
+@click.option("--segment-length", type=click.IntRange(1), help="Tasks per worker group; default: all.")
+@click.option("--redo", multiple=True, metavar="TASK", help="Train a finished step (name or position) again.")
 @click.option("--json", "as_json", is_flag=True, help="Print results.json instead of tables.")
-@click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
+@click.option("--verbose", is_flag=True, help="Show the output of Ray and DeepSpeed.")
 def run(config, overrides, dry_run, address, segment_length, redo, as_json, verbose) -> None:
-    """Train the chain of CONFIG, or what is missing of it. Ctrl-C and SIGTERM leave a run that goes on.
+    """Train the chain of CONFIG, or what is missing of it. After Ctrl-C or SIGTERM, the same command continues it.
 
     \b
     Example:  curlora run my.yaml --set deepspeed=zero3 --dry-run
@@ -93,7 +98,7 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
     config = load_config(path, overrides)
     online = hub_available(config)
-    # these import huggingface_hub, which reads once whether it is offline
+    # after hub_available: these import huggingface_hub, which reads only once whether it is offline
     from pipelines.preflight.memory import memory_by_stage
     from pipelines.preflight.model import check_model, model_facts
 
@@ -123,13 +128,13 @@ def _print_facts(config, facts, table: dict) -> None:
 
     console = new_console()
     console.print(
-        f"{config.name}: {len(config.tasks)} tasks, strategy {config.strategy.name}; the configuration is good."
+        f"{config.name}: {len(config.tasks)} tasks, strategy {config.strategy.name}; the configuration is valid."
     )
     share = facts.trainable_parameters / facts.base_parameters
     console.print(f"base parameters       {facts.base_parameters:,}")
-    console.print(f"trainable parameters  {facts.trainable_parameters:,} ({share:.4%}), heads not counted")
+    console.print(f"trainable parameters  {facts.trainable_parameters:,} ({share:.4%}), without heads")
     console.print(f"adapter file          {facts.adapter_bytes:,} bytes")
-    view = Table(title=f"memory a worker (GPU), GiB, {config.resources.workers} workers (estimate)")
+    view = Table(title=f"memory per worker (GPU), GiB, {config.resources.workers} workers (estimate)")
     for column in ("stage", "weights", "optimizer", "passes", "total"):
         view.add_column(column, justify="left" if column == "stage" else "right")
     for stage, parts in table.items():
@@ -137,13 +142,13 @@ def _print_facts(config, facts, table: dict) -> None:
         view.add_row(stage, *cells)
     console.print(view)
     if "zero3-offload" in table:
-        console.print(f"host memory under zero3-offload: {host_bytes(facts, config) / 2**30:.4g} GiB a worker")
+        console.print(f"host memory under zero3-offload: {host_bytes(facts, config) / 2**30:.4g} GiB per worker")
     _print_step_cost(config, console)
     console.print(ARITHMETIC, style="dim", highlight=False, soft_wrap=True)
 
 
 def _print_step_cost(config, console) -> None:
-    """What an optimizer step computes and sends, where there is a model of that."""
+    """Print what an optimizer step computes and sends, if the cost model covers the configuration."""
     from pipelines.preflight.cost import cost, shape_of
 
     try:
@@ -152,7 +157,7 @@ def _print_step_cost(config, console) -> None:
         return
     sent = found.traffic
     console.print(
-        f"a step of a worker: {(found.forward + found.backward) / 1e12:.3g} TFLOP, {sent.total / 1e6:.4g} MB sent in "
+        f"per worker and step: {(found.forward + found.backward) / 1e12:.3g} TFLOP, {sent.total / 1e6:.4g} MB sent in "
         f"{sent.messages} messages (gradients alone need {sent.needed / 1e6:.4g} MB)",
         soft_wrap=True,
         highlight=False,
@@ -161,21 +166,23 @@ def _print_step_cost(config, console) -> None:
 
 @click.command()
 @click.argument("config", type=click.Path())
-@click.option("--methods", required=True, help="adapter or adapter+strategy, with commas; a/b+c/d: all pairs.")
+@click.option("--methods", required=True, help="adapter or adapter+strategy, separated by commas; a/b+c/d: all pairs.")
 @click.option("--seeds", default="0", show_default=True, help="Training seeds, separated by commas.")
-@click.option("--learning-rates", default="", help="Grid for each method, judged on the first task's validation part.")
 @click.option(
-    "--train-examples", default="", help="Each method on so many training examples a task, e.g. 100,500,1000."
+    "--learning-rates",
+    default="",
+    help="Learning rates to choose from, on the first task's validation data.",
 )
-@click.option("--reference", help="Method that the paired intervals are against; default: the first.")
 @click.option(
-    "--parallel", type=click.IntRange(1), help="Runs at the same time; default: as many as the cluster holds."
+    "--train-examples", default="", help="Compare with this many training examples per task, e.g. 100,500,1000."
 )
-@click.option("--catalogue", type=click.Path(path_type=Path), help="YAML of methods; default: pipelines/methods.yaml.")
-@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field of CONFIG.")
-@click.option("--address", help="Ray cluster; default: RAY_ADDRESS, else a local one.")
-@click.option("--json", "as_json", is_flag=True)
-@click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
+@click.option("--reference", help="Method that paired intervals compare with; default: the first.")
+@click.option("--parallel", type=click.IntRange(1), help="Runs at the same time; default: as many as fit.")
+@click.option("--catalogue", type=click.Path(path_type=Path), help="YAML file of methods; default: the package's.")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of CONFIG.")
+@click.option("--address", help="Address of a Ray cluster; default: RAY_ADDRESS, else a local one.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--verbose", is_flag=True, help="Show the output of Ray and DeepSpeed.")
 def compare(
     config,
     methods,
@@ -190,9 +197,10 @@ def compare(
     as_json,
     verbose,
 ) -> None:
-    """Methods side by side on the sequence of CONFIG: a table with errors over seeds, paired intervals, a figure.
+    """Compare methods on the task sequence of CONFIG.
 
-    Goes on where it was interrupted; a method or seed named later costs only its own runs.
+    Prints a table with errors over seeds and paired intervals, and draws a figure. Continues where it was
+    interrupted; adding a method or seed costs only its own runs.
 
     \b
     Example:  curlora compare domains.yaml --methods curlora,lora,lora+ewc --seeds 0,1,2 --learning-rates 1e-3,3e-3
@@ -224,15 +232,16 @@ def compare(
 
 @click.command()
 @click.argument("config", type=click.Path())
-@click.option("--task", help="Search before this task, from what is trained before it; default: the first.")
-@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override any field of CONFIG.")
-@click.option("--address", help="Ray cluster; default: RAY_ADDRESS, else a local one.")
-@click.option("--json", "as_json", is_flag=True)
-@click.option("--verbose", is_flag=True, help="Show what Ray and DeepSpeed say.")
+@click.option("--task", help="Task to search for, after those that are trained before it; default: the first.")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field of CONFIG.")
+@click.option("--address", help="Address of a Ray cluster; default: RAY_ADDRESS, else a local one.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--verbose", is_flag=True, help="Show the output of Ray and DeepSpeed.")
 def tune(config, task, overrides, address, as_json, verbose) -> None:
-    """Search for the setting of a step as the section `search:` of CONFIG says, on validation data.
+    """Search hyperparameters for one task of CONFIG.
 
-    Goes on where it was interrupted; more trials cost only those. A later `curlora run` uses what was found.
+    Trials are scored on validation data, as configured in the section search: of CONFIG. The command continues where
+    it was interrupted; adding trials costs only those. A later `curlora run` uses the setting found.
 
     \b
     Example:  curlora tune my.yaml --set search.trials=24

@@ -1,4 +1,4 @@
-"""Pydantic's validation errors as problems that name the field, the value and the remedy."""
+"""Turns validation errors of pydantic into problems that name field, value found and remedy."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from pipelines.errors import Problem, did_you_mean
 
 
 def problem_of(error: dict, root: type[Section]) -> Problem:
-    """An error of validating `root`, as one line: field, value found, remedy."""
+    """A validation error of `root` as one line: field, value found, remedy."""
     loc = [part for part in error["loc"] if not _is_union_tag(part)]
     field = ".".join(map(str, loc))
-    kind, value = error["type"], error.get("input")
-    if kind == "extra_forbidden":
+    error_type, value = error["type"], error.get("input")
+    if error_type == "extra_forbidden":
         section = _section_at(error["loc"][:-1], root)
         parent = ".".join(map(str, loc[:-1]))
         return Problem(parent, f"unknown key '{loc[-1]}', {did_you_mean(str(loc[-1]), section.model_fields)}")
-    if kind == "missing":
+    if error_type == "missing":
         return Problem(field, "is missing; it has no default")
-    if kind == "value_error":
+    if error_type == "value_error":
         return Problem(field, str(error["ctx"]["error"]))
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
+    if error_type in ("union_tag_invalid", "union_tag_not_found"):
         found = value.get("kind") if isinstance(value, dict) else value
         return Problem(f"{field}.kind", f"unknown kind {found!r}, {did_you_mean(str(found), TASKS)}")
-    if kind == "none_required":
+    if error_type == "none_required":
         reason = _section_at(error["loc"][:-1], root).model_fields[error["loc"][-1]].description
         return Problem(field, f"found {_short(value)}, but only null is possible ({reason})")
-    if kind == "literal_error":
+    if error_type == "literal_error":
         valid = re.findall(r"'([^']+)'", error["ctx"]["expected"])
         return Problem(field, f"found {_short(value)}, {did_you_mean(str(value), valid)}")
     return Problem(field, f"found {_short(value)}: {error['msg'][0].lower() + error['msg'][1:]}")
 
 
 def describe_error(error: dict, root: type[Section]) -> str:
-    """A pydantic error in a few words, for those who validate parts themselves."""
+    """A validation error as text, for code that validates parts of a configuration itself."""
     return str(problem_of(error, root))
 
 
@@ -55,7 +55,7 @@ def _is_union_tag(part: Any) -> bool:
 
 
 def _section_at(loc: tuple, root: type[Section]) -> type[Section]:
-    """The model class that a pydantic error location points into."""
+    """The section that the location of a validation error points to."""
     section = root
     for part in loc:
         if isinstance(part, str) and part in section.model_fields:

@@ -1,4 +1,4 @@
-"""From a YAML file and `--set` overrides to a `PipelineConfig`, with all problems reported at once."""
+"""Loads a YAML file and `--set` overrides into a `PipelineConfig`, and reports all problems at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 
 
 def resolve(config: PipelineConfig) -> PipelineConfig:
-    """Relative paths made absolute against the current directory, once, so that workers agree on them."""
+    """Make relative paths absolute, once, so that all processes agree on them."""
     raw = config.model_dump()
     raw["base_model"]["path"] = absolute_path(raw["base_model"]["path"])
     if not is_uri(raw["storage"]):
@@ -41,7 +41,7 @@ def resolve(config: PipelineConfig) -> PipelineConfig:
 
 
 def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> PipelineConfig:
-    """Read, override, validate and resolve a configuration file.
+    """Read, override and validate a configuration file, and make its paths absolute.
 
     Args:
         path: YAML file.
@@ -54,7 +54,11 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Pipel
 
 
 def read_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> dict:
-    """A configuration file with overrides as a plain mapping, not yet validated."""
+    """A configuration file with its overrides as a mapping, not yet validated.
+
+    Raises:
+        ConfigError: the file cannot be read, or an override names no field.
+    """
     raw = read_yaml(path)
     problems = [problem for item in overrides if (problem := _override(raw, item))]
     if problems:
@@ -63,21 +67,25 @@ def read_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> dict:
 
 
 def parse_config(raw: dict) -> PipelineConfig:
-    """Validate a plain mapping; raise `ConfigError` with every problem."""
+    """Validate a mapping and make its paths absolute.
+
+    Raises:
+        ConfigError: with every problem.
+    """
     unset = {name for text in _strings(raw) for name in VARIABLE.findall(text) if name not in os.environ}
     if unset:
         raise ConfigError(Problem(f"${{{name}}}", "this environment variable is not set") for name in sorted(unset))
     try:
         config = PipelineConfig.model_validate(raw)
         if config.search:
-            check_space(config)  # not a validator of the model: it builds configurations itself
+            check_space(config)  # no validator of SearchConfig: it builds whole configurations
         return resolve(config)
     except ValidationError as error:
         raise ConfigError([problem_of(item, PipelineConfig) for item in error.errors()]) from error
 
 
 def _strings(value: Any) -> Iterable[str]:
-    """The paths of a configuration, where environment variables may stand."""
+    """The path fields of a configuration, which may contain environment variables."""
     if isinstance(value, dict):
         for key, nested in value.items():
             if key in ("path", "data", "storage", "inbox") and isinstance(nested, str):
@@ -91,16 +99,21 @@ def _strings(value: Any) -> Iterable[str]:
 def _read_text(path: str) -> str:
     if not is_uri(path):
         return Path(path).read_text(encoding="utf-8")
-    import fsspec  # for jobs, whose configuration lies in the run's storage
+    import fsspec  # only for jobs, whose configuration is in the run's storage
 
     return fsspec.open(path, "rb").open().read().decode("utf-8")
 
 
 def read_yaml(path: str | os.PathLike) -> dict:
+    """The top-level mapping of a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, is not YAML or not a mapping.
+    """
     try:
         text = _read_text(str(path))
     except (OSError, ValueError) as error:
-        remedy = f"check the path; shipped configurations lie in {CONFIGS}"
+        remedy = f"check the path; shipped configurations are in {CONFIGS}"
         reason = getattr(error, "strerror", None) or error
         raise ConfigError([Problem(str(path), f"cannot be read ({reason}); {remedy}")]) from error
     try:
@@ -113,7 +126,7 @@ def read_yaml(path: str | os.PathLike) -> dict:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.1 reads 3e-3 as a string; everybody who writes it means a number."""
+    """Reads 3e-3 as a number; YAML 1.1 would read it as a string."""
 
 
 _YamlLoader.add_implicit_resolver(

@@ -1,7 +1,7 @@
 """Names that the configuration shares with `curlora`, read without importing it.
 
-Importing any part of `curlora` registers its tuner with PEFT and imports torch, which takes seconds; a configuration
-must be checked in less than one. So `curlora/names.py`, which imports nothing, is loaded by its path.
+Importing any part of `curlora` registers its tuner with PEFT and imports torch, which takes seconds. Validation must
+not take that long, so `curlora/names.py`, which imports nothing, is loaded by its path.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a path in a configuration is: a URI, a local path or a hub id; and its absolute form."""
+"""Distinguishes URIs, local paths and hub ids in a configuration, and makes paths absolute."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-"""The configurations that come with the package."""
+"""Folder of the configurations that come with the package."""
 
 
 def is_uri(value: str) -> bool:
@@ -14,7 +14,7 @@ def is_uri(value: str) -> bool:
 
 
 def looks_local(value: str) -> bool:
-    """Whether `value` means a path on this machine rather than a hub id: it has a path's form, or exists."""
+    """Whether `value` is a path on this machine rather than a hub id: it looks like a path, or exists."""
     return not is_uri(value) and (value.startswith((".", "/", "~", "$")) or Path(value).exists())
 
 

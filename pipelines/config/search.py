@@ -69,7 +69,9 @@ class SearchConfig(Section):
     start_with: list[dict[str, Any]] = Field(
         default_factory=list, description="Settings to try first, each a map from field path to value."
     )
-    trials: int | None = Field(None, gt=0, description="Trials, start_with included; null: 16, or the whole grid.")
+    trials: int | None = Field(
+        None, gt=0, description="Trials, start_with included; null: 16 or the whole grid, and start_with."
+    )
     algorithm: Literal["random", "optuna", "grid"] = Field(
         "random", description="How settings are chosen: at random, by Optuna's TPE, or all combinations of lists."
     )

@@ -1,7 +1,7 @@
-"""The space of a search: which settings are tried, and what a configuration is under one of them.
+"""The search space: which settings are tried, how a setting changes a configuration, and which spaces are valid.
 
-A setting is `{"adapter.r": 8, "training.learning_rate": 3e-3}`: field paths and values, laid over the configuration.
-Random and grid settings are drawn beforehand from the seed, so that a search that goes on tries the same ones.
+A setting maps field paths to values, e.g. `{"adapter.r": 8, "training.learning_rate": 3e-3}`. Random and grid settings
+are drawn from the seed beforehand, so that a resumed search tries the same ones.
 """
 
 from __future__ import annotations
@@ -23,19 +23,17 @@ if TYPE_CHECKING:
     import numpy as np
 
 TRIALS = 16
-
-DIGITS = 4  # of drawn fractions: enough for any of these fields, and short in a table
-
-ATTEMPTS = 100  # draws after which a space counts as exhausted
+DIGITS = 4  # significant digits of drawn real numbers
+ATTEMPTS = 100  # repeated draws after which a space counts as exhausted
 
 Values = dict[str, Any]
 
 
 def with_values(config: PipelineConfig, values: Mapping[str, Any]) -> PipelineConfig:
-    """The configuration with those fields, and without its search.
+    """The configuration with a setting applied, and without its search.
 
     Raises:
-        pydantic.ValidationError: they are impossible.
+        pydantic.ValidationError: the setting is invalid.
     """
     raw = config.model_dump() | {"search": None}
     for path, value in values.items():
@@ -49,7 +47,7 @@ def with_values(config: PipelineConfig, values: Mapping[str, Any]) -> PipelineCo
 
 # -- settings
 def size(search: SearchConfig) -> float:
-    """How many settings the space holds."""
+    """Number of settings in the space; infinite if a range has real numbers."""
     return math.prod(_choices(space) for space in search.space.values())
 
 
@@ -60,7 +58,7 @@ def _choices(space: Range | list) -> float:
 
 
 def trials(search: SearchConfig) -> int:
-    """How many trials a search has, those of `start_with` among them."""
+    """Number of trials of a search, including those of `start_with`."""
     if search.trials is not None:
         return search.trials
     more = size(search) if search.algorithm == "grid" else min(TRIALS, size(search))
@@ -68,7 +66,7 @@ def trials(search: SearchConfig) -> int:
 
 
 def settings(search: SearchConfig) -> list[Values]:
-    """The settings that are known beforehand, without repetition: `start_with`, then a grid's or random ones."""
+    """All settings known beforehand, each once: `start_with`, then those of the grid or drawn at random."""
     known = list(search.start_with)
     source = {"grid": _grid, "random": _random, "optuna": lambda search: iter(())}[search.algorithm]
     for values in source(search):
@@ -111,12 +109,14 @@ def _draw(space: Range | list, generator: np.random.Generator) -> Any:
 
 # -- rules
 def check_space(config: PipelineConfig) -> None:
-    """Raises ConfigError with every problem of a configuration's search."""
+    """Raise ConfigError with every problem of a configuration's search."""
     search = config.search
     found = [problem for path in search.paths for problem in _check_path(config, path)]
     if search.algorithm == "optuna" and importlib.util.find_spec("optuna") is None:
         found.append("search.algorithm: optuna is not installed; pip install 'curlora[search]', or use random")
-    found += [f"search.trial_training.{key}: is searched as well; remove one" for key in _searched_twice(search)]
+    found += [
+        f"search.trial_training.{key}: is also in search.space; remove one of them" for key in _searched_twice(search)
+    ]
     if not found:
         found += list(_check_values(config))
     if found:
@@ -124,12 +124,12 @@ def check_space(config: PipelineConfig) -> None:
 
 
 def _check_path(config: PipelineConfig, path: str) -> Iterator[str]:
-    """Whether this field can be searched at all."""
+    """Why a field cannot be searched."""
     section, _, field = path.partition(".")
     if section not in SEARCHED or not field:
         hint = "" if section in PipelineConfig.model_fields else f", {did_you_mean(section, SEARCHED)}"
         yield (
-            f"search.space.{path}: only fields of {', '.join(SEARCHED)} make a trained adapter another one "
+            f"search.space.{path}: only fields of {', '.join(SEARCHED)} change what is trained "
             f"(e.g. training.learning_rate){hint}"
         )
         return
@@ -138,8 +138,8 @@ def _check_path(config: PipelineConfig, path: str) -> Iterator[str]:
     carried = any(path == name or path.startswith(f"{name}.") for name in CARRIED)
     if carried and not (section == "adapter" and config.adapter.carry == "fresh"):
         yield (
-            f"search.space.{path}: with when 'every' an adapter and its strategy go on from task to task, and this "
-            "cannot change on their way; search it with when: first"
+            f"search.space.{path}: with when 'every' an adapter and its strategy continue from task to task, and this "
+            "cannot change between them; search it with when: first"
             + (", or set adapter.carry: fresh" if section == "adapter" else "")
         )
     if path == "training.max_length":
@@ -151,7 +151,7 @@ def _searched_twice(search: SearchConfig) -> list[str]:
 
 
 def _check_values(config: PipelineConfig) -> Iterator[str]:
-    """Every value alone; where all are good, every setting that is known already."""
+    """Problems of each value alone; if there are none, of every setting known beforehand."""
     search = config.search
     shortened = {f"training.{key}": value for key, value in search.trial_training.items()}
     found = list(_impossible(config, shortened, "search.trial_training"))
@@ -165,7 +165,7 @@ def _check_values(config: PipelineConfig) -> Iterator[str]:
 
 
 def _samples(space: Range | list) -> list:
-    """All of a list; both ends of a range, and between them a fraction where it has fractions."""
+    """All values of a list; both ends of a range, and a number between them if it is real."""
     if isinstance(space, list):
         return space
     return [space.low, space.high] + ([] if space.whole else [space.low + 0.317 * (space.high - space.low)])
@@ -180,6 +180,7 @@ def _impossible(config: PipelineConfig, values: Values, label: str) -> Iterator[
 
 
 def describe(values: Mapping[str, Any]) -> str:
+    """A setting as text, e.g. `adapter.r=8, training.learning_rate=0.003`."""
     return (
         ", ".join(f"{path}={value_text(value)}" for path, value in values.items()) or "the configuration's own setting"
     )

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.config.sections import Section, check_name
+from pipelines.metrics.answers import GENERATION_METRICS
 
 FIELD_NAME = re.compile(r"[^\W\d][\w\- ]*")
 
@@ -113,7 +114,7 @@ class GenerationTask(TaskSource):
         "completion are used.",
     )
     max_new_tokens: int = Field(32, gt=0, description="Longest answer in an evaluation, in tokens.")
-    metric: Literal["rouge_l", "token_f1", "exact_match"] = Field(
+    metric: Literal[tuple(GENERATION_METRICS)] = Field(
         "rouge_l", description="Score of an answer against the reference, from 0 to 1."
     )
 

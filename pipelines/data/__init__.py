@@ -1,6 +1,6 @@
-"""Sources, kinds of task, tokens."""
+"""Rows from any source, kinds of task, token ids."""
 
 import os
 
-# before `datasets` is imported: reading a local file must not ask the hub, which takes seconds where there is none
+# before `datasets` is imported: reading a local file must not ask the hub, which takes seconds without a network
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")

@@ -1,4 +1,4 @@
-"""Finds where a data file is broken, by line or row, for error messages."""
+"""Finds the lines at which a data file is damaged, for error messages."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import json
 from pipelines.data.files import format_of, reason_of
 from pipelines.errors import Problem
 
-AT_MOST = 5  # broken lines named for each file
+AT_MOST = 5  # damaged lines named per file
 
 
 def silent_damage(path: str) -> list[Problem]:
-    """Damage that reading does not notice: other encodings than UTF-8, lines of a table that are too short."""
+    """Damage that `datasets` reads without an error: encodings other than UTF-8, rows with missing fields."""
     if format_of(path) == ".parquet":
         return []
     return broken_places(path) if format_of(path) in (".csv", ".tsv") else _broken_encoding(path, AT_MOST)
 
 
 def broken_places(path: str, at_most: int = AT_MOST) -> list[Problem]:
-    """Where a file is broken, by line: `datasets` only says that it is."""
+    """The damaged lines of a file that `datasets` failed to read: its error names no line."""
     suffix = format_of(path)
     if suffix == ".parquet":
         return _broken_parquet(path)
@@ -56,7 +56,7 @@ def _broken_json(path: str, at_most: int) -> list[Problem]:
         for number, line in enumerate(file, 1):
             reason = _broken_json_line(line, first=number == 1)
             if reason:
-                problems.append(Problem(f"{path}:{number}", f"{reason}; mend or delete the line"))
+                problems.append(Problem(f"{path}:{number}", f"{reason}; correct or delete the line"))
                 if len(problems) == at_most:
                     break
     return problems
@@ -67,7 +67,7 @@ def _broken_json_line(line: bytes, first: bool) -> str | None:
         text = line.decode("utf-8-sig" if first else "utf-8")
         row = json.loads(text) if text.strip() else {}
     except ValueError as error:
-        end = "" if line.endswith(b"\n") else "; the file ends here, it may have been cut off"
+        end = "" if line.endswith(b"\n") else "; the file ends here and may be truncated"
         return f"not valid JSON in UTF-8 ({error}{end})"
     except RecursionError:
         return "nested too deeply"
@@ -77,7 +77,7 @@ def _broken_json_line(line: bytes, first: bool) -> str | None:
         text.encode("utf-8")
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        return "holds half of a surrogate pair (\\ud800 … \\udfff), which is no character"
+        return "contains a lone surrogate (\\ud800 … \\udfff), which is no character"
     return None
 
 
@@ -96,7 +96,7 @@ def _broken_table(path: str, separator: str, at_most: int) -> list[Problem]:
                 if len(problems) == at_most:
                     break
         except csv.Error as error:
-            problems.append(Problem(f"{path}:{begin}", f"{error}; a quote is not closed or the file was cut off"))
+            problems.append(Problem(f"{path}:{begin}", f"{error}; a quote is not closed or the file is truncated"))
     return problems
 
 
@@ -105,7 +105,7 @@ def _broken_parquet(path: str) -> list[Problem]:
     from pyarrow import parquet
 
     try:
-        parquet.ParquetFile(path).metadata  # noqa: B018  reading it is the test
+        parquet.ParquetFile(path).metadata  # noqa: B018  reading it validates the file
     except (pyarrow.ArrowInvalid, OSError) as error:
-        return [Problem(path, f"not a whole Parquet file ({reason_of(error)}); copy it again")]
+        return [Problem(path, f"not a complete Parquet file ({reason_of(error)}); copy it again")]
     return []

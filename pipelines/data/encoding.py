@@ -1,6 +1,7 @@
-"""Text in, token ids out: the tokenizer's own rules, truncation that keeps the answer, windows over long text.
+"""Converts text to token ids: tokenization, truncation that keeps the answer, windows over long text.
 
-No torch here. Everything that is scored or trained on is an `Encoded` sequence; kinds (pipelines/kinds) make them.
+Everything that is trained on or scored is an `Encoded` sequence, made by the kinds of task (pipelines/data/kinds).
+Without torch, so that a driver can validate data.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORE = -100
-
-PROBE = "a"  # any text: shows which tokens a tokenizer puts around it
+IGNORE = -100  # target without loss, as in PyTorch
+PROBE = "a"  # any text: shows which special tokens the tokenizer adds
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Encoded:
     """One token sequence.
 
     Attributes:
-        example: number of the row it belongs to (a row may have one sequence a choice, or several windows).
+        example: number of its row; a row may have several sequences (one per choice, or windows).
         input_ids: (length,) tokens.
-        start: position of the first token that counts: the prompt before it is only context.
-        choice: class, label or choice index, else -1.
-        breaks: positions > 0 where another document begins; no token sees across one.
+        start: position of the first token with a loss; the prompt before it is context.
+        choice: index of the class or choice, else -1.
+        breaks: positions > 0 at which another document begins; attention does not cross them.
     """
 
     example: int
@@ -42,10 +42,10 @@ class Encoded:
 
 
 class Encoder:
-    """A tokenizer with the rules of this system.
+    """A tokenizer with the conventions of this system.
 
     Args:
-        max_length: tokens of the longest sequence.
+        max_length: length of the longest sequence, in tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
@@ -54,42 +54,42 @@ class Encoder:
         self.end = end_token(tokenizer)
         bare, whole = self.bare([PROBE])[0], list(tokenizer(PROBE)["input_ids"])
         at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-        self.prefix = tuple(whole[:at])  # a bos, say; what is put at the end (an eos) does not belong before an answer
+        self.prefix = tuple(whole[:at])  # e.g. bos; a suffix such as eos does not belong before an answer
 
     def bare(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids without special tokens. verbose=False: a long text is no mistake here, it is cut afterwards."""
+        """Token ids without special tokens. verbose=False: no warning about long text, which is cut later."""
         if not texts:
             return []
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids by the tokenizer's own rules for bos and eos, uncut."""
+        """Token ids with the tokenizer's own bos and eos, not truncated."""
         return self.tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Like `documents`, cut to `max_length` on the tokenizer's truncation side; never empty."""
+        """Like `documents`, truncated to `max_length` on the tokenizer's truncation side; never empty."""
         encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
         return [ids or [self.end] for ids in encoded]
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of what an answer follows: with the tokenizer's bos, without its eos, uncut."""
+        """Token ids of prompts: with the tokenizer's bos, without its eos, not truncated."""
         return [[*self.prefix, *ids] for ids in self.bare(texts)]
 
     def cut(self, prompt: Sequence[int], room: int) -> list[int]:
-        """A prompt in at most `room` tokens (at least one): its end stays, with the question; so does its bos."""
+        """Truncate a prompt to `room` tokens (at least one), keeping bos and the end, which holds the question."""
         if len(prompt) > room:
             kept = max(0, room - len(self.prefix))
             prompt = [*self.prefix[:room], *(prompt[len(prompt) - kept :] if kept else ())]
         return list(prompt) or [self.end]
 
     def answers(self, prompt: str, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of texts as they follow a prompt: a space between, unless the prompt ends with one."""
+        """Token ids of texts that follow a prompt, after a space unless the prompt ends with one."""
         space = "" if prompt[-1:].isspace() else " "
         return [tuple(ids) for ids in self.bare([space + text for text in texts])]
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What stands after a document and for an empty text: eos, else bos or pad, else 0."""
+    """The token after a document, which also stands for an empty text: eos, else bos or pad, else 0."""
     for token in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         if token is not None:
             return token
@@ -97,11 +97,11 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Identity of everything that decides about token ids."""
+    """Digest of everything that affects token ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         saved = (backend.truncation, backend.padding)
-        backend.no_truncation()  # left behind by the last call; no part of the tokenizer's identity
+        backend.no_truncation()  # state of the last call, not part of the tokenizer's identity
         backend.no_padding()
         core = backend.to_str()
         if saved[0]:
@@ -117,12 +117,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def fill(template: str, row: dict) -> str:
-    """A `"… {field} …"` template with a row's values in it."""
+    """Fill a template such as `"Q: {question}"` from a row."""
     return template.format(**row)
 
 
 def token_stream(batches: Iterable[Sequence[str]], encoder: Encoder, end: bool) -> Iterator[list[int]]:
-    """The tokens of document after document; `end` puts an end token after each."""
+    """Token ids of one document after another; with `end`, an end token follows each."""
     ending = [encoder.end] if end else []
     for texts in batches:
         for ids in encoder.documents(texts):
@@ -130,19 +130,19 @@ def token_stream(batches: Iterable[Sequence[str]], encoder: Encoder, end: bool) 
 
 
 def windows(parts: Iterable[Sequence[int]], window: int, stride: int, example: int | None = None) -> Iterator[Encoded]:
-    """Overlapping windows over a stream of tokens that score every token but the first exactly once.
+    """Overlapping windows over a token stream that score every token but the first exactly once.
 
-    Every window but the first sees `window − stride` tokens of context before the first token it scores, and at least
-    one: a model says nothing of a token that nothing precedes. Only a window's worth of the stream is held at a time.
+    Every window but the first has `window − stride` tokens of context before the first token it scores, and at least
+    one, since a model needs a preceding token. Memory: one window of the stream.
 
     Args:
         parts: the stream, in pieces of any length.
-        example: the example that all windows belong to; None: each is an example of its own, counted from 0.
+        example: example number of all windows; None: each window is an example, counted from 0.
     """
     stride = min(stride, window - 1)
     held = np.empty(0, dtype=np.int32)
-    begin = number = 0  # position of the first held token; windows so far
-    scored = 1  # nothing comes before the first token
+    begin = number = 0  # position of the first token held; number of windows so far
+    scored = 1  # the first token has no context
     for part in itertools.chain(_blocks(parts, window), [None]):
         held = held if part is None else np.concatenate([held, part])
         while scored < begin + len(held):
@@ -158,7 +158,7 @@ def windows(parts: Iterable[Sequence[int]], window: int, stride: int, example: i
 
 
 def _blocks(parts: Iterable[Sequence[int]], size: int) -> Iterator[np.ndarray]:
-    """The same tokens in pieces of at least `size`: few arrays are cheaper than many."""
+    """The same tokens in pieces of at least `size`, since few large arrays are cheaper than many small ones."""
     gathered: list[int] = []
     for part in parts:
         gathered.extend(part)
@@ -169,10 +169,10 @@ def _blocks(parts: Iterable[Sequence[int]], size: int) -> Iterator[np.ndarray]:
 
 
 def pack(documents: Iterable[Sequence[int]], length: int) -> Iterator[tuple[list[int], tuple[int, ...]]]:
-    """(token ids, breaks) of full blocks of `length` tokens out of documents one after another; the last is shorter.
+    """(token ids, breaks) of full blocks of `length` tokens from consecutive documents; the last block is shorter.
 
-    A break is a position > 0 in the block where a document begins. Documents longer than what is left of a block go
-    on in the next one.
+    A break is a position > 0 in the block at which a document begins. A document that does not fit into a block
+    continues in the next one.
     """
     block: list[int] = []
     breaks: list[int] = []

@@ -1,4 +1,4 @@
-"""Data files on this machine: listing the parts of a folder, and local copies of remote files."""
+"""Finds the files of a split in a folder, and copies remote files to this node."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pipelines.config.paths import is_uri, looks_local
 from pipelines.data.node_cache import cache_folder, node_lock, published
 from pipelines.errors import DataError, Problem
 
+# suffix -> builder of `datasets`
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -21,21 +22,21 @@ def folder_name(path: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """The innermost cause in one line: `datasets` wraps it."""
+    """The innermost cause of an error in one line, since `datasets` wraps it."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-# -- files
 def format_of(path: str) -> str | None:
+    """The suffix of a data file, or None if it is no supported format."""
     suffix = posixpath.splitext(path)[1].lower()
     return suffix if suffix in FORMATS else None
 
 
 def folder_files(data: str, expression: str) -> dict[str, tuple[str, ...]]:
-    """Name → files of every part that a split expression speaks of."""
+    """Name → files of every part that a split expression names."""
     stems = re.findall(r"(?:^|\+)\s*([^\s\[+@]+)", expression)
     return {stem: tuple(_files_of_part(data, stem)) for stem in dict.fromkeys(stems)}
 
@@ -51,7 +52,7 @@ def _files_of_part(data: str, stem: str) -> list[str]:
     if not found:
         there = f"the folder holds: {', '.join(names[:20])}" if names else "check the path"
         raise DataError([Problem(f"{data.rstrip('/')}/{stem}.jsonl", f"no such file; {there}")])
-    # the same rows in two formats are a convenience for people, not two parts: the first of FORMATS counts
+    # the same rows in several formats: the first of FORMATS is used
     chosen = min((format_of(name) for name in found), key=list(FORMATS).index)
     return [f"{data.rstrip('/')}/{name}" for name in found if format_of(name) == chosen]
 
@@ -68,7 +69,7 @@ def _filesystem(path: str):
 
 @contextlib.contextmanager
 def _storage_errors(path: str) -> Iterator[None]:
-    """Errors of a file system as one that names the place. What botocore raises is no OSError."""
+    """Turn errors of a file system into a DataError that names the path. Errors of botocore are no OSError."""
     try:
         yield
     except DataError:
@@ -83,7 +84,7 @@ def _storage_errors(path: str) -> Iterator[None]:
 
 
 def _names(fs, folder: str, data: str) -> list[str]:
-    """Sorted names in a folder; empty where there is none."""
+    """Sorted names in a folder; empty if it does not exist."""
     with _storage_errors(data):
         if not fs.isdir(folder):
             return []
@@ -92,7 +93,11 @@ def _names(fs, folder: str, data: str) -> list[str]:
 
 
 def local_copy(path: str) -> str:
-    """A local path of a file; what is remote is fetched once a node (and again when it has changed there)."""
+    """Local path of a file. A remote file is copied once per node, and again when it has changed.
+
+    Raises:
+        DataError: it does not exist or cannot be read.
+    """
     fs, plain = _filesystem(path)
     with _storage_errors(path):
         if "file" in (fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,)):
@@ -109,7 +114,7 @@ def local_copy(path: str) -> str:
 
 
 def read_sibling(data: str, name: str) -> bytes | None:
-    """The file `name` in a data folder, None where there is none."""
+    """Content of the file `name` in a data folder; None if there is no such file."""
     if format_of(data) or not (is_uri(data) or looks_local(data)):
         return None
     fs, root = _filesystem(data)

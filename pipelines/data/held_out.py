@@ -1,4 +1,4 @@
-"""A configuration as a search sees it: who chooses must not see the test split, nor train on what judges."""
+"""Views of a configuration for hyperparameter search, which must not see test data nor train on validation data."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from pipelines.config.tasks import RetentionCorpus, TaskSource
 from pipelines.data.sources import load_split
 from pipelines.errors import ConfigError, DataError, Problem
 
+HELD, KEPT = "@held-out", "@kept"  # parts of a training split, see sources.load_split
+
 
 def validation_view(task: TaskSource) -> TaskSource:
-    """The task as those see it who choose: scored on `validation`, or on a part of `train` that it then lacks."""
+    """The task scored on its validation split, or on a part of `train` that is then left out of training."""
     if "validation" not in task.splits:
         try:
             load_split(task, "validation")
         except DataError:
             train = task.splits.get("train", "train")
-            return task.model_copy(update={"splits": {"train": f"{train}@kept", "test": f"{train}@held-out"}})
+            return task.model_copy(update={"splits": {"train": train + KEPT, "test": train + HELD}})
     return task.model_copy(update={"splits": {**task.splits, "test": task.splits.get("validation", "validation")}})
 
 
-HELD, KEPT = "@held-out", "@kept"  # parts of a training split, see sources.load_split
-
-
 def training_view(config: PipelineConfig) -> PipelineConfig:
-    """The configuration as its chain is trained: a task without validation data gives a tenth of `train` to it."""
+    """The configuration as its chain is trained: tasks without validation split hold a tenth of `train` out."""
     tasks = []
     for task in config.tasks:
         train = validation_view(task).splits.get("train", "train")
@@ -34,10 +33,10 @@ def training_view(config: PipelineConfig) -> PipelineConfig:
 
 
 def trial_view(config: PipelineConfig, position: int) -> PipelineConfig:
-    """A training view as trials see it: tasks up to `position` and retained text scored on validation data.
+    """A training view for the trials before step `position`: everything up to there is scored on validation data.
 
     Raises:
-        ConfigError: a retained text has nothing but its test split.
+        ConfigError: a retention corpus has no split but the one it is tested on.
     """
     seen = len(config.tasks) if config.is_joint else position
     tasks = [
@@ -59,12 +58,13 @@ def trial_view(config: PipelineConfig, position: int) -> PipelineConfig:
 
 
 def _scored_on_held_out(task: TaskSource) -> TaskSource:
-    """A task of a training view that is judged by its tenth of train."""
+    """A task of a training view, scored on its held-out tenth of train."""
     held = task.splits["train"].replace(KEPT, HELD)
     return task.model_copy(update={"splits": {**task.splits, "test": held}})
 
 
 def _retention_without_test(config: PipelineConfig) -> list[RetentionCorpus]:
+    """The retention corpora on their validation or train split."""
     texts, problems = [], []
     for index, corpus in enumerate(config.retention):
         for split in ("validation", "train"):
@@ -76,7 +76,7 @@ def _retention_without_test(config: PipelineConfig) -> list[RetentionCorpus]:
                 break
         else:
             reason = (
-                f"'{corpus.name}' has only its split '{corpus.split}', on which no search may look; give it a "
+                f"'{corpus.name}' has only its test split '{corpus.split}', which a search must not see; give it a "
                 "validation or train split, or set search.objective.retention_weight: 0"
             )
             problems.append(Problem(f"retention.{index}", reason))

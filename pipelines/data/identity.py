@@ -1,4 +1,4 @@
-"""What of the data enters the fingerprint of a step and the key of a score cell."""
+"""The facts about data that enter the fingerprint of a step and the key of a score cell."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from pipelines.data.sources import digest_of
 
 
 def data_identity(task: TaskSource) -> dict:
-    """What of a task's data shapes its training: for a step's fingerprint."""
+    """Everything about a task's data that affects training, for the fingerprint of a step."""
     return task.training_identity() | {"digest": digest_of(task, "train"), "classes": kind_of(task).classes(task)}
 
 
 def score_identity(source: Source, config: PipelineConfig) -> dict:
-    """What a score cell is a score of: the key of a cell that need not be evaluated again."""
+    """Everything that affects a score, for the key of a score cell: an equal key needs no new evaluation."""
     if isinstance(source, RetentionCorpus):
         fields = source.model_dump(include={"name", "text", "window", "stride"})
         if source.stride and (source.window is None or source.stride == source.window):
-            fields["least_context"] = (
-                1  # see `windows`; once the first token of such a window was scored as if after its last
-            )
+            fields["least_context"] = 1  # see `windows`; scores made before this rule have another key
         at_most = config.evaluation.max_retention_tokens
         return fields | {"digest": digest_of(source, source.split), "metric": "nll", "max_tokens": at_most}
     at_most = config.evaluation.max_examples

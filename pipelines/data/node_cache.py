@@ -1,4 +1,4 @@
-"""A cache folder that all processes of a node share, with locks and atomic publication."""
+"""Cache shared by all processes of a node, with locks and atomic publication."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def cache_folder(name: str) -> Path:
-    """A folder that the processes of a node share."""
+    """Folder of the node's cache: `$CURLORA_CACHE/<name>`, by default below ~/.cache/curlora."""
     root = Path(os.environ.get("CURLORA_CACHE") or Path.home() / ".cache" / "curlora").expanduser()
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -21,7 +21,7 @@ def cache_folder(name: str) -> Path:
 
 @contextlib.contextmanager
 def node_lock(name: str) -> Iterator[None]:
-    """One process of this node at a time; released by the system when a process dies."""
+    """Mutual exclusion of the node's processes; the system releases the lock of a process that dies."""
     from filelock import FileLock  # slow
 
     file = cache_folder("locks") / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock"
@@ -31,7 +31,7 @@ def node_lock(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def published(target: Path) -> Iterator[Path]:
-    """A temporary path that becomes `target` when the block ends well, so that nobody sees half a file."""
+    """Yield a temporary path that becomes `target` if the block succeeds, so that no partial file is ever seen."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:

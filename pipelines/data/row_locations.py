@@ -1,4 +1,4 @@
-"""Where a row of a split stands: file and line, for error messages."""
+"""Finds file and line of a row, for error messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.data.sources import load_split, split_expression
 
 
 def files_of(source: Source, split: str) -> list[str]:
-    """Local copies of the files of a split, in order; none for a hub id."""
+    """Local copies of the files of a split, in order; empty for a hub id."""
     return [local_copy(path) for path in _paths(source, split)]
 
 
@@ -26,7 +26,7 @@ def _paths(source: Source, split: str) -> list[str]:
 
 
 def row_location(source: Source, split: str, row: int) -> str:
-    """Where a row (counted from 0) stands: `file:line`, or split and row number where there are no lines."""
+    """Location of a row (counted from 0): `file:line`, or split and row number for formats without lines."""
     by_number = f"{source.data}, {split} row {row + 1}"
     if re.search(r"[\[+@]", split_expression(source, split)):
         return by_number
@@ -45,7 +45,7 @@ def row_location(source: Source, split: str, row: int) -> str:
 
 
 def _row_lines(path: str, row: int) -> tuple[int, int] | None:
-    """(line of a row in a file, or 0 if it lies beyond; rows in the file); None for formats without lines."""
+    """(line of a row in a file, or 0 if it is in a later file; rows seen); None for formats without lines."""
     suffix, seen = format_of(path), 0
     if suffix == ".jsonl":
         with open(path, "rb") as file:

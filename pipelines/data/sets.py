@@ -1,8 +1,8 @@
-"""What a configuration's data is to training and evaluation: encoded once a node, cached by digest, memory-mapped.
+"""Training and evaluation sets: encoded once per node, cached by digest, memory-mapped.
 
-Rows come from `sources`, their meaning from `kinds`, their tokens from `encode`; what is wrong with them is found at
-the `door`. Everything is a pure function of (source, split, seed, tokenizer), so that every worker of every run sees
-the same examples in the same order.
+`sources` reads rows, `kinds` interprets them, `encoding` tokenizes them; preflight/data.py has validated them. A set
+is a pure function of (source, split, seed, tokenizer), so all workers of all runs see the same examples in the same
+order.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ if TYPE_CHECKING:
 
 
 def subset_indices(count: int, at_most: int | None, seed: int) -> np.ndarray:
-    """A seeded sample of row numbers in ascending order; all of them where `at_most` does not bind."""
+    """A seeded sample of at most `at_most` row numbers, ascending; all rows for None."""
     if at_most is None or at_most >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng([seed, count]).choice(count, at_most, replace=False))
 
 
-# -- for training
 class Examples(Sequence):
-    """Training examples of one or several tasks, made from memory-mapped sequences when they are asked for."""
+    """Training examples of one or several tasks, read from memory-mapped sequences on access."""
 
     def __init__(self, parts: Sequence[tuple[TaskSource, Sequences]]):
         self.parts = list(parts)
@@ -58,14 +57,14 @@ class Examples(Sequence):
 
 
 def _example(task: TaskSource, encoded: Encoded) -> Example:
-    from curlora.continual.strategy import Example  # imports PEFT: workers need it, a driver does not
+    from curlora.continual.strategy import Example  # imports PEFT, which a driver does not need
 
     ids = tuple(encoded.input_ids.tolist())
     if kind_of(task).scorer == "head":
         return Example(task.name, ids, target=encoded.choice)
     labels = [IGNORE] * encoded.start + list(ids[encoded.start :])
     for position in encoded.breaks:
-        labels[position] = IGNORE  # what a document begins with does not follow from the one before it
+        labels[position] = IGNORE  # the first token of a document does not follow from the previous one
     return Example(task.name, ids, labels=tuple(labels), breaks=encoded.breaks)
 
 
@@ -79,7 +78,7 @@ def training_examples(
     """The training splits of tasks as token sequences of at most `max_length`.
 
     Args:
-        at_most: rows a task; None for all.
+        at_most: rows per task; None for all.
     """
     tasks = [tasks] if isinstance(tasks, TaskSource) else tasks
     return Examples([(task, _training_sequences(task, tokenizer, max_length, at_most, seed)) for task in tasks])
@@ -98,7 +97,6 @@ def _subset(rows: datasets.Dataset, at_most: int | None, seed: int) -> datasets.
     return rows if len(chosen) == len(rows) else rows.select(chosen)
 
 
-# -- for evaluation
 def evaluation_set(
     source: Source, tokenizer: PreTrainedTokenizerBase, config: PipelineConfig, context: int
 ) -> EvaluationSet:
@@ -127,7 +125,7 @@ def evaluation_set(
         kind=kind.name,
         metric=getattr(source, "metric", "nll"),
         items=items,
-        # text in one stream has windows instead of rows
+        # text in one stream has windows in place of rows
         row_numbers=tuple(int(n) for n in (numbers if examples == len(numbers) else range(examples))),
         digest=digest_of(source, split),
         tokenizer=tokenizer,
@@ -136,7 +134,7 @@ def evaluation_set(
 
 
 def _beginning(items: Iterable[Encoded], at_most: int | None) -> Iterator[Encoded]:
-    """Items until so many tokens are scored."""
+    """The first items, until `at_most` tokens are scored."""
     scored = 0
     for item in items:
         if at_most is not None and scored >= at_most:
@@ -146,7 +144,7 @@ def _beginning(items: Iterable[Encoded], at_most: int | None) -> Iterator[Encode
 
 
 def scored_length(source: Source, config: PipelineConfig, context: int) -> int:
-    """Tokens of the longest sequence that is scored; what a model writes has to fit its context too."""
+    """Length of the longest scored sequence in tokens; a generated answer must fit into the context as well."""
     if isinstance(source, RetentionCorpus):
         return min(source.window or 1024, context)
     return min(config.training.max_length, context - getattr(source, "max_new_tokens", 0))
@@ -155,7 +153,7 @@ def scored_length(source: Source, config: PipelineConfig, context: int) -> int:
 def prediction_set(
     task: TaskSource, rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: PipelineConfig, context: int
 ) -> EvaluationSet:
-    """New rows (with the task's input columns) encoded as `evaluation_set` does; text always a document a row."""
+    """New rows (with the task's input columns) encoded like `evaluation_set`; text as one document per row."""
     if isinstance(task, LanguageModelingTask):
         task = task.model_copy(update={"documents": "separate"})
     encoder, kind = Encoder(tokenizer, scored_length(task, config, context)), kind_of(task)

@@ -1,14 +1,14 @@
-"""Rows from wherever they lie: files, folders, hub ids and any fsspec URI, as memory-mapped `datasets`.
+"""Reads rows from files, folders, hub ids and fsspec URIs, as memory-mapped `datasets`.
 
 | `data:`             | rows of split `train` |
 |---------------------|-----------------------|
 | folder (or URI)     | `train.<format>`, else all `train-*.<format>` or `train/*.<format>`, by name |
-| one file (or URI)   | nine rows in ten, drawn by a fixed seed; the tenth is the split `test` |
+| one file (or URI)   | nine tenths of the rows, drawn with a fixed seed; the rest is the split `test` |
 | hub id              | the hub's own split of that name, at `revision` |
 
 Formats: `.jsonl`, `.json`, `.csv`, `.tsv` (UTF-8, a header; every column is text), `.parquet`, `.txt` (a file
-`train.txt` has a document a paragraph, in a folder `train/` every file is a document). What is remote is copied once
-a node into `$CURLORA_CACHE` (default `~/.cache/curlora`). A row is the same on every machine and in every process.
+`train.txt` has one document per paragraph; in a folder `train/` every file is a document). Remote files are copied
+once per node into `$CURLORA_CACHE` (default `~/.cache/curlora`). Rows are the same on all machines and processes.
 """
 
 from __future__ import annotations
@@ -33,21 +33,17 @@ if TYPE_CHECKING:
     import datasets
 
 CARVED = 0.1  # share of a single file that becomes its test split
-
 BATCH = 1000  # rows read at a time
-
-REOPEN_ROWS = 20_000  # rows after which a memory map is opened anew, which gives back the pages it has touched
-
-MOST_SPLITS = 512  # kept open, memory-mapped; were they fewer than a sequence has, every pass would open all anew
-
-HELD_OUT = {"kept": "train", "held-out": "test"}  # name of a part of a split → side of the cut
+REOPEN_ROWS = 20_000  # rows after which a memory map is reopened, which releases the pages it has touched
+MOST_SPLITS = 512  # kept open; if a sequence had more, every pass would reopen all of them
+HELD_OUT = {"kept": "train", "held-out": "test"}  # name of a part of a split -> side of the cut
 
 
 def load_split(source: Source, split: str) -> datasets.Dataset:
-    """The rows of one split. `train@kept` and `train@held-out` are 90 % and 10 % of `train`, drawn once and for all.
+    """The rows of one split. `train@kept` and `train@held-out` are 90 % and 10 % of `train`, with a fixed seed.
 
     Raises:
-        DataError: nothing there, not readable, or no rows; names the file and, for broken text, the line.
+        DataError: missing, unreadable or empty; names the file and, for damaged text, the line.
     """
     expression, _, part = split_expression(source, split).partition("@")
     split = "train" if part else split
@@ -56,7 +52,7 @@ def load_split(source: Source, split: str) -> datasets.Dataset:
 
 
 def _stamp(data: str) -> tuple:
-    """What changes when local files change: a process that lives long sees new rows."""
+    """Changes when local files change, so that a long-lived process sees new rows."""
     if not looks_local(data) or not os.path.exists(data):
         return ()
     folders = [entry.path for entry in os.scandir(data) if entry.is_dir()] if os.path.isdir(data) else []
@@ -66,6 +62,7 @@ def _stamp(data: str) -> tuple:
 
 
 def split_expression(source: Source, split: str) -> str:
+    """The expression that `splits:` gives for a split, by default its name."""
     return getattr(source, "splits", {}).get(split, split)
 
 
@@ -73,8 +70,7 @@ def split_expression(source: Source, split: str) -> str:
 def _load(
     data: str, subset: str | None, revision: str | None, expression: str, split: str, stamp: tuple
 ) -> datasets.Dataset:
-    # datasets takes a second to import: only commands that read data pay for it
-    import datasets
+    import datasets  # slow: only commands that read data need it
 
     datasets.disable_progress_bars()
     if not (is_uri(data) or looks_local(data)):
@@ -92,7 +88,7 @@ def _load_hub(data: str, subset: str | None, revision: str | None, expression: s
     import datasets  # slow
 
     try:
-        with node_lock(f"hub-{data}-{subset}-{revision}"):  # the workers of a node: one downloads, the others wait
+        with node_lock(f"hub-{data}-{subset}-{revision}"):  # one process of the node downloads, the others wait
             return datasets.load_dataset(data, subset, revision=revision, split=expression)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -104,7 +100,7 @@ def _load_hub(data: str, subset: str | None, revision: str | None, expression: s
 def _carve(rows: datasets.Dataset, data: str, split: str) -> datasets.Dataset:
     """This split's part of a single file, in the order of the file."""
     if split not in ("train", "test"):
-        raise DataError([Problem(data, f"one file has no '{split}' split; use a folder with {split}.jsonl")])
+        raise DataError([Problem(data, f"a single file has no '{split}' split; use a folder with {split}.jsonl")])
     return _carved(rows, split)
 
 
@@ -131,7 +127,7 @@ def _read(files: dict[str, tuple[str, ...]], expression: str, data: str) -> data
         return datasets.load_dataset(builder, data_files=local, split=expression, **options)
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         problems = [problem for path in paths for problem in broken_places(path)]
-        raise DataError(problems or [Problem(data, f"not readable ({reason_of(error)}); mend the file")]) from error
+        raise DataError(problems or [Problem(data, f"not readable ({reason_of(error)}); correct the file")]) from error
 
 
 def _builder(suffix: str, paths: Sequence[str], file_is_document: bool) -> tuple[str, dict]:
@@ -142,7 +138,7 @@ def _builder(suffix: str, paths: Sequence[str], file_is_document: bool) -> tuple
         separator = "\t" if suffix == ".tsv" else ","
         header = _header(paths[0], separator)
         features = datasets.Features({name: datasets.Value("string") for name in header})
-        # "NA" and "null" are words; without features a column of digits would lose its leading zeros
+        # "NA" and "null" are text; as text, numbers keep their leading zeros
         return "csv", {"sep": separator, "features": features, "keep_default_na": False}
     if suffix == ".txt":
         return "text", {"sample_by": "document" if file_is_document else "paragraph"}
@@ -162,22 +158,21 @@ def _header(path: str, separator: str) -> list[str]:
     return names
 
 
-# -- reading
 def batches(rows: datasets.Dataset, columns: Sequence[str] | None = None) -> Iterator[dict[str, list]]:
-    """All rows in order, `BATCH` at a time as columns, in memory that does not grow with the data.
+    """All rows in order, `BATCH` at a time as columns, in bounded memory.
 
-    Pages of a memory map stay resident while it is open: every now and then it is opened anew.
+    Pages of a memory map stay resident while it is open, so it is reopened every `REOPEN_ROWS` rows.
     """
     rows = rows.select_columns(list(columns)) if columns is not None else rows
     for start in range(0, len(rows), REOPEN_ROWS):
-        opened = pickle.loads(pickle.dumps(rows))  # our own object: a memory-mapped table travels as its path
+        opened = pickle.loads(pickle.dumps(rows))  # safe: our own object; a memory-mapped table is pickled as its path
         stop = min(start + REOPEN_ROWS, len(rows))
         for first in range(start, stop, BATCH):
             yield opened[first : min(first + BATCH, stop)]
 
 
 def records(rows: datasets.Dataset, columns: Sequence[str] | None = None) -> Iterator[dict]:
-    """The rows as mappings, like `batches`."""
+    """Like `batches`, one row at a time as a mapping."""
     for batch in batches(rows, columns):
         names = list(batch)
         for values in zip(*batch.values(), strict=True):
@@ -185,7 +180,7 @@ def records(rows: datasets.Dataset, columns: Sequence[str] | None = None) -> Ite
 
 
 def digest(rows: datasets.Dataset) -> str:
-    """SHA-256 of all rows in order, as canonical JSON: the same on every machine. 32 hex digits."""
+    """First 32 hex digits of the SHA-256 of all rows in order as canonical JSON; equal on all machines."""
     sha = hashlib.sha256()
     for row in records(rows):
         sha.update(json.dumps(row, sort_keys=True, ensure_ascii=True, default=str).encode())
@@ -194,9 +189,9 @@ def digest(rows: datasets.Dataset) -> str:
 
 
 def digest_of(source: Source, split: str) -> str:
-    """Digest of a source's split, computed once a node.
+    """Digest of a source's split, computed once per node.
 
-    `datasets` gives rows a fingerprint that changes with the file they were read from.
+    Cached by the fingerprint of `datasets`, which changes with the file that rows were read from.
     """
     rows = load_split(source, split)
     memo = cache_folder("digests") / hashlib.sha256(f"{rows._fingerprint}-{len(rows)}".encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Encoded sequences in Arrow files, memory-mapped, made once per node."""
+"""Caches encoded sequences in memory-mapped Arrow files, made once per node."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ import numpy as np
 from pipelines.data.encoding import Encoded, Encoder, tokenizer_fingerprint
 from pipelines.data.node_cache import cache_folder, node_lock, published
 
-FORMAT = 1  # of cached sequences: another number makes them anew
-
-WRITE_ROWS = 1000  # sequences a record batch
+FORMAT = 1  # of the cached files; another number invalidates them
+WRITE_ROWS = 1000  # sequences per record batch
 
 
 class Sequences(Sequence):
-    """Encoded sequences in a memory-mapped Arrow file, one a row."""
+    """Encoded sequences in a memory-mapped Arrow file, one per row."""
 
     def __init__(self, path: Path):
         import pyarrow  # slow
@@ -44,12 +43,16 @@ class Sequences(Sequence):
 
     @property
     def last_example(self) -> int:
-        """The largest number of an example; -1 if there is none."""
+        """The largest example number; -1 if there are no sequences."""
         return self[len(self) - 1].example if len(self) else -1
 
 
 def cached_sequences(identity: dict, encoder: Encoder, make: Callable[[], Iterable[Encoded]]) -> Sequences:
-    """The sequences of `make`, from the node's cache if any process has made them before."""
+    """The sequences that `make` yields, from the node's cache if some process has made them before.
+
+    Args:
+        identity: everything that the sequences depend on besides the encoder.
+    """
     tokens = [FORMAT, encoder.max_length, tokenizer_fingerprint(encoder.tokenizer)]
     key = hashlib.sha256(json.dumps([tokens, identity], sort_keys=True, default=str).encode()).hexdigest()[:32]
     path = cache_folder("tokens") / f"{key}.arrow"
@@ -64,9 +67,9 @@ def _write(sequences: Iterable[Encoded], path: Path) -> None:
     import pyarrow  # slow
 
     whole, tokens = pyarrow.int64(), pyarrow.list_(pyarrow.int32())
-    kinds = {"example": whole, "input_ids": tokens, "start": whole, "choice": whole, "breaks": tokens}
-    schema, source = pyarrow.schema(list(kinds.items())), iter(sequences)
+    types = {"example": whole, "input_ids": tokens, "start": whole, "choice": whole, "breaks": tokens}
+    schema, source = pyarrow.schema(list(types.items())), iter(sequences)
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, schema) as writer:
         while part := list(itertools.islice(source, WRITE_ROWS)):
-            columns = [pyarrow.array([getattr(item, name) for item in part], kinds[name]) for name in kinds]
+            columns = [pyarrow.array([getattr(item, name) for item in part], types[name]) for name in types]
             writer.write_batch(pyarrow.record_batch(columns, schema=schema))

@@ -1,1 +1,1 @@
-"""The demo's model, text and tasks, from what the environment itself contains."""
+"""Model, text and tasks of `curlora demo`, made from the installed packages."""

@@ -7,8 +7,8 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator
 
-MIN_WORDS = 8
-
+MIN_WORDS = 8  # of a docstring's prose
+# headings of tables, whose lines are no prose
 TABLES = (
     "parameters|other parameters|arguments|args|kwargs|keyword arguments|keyword args|returns?|yields?|raises|"
     "warns|receives|see also|references?|examples?|attributes|methods|usages?|example usage|usage example|shape|"
@@ -16,19 +16,12 @@ TABLES = (
 )
 
 NUMPY_RULE = re.compile(r"\s*[-=~^\"*#+]{3,}\s*$")
-
 NUMPY_TABLE = re.compile(rf"\s*({TABLES})\s*:?\s*$", re.I)
-
 GOOGLE_TABLE = re.compile(rf"(\s*)({TABLES})\s*(\([^)]*\))?\s*::?\s*$", re.I)
-
 DIRECTIVE = re.compile(r"(\s*)\.\. ")
-
 ADMONITION = re.compile(r"\s*\.\. (note|warning|tip|important|caution|hint)::\s*", re.I)
-
 FIELD = re.compile(r"(\s*)(:\w[^:`]*:(\s|$)|@\w+)")
-
 DOCTEST = re.compile(r"\s*(>>>|In \[)")
-
 FENCE = re.compile(r"\s*(```|~~~)")
 
 MARKUP = [
@@ -58,7 +51,7 @@ FUNCTION_WORDS = frozenset(
 
 
 def clean(docstring: str) -> str:
-    """The English prose of a docstring, one paragraph a line; empty where too little is left."""
+    """The English prose of a docstring, one paragraph per line; empty if too little is left."""
     lines = inspect.cleandoc(docstring.translate(PUNCTUATION)).splitlines()
     paragraphs = (_plain(paragraph) for paragraph in _paragraphs(_prose_lines(lines)))
     text = "\n".join(paragraph for paragraph in paragraphs if is_english(paragraph))

@@ -1,4 +1,4 @@
-"""Reads the docstrings of installed packages."""
+"""Reads the docstrings of installed packages, without importing them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from pipelines.demo.cleaning import clean, is_repetition
 from pipelines.demo.presets import Library, Preset, Progress
 from pipelines.errors import DemoError
 
+NOT_TEXT = {"tests", "test", "testing", "conftest", "vendor", "thirdparty_files", "third_party"}
+"""Folders and modules with tests or copies of other packages."""
+
 
 @dataclass(frozen=True)
 class Passage:
@@ -32,10 +35,6 @@ def installed_version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-NOT_TEXT = {"tests", "test", "testing", "conftest", "vendor", "thirdparty_files", "third_party"}
-"""Folders and modules that hold tests or copies of other people's packages."""
 
 
 def read_corpus(preset: Preset, progress: Progress) -> dict[str, list[Passage]]:

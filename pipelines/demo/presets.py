@@ -69,11 +69,8 @@ PRETRAINING = (
 )
 
 RAY = Library("ray", "ray", ("rllib", "dashboard", "core", "autoscaler", "experimental", "util"))
-
 SCIPY = Library("scipy", "scipy")
-
 SYMPY = Library("sympy", "sympy", ("parsing", "integrals", "logic", "plotting"))
-
 SQLALCHEMY = Library("SQLAlchemy", "sqlalchemy", ("testing",))
 
 PRESETS = {

@@ -1,4 +1,4 @@
-"""Trains a tokenizer and a small Llama on the demo's corpus."""
+"""Trains a tokenizer and a small Llama on the corpus of the demo. Imports torch only when the demo is built."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def pretrain(
 
 def train_tokenizer(texts: list[str], preset: Preset) -> Any:
     """A byte-level BPE tokenizer that puts `<s>` before a text, as Llama's does; it decodes to what it encoded."""
-    # Slow imports, needed only when the demo is built.
+    # slow
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -79,7 +79,7 @@ def train_tokenizer(texts: list[str], preset: Preset) -> Any:
 
 def encode(tokenizer: Any, texts: list[str]) -> Any:
     """All texts as one sequence of token ids `[tokens]`, each between `<s>` and `</s>`."""
-    import torch  # slow, and only needed when the demo is built
+    import torch  # slow
 
     eos = tokenizer.eos_token_id
     encoded = tokenizer.backend_tokenizer.encode_batch(texts)
@@ -89,7 +89,7 @@ def encode(tokenizer: Any, texts: list[str]) -> Any:
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
     """Compute with `count` threads, then with as many as before; None changes nothing."""
-    import torch  # slow, and only needed when the demo is built
+    import torch  # slow
 
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
@@ -101,7 +101,7 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 def train_model(ids: Any, tokenizer: Any, preset: Preset, progress: Progress) -> Any:
     """A Llama-shaped model trained for a fixed number of steps (not by the clock, so that it is the same again)."""
-    import torch  # slow, and only needed when the demo is built
+    import torch  # slow
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -123,7 +123,7 @@ def train_model(ids: Any, tokenizer: Any, preset: Preset, progress: Progress) ->
 
 def new_model(tokenizer: Any, preset: Preset) -> Any:
     """An untrained Llama with tied embeddings, in fp32."""
-    # Slow imports, needed only when the demo is built.
+    # slow
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -153,7 +153,7 @@ def _rate(step: int, steps: int) -> float:
 
 def batches(ids: Any, preset: Preset) -> Iterator[Any]:
     """`preset.steps` batches `[batch, context]`: the text in shuffled windows, cut elsewhere on every pass."""
-    import torch  # slow, and only needed when the demo is built
+    import torch  # slow
 
     generator = torch.Generator().manual_seed(0)
     windows: list[Any] = []
@@ -171,7 +171,7 @@ def batches(ids: Any, preset: Preset) -> Iterator[Any]:
 
 def save_quietly(model: Any, folder: Path) -> None:
     """Save without the library's own progress bar: what the user sees is the caller's to say."""
-    from transformers.utils import logging  # slow, and only needed when the demo is built
+    from transformers.utils import logging  # slow
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -184,7 +184,7 @@ def save_quietly(model: Any, folder: Path) -> None:
 
 def next_token_loss(model: Any, ids: Any, reduction: str = "mean") -> Any:
     """Negative log-likelihood of tokens 1.. given those before; `ids` is `[batch, tokens]`."""
-    import torch  # slow, and only needed when the demo is built
+    import torch  # slow
 
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction=reduction)
@@ -192,7 +192,7 @@ def next_token_loss(model: Any, ids: Any, reduction: str = "mean") -> Any:
 
 def model_nll(model: Any, ids: Any, context: int) -> float:
     """Nats per token of `ids` in windows of `context` tokens; every token but the first is predicted once."""
-    import torch  # slow, and only needed when the demo is built
+    import torch  # slow
 
     total = 0.0
     with torch.no_grad():

@@ -14,15 +14,12 @@ from pipelines.demo.corpus import Passage
 from pipelines.demo.presets import Preset
 from pipelines.errors import DemoError
 
-SNIPPET_CHARACTERS = 200
-"""Length of a passage to classify: some 60 tokens, well within the context."""
-
+SNIPPET_CHARACTERS = 200  # length of a text to classify: some 60 tokens, well within the context
 SNIPPET_MIN_WORDS = 10
-
 SNIPPETS_PER_DOCSTRING = 3
 
 ORIGIN = "\nModule:"
-"""What stands between a passage and the module that it comes from."""
+"""Text between a passage and the module that it comes from."""
 
 
 def with_origin(passage: Passage) -> str:
@@ -57,7 +54,7 @@ def write_tasks(folder: Path, corpus: dict[str, list[Passage]], preset: Preset) 
 
 
 def write_classification(folder: Path, passages: list[Passage], preset: Preset) -> dict[str, Any]:
-    """Which part of a library is a passage about? The classes are the parts with the most passages, in equal numbers.
+    """Write a task whose classes are the parts of a library with the most passages, in equal numbers.
 
     All snippets of one docstring go into one split. Raises `DemoError` where a part has hardly any text.
     """
@@ -136,6 +133,6 @@ def write_language_modeling(folder: Path, passages: list[Passage], preset: Prese
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line, UTF-8."""
+    """Write one JSON object per line, in UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -1,1 +1,1 @@
-"""DeepSpeed and process groups: engines, whole optimizer state of any ZeRO stage, settings."""
+"""DeepSpeed and process groups: engines, settings, and optimizer state independent of the ZeRO stage."""

@@ -1,7 +1,6 @@
-"""DeepSpeed around a step: the settings, an engine for inference, and a clean end.
+"""DeepSpeed engines that leave the model as they found it, since a worker trains several steps on one base.
 
-A worker trains several steps on one base, so every engine must leave the model as it found it. DeepSpeed's
-`destroy` leaves forward hooks behind; `hooks_restored` takes them off.
+`destroy` of DeepSpeed leaves forward hooks behind; `hooks_restored` removes them.
 """
 
 from __future__ import annotations
@@ -17,29 +16,29 @@ from torch import nn
 
 from pipelines.distributed.world import World
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
 def prepare_environment() -> None:
-    """Before the first engine of a process.
+    """Set DeepSpeed up, once per process before its first engine.
 
-    DeepSpeed's shared-memory op for CPU all-reduce takes a compiler and a minute to build, waits for ever on the
-    lock of a builder that was killed, and serves inference only: it is declared incompatible, which skips it.
+    Its shared-memory op for CPU all-reduce needs a compiler and a minute to build, waits forever on the lock of a
+    build that was killed, and serves inference only; declaring it incompatible skips it.
     """
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
-    with _not_imported("mlflow"):  # the autotuner would, for a second of each worker's start; nobody tunes here
+    with _not_imported("mlflow"):  # only the autotuner uses it; importing it costs each worker a second
         import deepspeed  # slow
     import deepspeed.ops  # slow
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.distributed.is_initialized():
-        # joins the process group that is there; without it zero.Init believes in a world of one
+        # join the existing process group; otherwise zero.Init assumes a world of one rank
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
 
 
 @contextlib.contextmanager
 def _not_imported(name: str) -> Iterator[None]:
-    """Inside, a package that nobody has imported yet seems not to be installed."""
+    """Make a package that is not imported yet appear not to be installed."""
     if name in sys.modules:
         yield
         return
@@ -52,10 +51,10 @@ def _not_imported(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def freed_memory_returned() -> Iterator[None]:
-    """Inside, memory that is freed goes back to the system at once, where the C library is glibc.
+    """Return freed memory to the system at once (glibc only).
 
-    Partitioning frees each layer's whole weights right after they were read. glibc would keep them for later, in
-    pieces between the shards that stay, and a worker under ZeRO-3 would grow by a whole copy of the model.
+    Partitioning frees the whole weights of each layer right after reading them. glibc would keep them, fragmented
+    between the shards, and a worker under ZeRO-3 would grow by a whole copy of the model.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -65,25 +64,25 @@ def freed_memory_returned() -> Iterator[None]:
     mallopt(M_MMAP_THRESHOLD, 1 << 20)
     try:
         yield
-    finally:  # where glibc's own adaptation would end: training allocates and frees the same sizes again and again
+    finally:  # values that glibc's own adaptation would reach, since training reuses the same sizes
         mallopt(M_MMAP_THRESHOLD, 32 << 20)
         mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 holds the model in shards."""
+    """Whether ZeRO-3 has partitioned the model."""
     return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
-def local_numbers(model: nn.Module) -> tuple[int, int]:
-    """(numbers of the model held by this rank, numbers of the whole model)."""
+def parameters_held(model: nn.Module) -> tuple[int, int]:
+    """(parameters held by this rank, parameters of the whole model)."""
     held = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in model.parameters())
     return held, sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 @contextlib.contextmanager
 def ready_for_inference(model: nn.Module, settings: dict, world: World) -> Iterator[nn.Module]:
-    """Inside, `model` can be called: as it is, or through a ZeRO-3 engine if its weights are partitioned."""
+    """Make `model` callable: as it is, or through a ZeRO-3 engine if its weights are partitioned."""
     if not is_partitioned(model):
         yield model.to(world.device)
         return
@@ -99,7 +98,7 @@ def ready_for_inference(model: nn.Module, settings: dict, world: World) -> Itera
 
 @contextlib.contextmanager
 def hooks_restored(model: nn.Module) -> Iterator[None]:
-    """DeepSpeed's forward hooks are gone afterwards (others, such as Transformers' own recorders, stay)."""
+    """Remove DeepSpeed's forward hooks afterwards; other hooks, such as those of Transformers, stay."""
     try:
         yield
     finally:
@@ -114,7 +113,7 @@ def _is_deepspeeds(hook) -> bool:
 
 
 def gathered_copy(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Full fp32 copies on the CPU of possibly partitioned parameters. Every rank must call it."""
+    """Whole fp32 copies on the CPU of possibly partitioned parameters. All ranks must call it."""
     copies = {}
     for name, parameter in parameters.items():
         if hasattr(parameter, "ds_id"):
@@ -129,7 +128,7 @@ def gathered_copy(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor
 
 @contextlib.contextmanager
 def writable(parameter: nn.Parameter):
-    """A parameter that can be written as a whole, also when partitioned."""
+    """Make a parameter writable as a whole even if it is partitioned. All ranks must enter it."""
     if hasattr(parameter, "ds_id"):
         import deepspeed  # slow
 

@@ -1,4 +1,4 @@
-"""Whole weights and Adam moments of an engine under any ZeRO stage, for checkpoints."""
+"""Reads and writes whole weights and Adam moments of an engine under any ZeRO stage, for checkpoints."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def training_state(engine, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Full fp32 weights and Adam moments, on the CPU: `weight/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>`.
+    """Whole fp32 weights and Adam moments on the CPU: `weight/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>`.
 
-    Any number of ranks and any ZeRO stage give the same. Every rank must call it.
+    Independent of the number of ranks and the ZeRO stage. All ranks must call it.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # slow
 
@@ -25,15 +25,15 @@ def training_state(engine, parameters: dict[str, nn.Parameter]) -> dict[str, tor
         else:
             state[f"weight/{name}"] = safe_get_full_fp32_param(parameter)
             state |= {f"{key}/{name}": safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-    # clones: some of these are views of buffers that the next step writes to
+    # clones, because some are views of buffers that the next step overwrites
     return {key: tensor.detach().to("cpu", torch.float32).clone() for key, tensor in state.items()}
 
 
 def restore_training_state(engine, parameters: dict[str, nn.Parameter], state: dict, step: int) -> None:
-    """The inverse of `training_state`, on an engine that has not stepped yet; `step` is Adam's step count.
+    """The inverse of `training_state`, for an engine that has not stepped yet; `step` is Adam's step count.
 
-    The parameters themselves must hold the weights already (an engine copies them when it is made); this sets the fp32
-    masters, which differ where the model is bf16, and the moments.
+    The parameters must hold the weights already, since an engine copies them when it is created; this sets the fp32
+    master weights, which differ in a bf16 model, and the moments.
     """
     for flat in _flat_partitions(engine, parameters):
         zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
@@ -46,27 +46,27 @@ def restore_training_state(engine, parameters: dict[str, nn.Parameter], state: d
 
 
 def _link_moments(engine) -> None:
-    """ZeRO 1 and 2 link parameters to their moments after the first *group* of the first step: too early for the
-    others."""
+    """Link parameters to their moments again: ZeRO-1 and -2 do it after the first *group* of the first step, before
+    the other groups have moments."""
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def adam_step(engine) -> int:
-    """Steps that Adam has counted; fewer than the trainer's where fp16 overflows were skipped."""
+    """Adam's step count; less than the trainer's if steps were skipped after fp16 overflows."""
     return int(next(iter(_base_optimizer(engine).state.values()))["step"])
 
 
 def _set_full(engine, parameter: nn.Parameter, key: str | None, value: torch.Tensor) -> None:
-    """Set an optimizer state (None: the fp32 master) of a parameter on every rank's part of it."""
+    """Set an optimizer state (None: the fp32 master weight) of a parameter in each rank's part."""
     import deepspeed.utils as ds  # slow
 
     if _is_plain(parameter):
         target = parameter.data if key is None else _base_optimizer(engine).state[parameter][key]
         target.copy_(value)
     elif hasattr(parameter, "ds_id"):
-        # DeepSpeed's "full" setter fails where the last rank's part is padded
+        # DeepSpeed's "full" setter fails if the last rank's part is padded
         part = parameter.ds_tensor.numel()
         whole = torch.zeros(part * torch.distributed.get_world_size(parameter.ds_process_group))
         whole[: value.numel()] = value.flatten()
@@ -82,7 +82,7 @@ def _set_full(engine, parameter: nn.Parameter, key: str | None, value: torch.Ten
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
-    """Whether the optimizer holds the parameter itself (stage 0), not a flat partition of many."""
+    """Whether the optimizer holds the parameter itself (stage 0) rather than a flat partition of several."""
     return not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")
 
 
@@ -91,7 +91,7 @@ def _base_optimizer(engine) -> torch.optim.Optimizer:
 
 
 def _flat_partitions(engine, parameters: dict[str, nn.Parameter]) -> list[torch.Tensor]:
-    """The tensors that the base optimizer steps on: flat fp32 partitions, or the parameters themselves."""
+    """The tensors that the base optimizer updates: flat fp32 partitions, or the parameters themselves."""
     for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
         if hasattr(engine.optimizer, attribute):
             return list(getattr(engine.optimizer, attribute))
@@ -99,12 +99,13 @@ def _flat_partitions(engine, parameters: dict[str, nn.Parameter]) -> list[torch.
 
 
 def loss_scale(engine) -> dict | None:
-    """The dynamic loss scaler's numbers under fp16, else None."""
+    """State of the dynamic loss scaler under fp16, else None."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
     return {n: getattr(scaler, n) for n in names} if hasattr(scaler, "cur_hysteresis") else None
 
 
 def restore_loss_scale(engine, values: dict | None) -> None:
+    """The inverse of `loss_scale`."""
     for name, value in (values or {}).items():
         setattr(engine.optimizer.loss_scaler, name, value)

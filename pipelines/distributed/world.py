@@ -1,4 +1,4 @@
-"""The process group as the workers see it: rank, size, device, and collective helpers."""
+"""The process group of the workers: rank, size, device, and collective operations."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands among the workers.
+    """This process among the workers.
 
     Attributes:
         rank, size: as in torch.distributed.
-        device: where the model runs.
-        lockstep: every rank must run equally many forward passes (ZeRO-3).
-        group: a gloo group for gathering Python objects; None for one process.
+        device: device of the model.
+        lockstep: all ranks must run the same number of forward passes (ZeRO-3).
+        group: gloo group for Python objects and CPU tensors; None for one process.
     """
 
     rank: int
@@ -26,23 +26,23 @@ class World:
     group: Any = None
 
     def barrier(self) -> None:
-        """Returns once every rank has called it."""
+        """Wait until all ranks have called it."""
         if self.size > 1:
             torch.distributed.barrier(group=self.group)
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum of a CPU tensor over the ranks, in place."""
+        """Sum a CPU tensor over the ranks, in place."""
         if self.size > 1:
             torch.distributed.all_reduce(tensor, group=self.group)
         return tensor
 
     def sum(self, value: int) -> int:
-        """Sum of an integer over the ranks, on all of them."""
+        """Sum of an integer over the ranks, returned on all of them."""
         return int(self.total(torch.tensor(value, dtype=torch.int64)))
 
 
 def gather(local: list, world: World) -> list | None:
-    """All ranks' lists joined, on rank 0; None elsewhere."""
+    """The lists of all ranks joined, on rank 0; None on other ranks."""
     if world.size == 1:
         return local
     parts: list | None = [None] * world.size if world.rank == 0 else None
@@ -51,7 +51,7 @@ def gather(local: list, world: World) -> list | None:
 
 
 def current_world() -> World:
-    """This process's place among the workers of a Ray Train run (or alone)."""
+    """The world of this process: the workers of a Ray Train run, or the process alone."""
     if not torch.distributed.is_initialized():
         return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     import ray.train.torch  # slow
@@ -60,5 +60,5 @@ def current_world() -> World:
         rank=torch.distributed.get_rank(),
         size=torch.distributed.get_world_size(),
         device=ray.train.torch.get_device(),
-        group=torch.distributed.new_group(backend="gloo"),  # objects travel over gloo also where tensors use NCCL
+        group=torch.distributed.new_group(backend="gloo"),  # for Python objects, also if tensors use NCCL
     )

@@ -1,4 +1,4 @@
-"""The `deepspeed:` field: shipped settings by name, a JSON file or a mapping, completed for a run."""
+"""Resolves the field `deepspeed:` (a shipped name, a JSON file or a mapping) and completes it for a run."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ SHIPPED = ("zero1", "zero2", "zero3", "zero3-offload")
 
 
 def deepspeed_settings(value: str | dict) -> dict:
-    """The `deepspeed:` field as a mapping: a shipped name, a JSON path, or the mapping itself.
+    """The field `deepspeed:` as a mapping.
 
     Raises:
-        ConfigError: unknown name, unreadable file, or an impossible stage.
+        ConfigError: unknown name, unreadable file, invalid stage, or a block that `training:` replaces.
     """
     settings = value if isinstance(value, dict) else _read_settings(value)
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError([Problem("deepspeed", f"zero_optimization.stage is {stage!r}; use 0, 1, 2 or 3")])
     if "optimizer" in settings or "scheduler" in settings:
-        raise ConfigError(
-            [Problem("deepspeed", "remove its optimizer and scheduler blocks; training: sets learning rates")]
-        )
+        raise ConfigError([Problem("deepspeed", "remove its optimizer and scheduler blocks; set them in training:")])
     return settings
 
 
@@ -41,11 +39,12 @@ def _read_settings(value: str) -> dict:
 
 
 def stage_of(settings: dict) -> int:
+    """The ZeRO stage of DeepSpeed settings, 0 by default."""
     return settings.get("zero_optimization", {}).get("stage", 0)
 
 
 def complete_settings(config: PipelineConfig, world_size: int) -> dict:
-    """The settings with every number that DeepSpeed wants filled in (no "auto": `zero.Init` cannot read it)."""
+    """The settings with all values that DeepSpeed needs filled in; `zero.Init` does not understand "auto"."""
     training = config.training
     micro = -(-training.batch_size // training.gradient_accumulation // world_size)
     return deepspeed_settings(config.deepspeed) | {

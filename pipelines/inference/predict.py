@@ -166,7 +166,7 @@ def rows_of_file(path: Path) -> list[dict]:
                 row = json.loads(line)
             except ValueError as error:
                 row = None
-                problems.append(Problem(f"{path}:{number}", f"not valid JSON ({error}); mend or delete the line"))
+                problems.append(Problem(f"{path}:{number}", f"not valid JSON ({error}); correct or delete the line"))
             else:
                 if not isinstance(row, dict):
                     problems.append(Problem(f"{path}:{number}", f"expected an object, found {type(row).__name__}"))

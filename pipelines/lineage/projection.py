@@ -132,8 +132,7 @@ class Projection:
         return replace(known, parent=parent) if parent.info.lifecycle_stage == "active" else None
 
     def _look(self, client, steps: Steps) -> _Known:
-        # Imported here: the kinds of task bring numpy along, which most commands never need.
-        from pipelines.lineage.logged_models import LoggedModels
+        from pipelines.lineage.logged_models import LoggedModels  # imports numpy, which most commands never need
 
         to = Target(client, _experiment(client, self.uri, self.experiment), self.run, self.run.config())
         parent_id = _parent(to, steps).info.run_id

@@ -9,14 +9,12 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 
-import numpy as np
-
 
 def majority_rate(labels: Sequence[int]) -> float | None:
     """Accuracy of always answering the most frequent class of these labels."""
     if not labels:
         return None
-    return float(np.bincount(labels).max() / len(labels))
+    return max(Counter(labels).values()) / len(labels)
 
 
 def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:

@@ -1,1 +1,1 @@
-"""Base models, adapters, classifier heads and losses."""
+"""The frozen base model, adapters, classifier heads and losses."""

@@ -1,6 +1,6 @@
-"""What trains: the adapter of a configuration, put around a base model, loaded from its parent, saved and taken off.
+"""Adapters: attached to a base model, loaded from the parent step, saved and detached.
 
-CURLoRA and every PEFT type come by the same way; `none` leaves the base bare (only heads train).
+CURLoRA and all PEFT types take the same path; with `none` only classifier heads are trained.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from pipelines.models import frozen_lora
 from pipelines.models.heads import ATTRIBUTE, detach_heads, saved_name
 
 CURLORA_FIELDS = ("selection", "whiten", "scale")
-
 STACKABLE = ("curlora", "lora")
 
 
 def peft_config(adapter: AdapterConfig, seed: int):
-    """The PEFT configuration object that an `adapter:` section means.
+    """The PEFT config of an `adapter:` section.
 
     Raises:
-        ConfigError: unknown type or option, or a kind that cannot go through a chain.
+        ConfigError: unknown type or option, or a type that a chain cannot carry on.
     """
     types = {str(getattr(key, "value", key)).lower(): cls for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if adapter.type.lower() not in types:
@@ -45,9 +44,7 @@ def peft_config(adapter: AdapterConfig, seed: int):
     frozen_lora.check(adapter)
     config_class = types[adapter.type.lower()]
     if issubclass(config_class, peft.PromptLearningConfig):
-        reason = (
-            f"'{adapter.type}' puts virtual tokens before the text; choose an adapter inside the layers, e.g. lora"
-        )
+        reason = f"'{adapter.type}' puts virtual tokens before the text; use an adapter inside the layers, e.g. lora"
         raise ConfigError([Problem("adapter.type", reason)])
     known = set(inspect.signature(config_class.__init__).parameters)
     values = {"r": adapter.r, "target_modules": adapter.target_modules, "seed": seed, "task_type": "CAUSAL_LM"}
@@ -69,11 +66,11 @@ def peft_config(adapter: AdapterConfig, seed: int):
 def attach_adapter(
     base: nn.Module, adapter: AdapterConfig, seed: int, parent: Path | None = None, extend: bool = False
 ) -> nn.Module:
-    """`base` with the adapter around it: new, or with the weights saved in the adapter directory `parent`.
+    """Attach the adapter to `base`: new, or with the weights saved in the folder `parent`.
 
     Args:
-        extend: for training the next task: under `carry: stack` a new block comes after those of `parent`, under
-            `carry: fresh` a new adapter takes its place.
+        extend: to train the next task: `carry: stack` adds a block to those of `parent`, `carry: fresh` replaces it by
+            a new adapter.
 
     Raises:
         ConfigError: the adapter does not fit the model (rank, module names, blocks).
@@ -84,7 +81,7 @@ def attach_adapter(
     if extend and adapter.carry == "fresh":
         parent = None
     config = peft_config(adapter, seed)
-    torch.manual_seed(seed)  # LoRA's A is random: the same on every rank and in every run
+    torch.manual_seed(seed)  # LoRA's A is random; it must be equal on all ranks and in all runs
     try:
         if frozen_lora.has_frozen_part(adapter):
             return frozen_lora.attach(base, config, adapter, parent, extend)
@@ -97,7 +94,7 @@ def _attach(base: nn.Module, config, parent: Path | None, extend: bool) -> nn.Mo
     stacked = getattr(config, "carry", None) == "stack"
     if parent is not None and stacked:
         config.blocks = peft.PeftConfig.from_pretrained(str(parent)).blocks
-        config.load_only = True  # rows and columns come out of the file
+        config.load_only = True  # C and R are read from the file
     model = peft.get_peft_model(base, config)
     if parent is not None:
         weights = peft.utils.save_and_load.load_peft_weights(str(parent), device="cpu")
@@ -110,10 +107,10 @@ def _attach(base: nn.Module, config, parent: Path | None, extend: bool) -> nn.Mo
 
 
 def attach_final_form(base: nn.Module, adapter: AdapterConfig, seed: int, steps: int) -> nn.Module:
-    """`base` (on the meta device) with the adapter as it is published after so many steps: its size and its fit.
+    """Attach the adapter to `base` (on the meta device) in the form in which it is published after `steps` steps.
 
     Raises:
-        ConfigError: a layer holds fewer blocks than there are steps.
+        ConfigError: a layer cannot hold as many blocks as there are steps.
     """
     if adapter.type not in STACKABLE:
         return attach_adapter(base, adapter, seed)
@@ -131,23 +128,23 @@ def attach_final_form(base: nn.Module, adapter: AdapterConfig, seed: int, steps:
 
 
 def detach_adapter(model: nn.Module) -> nn.Module:
-    """The bare base again, without heads."""
+    """Remove adapter and heads; returns the base."""
     detach_heads(model)
     return model.unload() if hasattr(model, "unload") else model
 
 
 def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
-    """(adapter weights, head weights under their file names) of trained parameters and adapter buffers."""
+    """Split trained parameters and adapter buffers into (adapter, heads), heads under their file names."""
     heads = {saved_name(name): tensor for name, tensor in weights.items() if saved_name(name)}
     adapter = {name: tensor for name, tensor in weights.items() if f"{ATTRIBUTE}." not in name}
     return adapter, heads
 
 
 def save_adapter(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> int:
-    """Write `adapter/` as PEFT does and `heads.safetensors`; returns the adapter file's bytes (0 without adapter).
+    """Write `adapter/` in PEFT's format and `heads.safetensors`; returns the adapter's size in bytes (0 without one).
 
     Args:
-        weights: full (gathered) tensors by parameter name, adapter buffers included.
+        weights: whole (gathered) tensors by parameter name, including adapter buffers.
     """
     adapter, heads = split_weights(weights)
     if heads:
@@ -155,7 +152,7 @@ def save_adapter(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: 
     if not hasattr(model, "peft_config"):
         return 0
     with _joined(model):
-        # save_embedding_layers=False: PEFT would otherwise ask the model hub for the base's vocabulary
+        # save_embedding_layers=False: otherwise PEFT asks the hub for the base's vocabulary
         model.save_pretrained(
             folder / "adapter",
             state_dict=_buffers(model) | frozen_lora.join(adapter),
@@ -163,28 +160,29 @@ def save_adapter(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: 
             selected_adapters=[frozen_lora.TRAINED],
         )
         _sort_sets(folder / "adapter" / "adapter_config.json", model.peft_config[frozen_lora.TRAINED])
-    (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's model card template says nothing
+    (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     file = folder / "adapter" / "adapter_model.safetensors"
     _check_shapes(file, adapter)
     return file.stat().st_size
 
 
 def _sort_sets(file: Path, config) -> None:
-    """PEFT writes sets in an order that differs from process to process; the same adapter shall be the same bytes."""
+    """Sort the sets in a saved PEFT config, whose order differs between processes, so that equal adapters have equal
+    bytes."""
     sets = {name: sorted(value) for name, value in vars(config).items() if isinstance(value, set)}
     raw = json.loads(file.read_text()) | sets
     file.write_text(json.dumps(raw, indent=2, sort_keys=True))
 
 
 def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every saved buffer of the model: some adapters keep projections in them; PEFT chooses its own."""
+    """All persistent buffers of the model: some adapters keep projections there. PEFT saves only its own."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
 
 
 @contextlib.contextmanager
 def _joined(model: nn.Module):
-    """Inside, the model's configuration is that of its published form: trained and frozen parts as one adapter."""
+    """Give the model the PEFT config of its published form, with trained and frozen part as one adapter."""
     trained = model.peft_config[frozen_lora.TRAINED]
     model.peft_config[frozen_lora.TRAINED] = frozen_lora.joined_config(model)
     try:
@@ -194,7 +192,7 @@ def _joined(model: nn.Module):
 
 
 def _check_shapes(file: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """A partitioned parameter would be saved as an empty shard: never publish that."""
+    """Refuse to publish empty tensors, which is what a partitioned parameter would be saved as."""
     with safe_open(file, "pt") as saved:
         sizes = [saved.get_slice(name).get_shape() for name in saved.keys()]  # noqa: SIM118
     if not sizes or any(0 in size for size in sizes):
@@ -202,11 +200,12 @@ def _check_shapes(file: Path, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def adapter_prefix(model: nn.Module) -> str:
+    """Prefix of the adapter's parameter names; matches none if there is no adapter."""
     return model.base_model.prefix if hasattr(model, "peft_config") else "\0"
 
 
 def adapter_parameters(model: nn.Module) -> int:
-    """Trainable numbers of the adapter, heads not counted (full sizes, also of partitioned parameters)."""
+    """Number of trainable parameters without heads; partitioned ones count in full."""
     return sum(
         getattr(p, "ds_numel", p.numel())
         for name, p in model.named_parameters()

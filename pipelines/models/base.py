@@ -1,4 +1,4 @@
-"""The frozen base model that a configuration names, in full precision or quantised by bitsandbytes."""
+"""Loads the frozen base model, in full precision or quantised by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from transformers.pytorch_utils import Conv1D
 
 from pipelines.config.sections import BaseModelConfig
 
-# bytes a weight; NF4 keeps half a byte and, for every 64 weights, a scale that is itself quantised to a byte
+# bytes per weight; NF4: half a byte, and per 64 weights a scale that is itself quantised to one byte
 QUANTISED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 1 / 64}
 
 
 def load_base(base: BaseModelConfig, device: torch.device | None = None) -> nn.Module:
-    """The model, on `device`; None: where Transformers puts it, which under ZeRO-3 is in shards."""
+    """The model on `device`; None: where Transformers puts it, under ZeRO-3 in shards."""
     options = hub_options(base) | {"dtype": getattr(torch, base.dtype)}
     if base.quantization:
         options |= {"quantization_config": _quantisation(base), "device_map": {"": device or torch.device("cpu")}}
     model = transformers.AutoModelForCausalLM.from_pretrained(base.path, **options)
     for module in model.modules():
-        # on some CPUs bitsandbytes would repack 4 bit weights in the first evaluation: no gradient passes those
+        # on some CPUs bitsandbytes would repack 4-bit weights at the first evaluation, which no gradient passes
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model if device is None else model.to(device)
@@ -51,6 +51,6 @@ def _quantisation(base: BaseModelConfig) -> transformers.BitsAndBytesConfig:
 
 
 def quantised_numbers(model: nn.Module) -> int:
-    """Weights that quantisation would take in: those of all dense layers but the output layer."""
+    """Number of weights that quantisation covers: those of all linear layers but the output layer."""
     output = model.get_output_embeddings()
     return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not output)

@@ -1,12 +1,12 @@
-"""LoRA adapters whose frozen part lies beside the trained one, published as *one* ordinary LoRA adapter.
+"""LoRA adapters with a trained and a frozen part, published as *one* ordinary LoRA adapter.
 
-While it trains, the model has two PEFT adapters: `default` (trained) and `frozen`. The frozen part is
+During training the model has two PEFT adapters: `default` (trained) and `frozen`. The frozen part is
 
-- under `carry: stack`, the sum of all earlier tasks' LoRAs;
-- under an initialisation that takes A₀, B₀ out of the base (PiSSA, OLoRA), their negative: W + s (B A − B₀ A₀) is
-  what PEFT computes with W − s B₀ A₀, but the base stays as it is, for the next task and for whoever loads the file.
+- under `carry: stack`, the sum of the LoRAs of all earlier tasks;
+- under an initialisation from the base (PiSSA, OLoRA), the negative of its factors: W + s (B A − B₀ A₀) equals what
+  PEFT computes with the changed base W − s B₀ A₀, but here the base stays unchanged for the next task and for users.
 
-Since s B A + s B' A' = s [B B'] [A; A'], the file is a LoRA of rank r · (1 + blocks) that any PEFT loads.
+Since s B A + s B' A' = s [B B'] [A; A'], the published file is a LoRA of rank r · (1 + blocks) that PEFT can load.
 """
 
 from __future__ import annotations
@@ -26,39 +26,40 @@ from pipelines.errors import ConfigError, Problem
 
 TRAINED, FROZEN = "default", "frozen"
 
-ON_THE_SPOT = (True, False, "gaussian", "orthogonal")  # initialisations that leave the base alone
-
-FROM_THE_BASE = ("pissa", "olora")
+KEEP_BASE = (True, False, "gaussian", "orthogonal")  # initialisations that leave the base unchanged
+FROM_BASE = ("pissa", "olora")  # initialisations from the base's weights
 
 
 def initialisation(adapter: AdapterConfig):
+    """PEFT's option init_lora_weights."""
     return adapter.options.get("init_lora_weights", True)
 
 
 def changes_base(adapter: AdapterConfig) -> bool:
-    """Whether the initialisation would take its factors out of the base."""
+    """Whether the initialisation would subtract its factors from the base."""
     value = initialisation(adapter)
-    return adapter.type == "lora" and isinstance(value, str) and value.split("_")[0] in FROM_THE_BASE
+    return adapter.type == "lora" and isinstance(value, str) and value.split("_")[0] in FROM_BASE
 
 
 def has_frozen_part(adapter: AdapterConfig) -> bool:
+    """Whether an adapter is trained beside a frozen one."""
     return adapter.type == "lora" and (adapter.carry == "stack" or changes_base(adapter))
 
 
 def check(adapter: AdapterConfig) -> None:
-    """Raises ConfigError for a kind of LoRA that this system cannot keep apart from its base."""
+    """Raise ConfigError for a LoRA that cannot be represented beside an unchanged base."""
     if adapter.type != "lora":
         return
     value = initialisation(adapter)
     where = "adapter.options.init_lora_weights"
-    if not changes_base(adapter) and value not in ON_THE_SPOT:
+    if not changes_base(adapter) and value not in KEEP_BASE:
         choices = "true, false, gaussian, orthogonal, pissa, pissa_niter_16, olora"
         raise ConfigError([Problem(where, f"'{value}' needs data or a changed base; use one of: {choices}")])
     if changes_base(adapter) and adapter.carry == "stack":
         message = f"'{value}' starts every block of a stack at the same directions; use another one or carry: continue"
         raise ConfigError([Problem(where, message)])
     if has_frozen_part(adapter) and adapter.options.get("use_dora"):
-        why = "DoRA rescales the whole weight, so it is no sum of a frozen and a trained part"
+        why = "DoRA rescales the whole weight, so it is not a sum of a frozen and a trained part"
         raise ConfigError([Problem("adapter.options.use_dora", f"{why}; remove it, or stack and '{value}'")])
 
 
@@ -74,11 +75,11 @@ def widened(config, parts: int):
 
 
 def attach(base: nn.Module, config, adapter: AdapterConfig, parent: Path | None, extend: bool) -> nn.Module:
-    """`base` with a trained and a frozen LoRA, new or out of the adapter directory `parent`.
+    """Attach a trained and a frozen LoRA to `base`, new or from the folder `parent`.
 
     Args:
         config: LoraConfig of the trained part.
-        extend: `parent` is what the next task starts from, else it is what is to be evaluated.
+        extend: train the next task from `parent`; else load `parent` as it is, for evaluation.
     """
     if parent is not None and not extend:
         saved = peft.PeftConfig.from_pretrained(str(parent))
@@ -113,7 +114,7 @@ def _add_frozen(model: nn.Module, config) -> None:
 
 
 def _load(model: nn.Module, folder: Path, *adapters: str) -> None:
-    """Copy a saved LoRA into the named adapters of the model, rank after rank."""
+    """Copy a saved LoRA into the named adapters of the model, which share its ranks in this order."""
     weights = peft.utils.save_and_load.load_peft_weights(str(folder), device="cpu")
     for adapter in adapters:
         parts = weights
@@ -125,7 +126,7 @@ def _load(model: nn.Module, folder: Path, *adapters: str) -> None:
 
 
 def _part(model: nn.Module, key: str, value: Tensor, adapter: str) -> Tensor:
-    """The ranks of a saved factor that belong to the trained part (the first ones) or to the frozen one."""
+    """The part of a saved factor of one adapter: the first ranks are the trained ones."""
     axis = _rank_axis(key)
     width = model.get_parameter(key.replace(".weight", f".{TRAINED}.weight")).shape[axis]
     first, last = value.tensor_split([width], dim=axis)
@@ -138,9 +139,9 @@ def _rank_axis(name: str) -> int:
 
 
 def _take_from_base(model: nn.Module, initial: str) -> None:
-    """A₀, B₀ of every layer into the trained part, A₀, −B₀ into the frozen one; the base comes out unchanged.
+    """Initialise the trained part with A₀, B₀ and the frozen one with A₀, −B₀ of every layer; the base is unchanged.
 
-    Layer by layer, so that no more than one weight is ever there twice. On the meta device there is nothing to take.
+    Layer by layer, so that at most one weight exists twice. Skipped on the meta device.
     """
     for module in model.modules():
         if TRAINED not in getattr(module, "lora_A", {}):
@@ -160,7 +161,7 @@ def _take_from_base(model: nn.Module, initial: str) -> None:
 
 
 def join(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of both parts, by parameter name, as those of one adapter `default` (trained ranks first)."""
+    """Concatenate the weights of both parts to those of one adapter `default`, trained ranks first."""
     joined = {}
     for name, tensor in weights.items():
         if f".{FROZEN}." in name:
@@ -171,7 +172,7 @@ def join(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def joined_config(model: nn.Module):
-    """The configuration that belongs to `join`ed weights."""
+    """The LoraConfig of `join`ed weights."""
     config = model.peft_config[TRAINED]
     if FROZEN not in model.peft_config:
         return config

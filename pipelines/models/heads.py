@@ -1,7 +1,7 @@
-"""Linear classifier heads, one a task, inside the model under `task_heads`, saved to `heads.safetensors`.
+"""Linear classifier heads, one per task, inside the model as `task_heads`, saved to `heads.safetensors`.
 
-They sit in the causal language model itself (below PEFT's wrapper), so DeepSpeed shards them like any parameter and
-PEFT, which saves only what carries its prefix, leaves them alone. They are counted apart from the adapter.
+They are modules of the causal language model itself (below PEFT's wrapper), so DeepSpeed shards them like all
+parameters, and PEFT, which saves only parameters with its prefix, ignores them. Parameter counts list them separately.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ ATTRIBUTE = "task_heads"
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
-    """The language model below PEFT's wrappers (or the model itself)."""
+    """The language model below PEFT's wrappers, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def attach_heads(model: nn.Module, classes: Mapping[str, int], seed: int) -> nn.ModuleDict:
-    """Put a head for each task (name → number of classes) into the model; frozen until `train_heads`.
+    """Add a head per task (name → number of classes) to the model, frozen until `train_heads`.
 
-    A head is drawn from N(0, 0.02²) by (seed, task name): the same on every rank and in every run.
+    Weights are drawn from N(0, 0.02²), seeded by (seed, task name): equal on all ranks and in all runs.
     """
     lm = causal_lm(model)
     hidden = lm.get_input_embeddings().embedding_dim
@@ -59,25 +59,29 @@ def get_head(model: nn.Module, task: str) -> nn.Linear:
 
 
 def train_heads(model: nn.Module, tasks: tuple[str, ...]) -> None:
-    """Only the heads of `tasks` get gradients."""
+    """Make exactly the heads of `tasks` trainable."""
     for key, head in (get_heads(model) or {}).items():
         head.requires_grad_(key in {_key(task) for task in tasks})
 
 
 def trainable_heads(model: nn.Module) -> dict[str, nn.Linear]:
-    """Task name → head, of the heads that get gradients, in a fixed order."""
+    """Task name → head of the trainable heads, in a fixed order."""
     heads = get_heads(model) or {}
     return {key.removeprefix("task_"): head for key, head in sorted(heads.items()) if head.weight.requires_grad}
 
 
 def heads_of(model: nn.Module, tasks: Iterable[str]) -> dict[str, nn.Linear]:
-    """Task name → head, of those of `tasks` that have one, in a fixed order."""
+    """Task name → head of those `tasks` that have one, in a fixed order."""
     heads = get_heads(model) or {}
     return {task: heads[_key(task)] for task in sorted(tasks) if _key(task) in heads}
 
 
 def load_heads(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copy saved heads (`<task>.weight`, `<task>.bias`) into the attached ones; others stay as they are."""
+    """Copy saved heads (`<task>.weight`, `<task>.bias`) into the attached ones; other heads stay unchanged.
+
+    Raises:
+        ValueError: a task has another number of classes than its saved head.
+    """
     for name, tensor in tensors.items():
         task, _, part = name.rpartition(".")
         heads = get_heads(model)
@@ -92,18 +96,18 @@ def load_heads(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def saved_name(parameter_name: str) -> str | None:
-    """`<task>.weight` of a head's full parameter name, None for any other parameter."""
+    """`<task>.weight` for the parameter name of a head; None for any other."""
     marker = f"{ATTRIBUTE}.task_"
     _, found, rest = parameter_name.partition(marker)
     return rest if found else None
 
 
 def task_of(parameter_name: str) -> str | None:
-    """The task whose head a parameter belongs to, None for any other."""
+    """The task of a head's parameter; None for any other parameter."""
     name = saved_name(parameter_name)
     return name.rpartition(".")[0] if name else None
 
 
 def _key(task: str) -> str:
-    # nn.ModuleDict refuses names of its own methods ("keys", "train"): the prefix keeps every task name possible
+    # nn.ModuleDict rejects the names of its own methods ("keys", "train"); the prefix allows every task name
     return f"task_{task}"

@@ -1,12 +1,12 @@
-"""Next-token losses from the last hidden states, without a batch's logits ever being in memory.
+"""Next-token losses from the last hidden states, without materialising the logits of a batch.
 
-The output layer is frozen, so the gradient by its input is known as soon as the loss is: both are computed a few rows
-at a time, only for positions that have a target. Of a vocabulary of 150,000 and 8,192 tokens that saves 5 GB of fp32
-logits and as much again for their gradient. Cut cross-entropy (arXiv 2411.09009) and Liger Kernel (arXiv 2410.10989)
-do so in Triton, for layers that train too.
+The output layer is frozen, so the gradient with respect to its input is available as soon as the loss is. Both are
+computed for a few rows at a time, and only for positions with a target. With a vocabulary of 150,000 and 8,192 tokens
+this saves 5 GB of fp32 logits and as much for their gradient. Cut cross-entropy (arXiv 2411.09009) and Liger Kernel
+(arXiv 2410.10989) do this in Triton, for trained output layers as well.
 
-A model that does more to its logits than one linear layer (soft caps, scales, an adapter there) or whose output layer
-ZeRO-3 holds in shards goes the ordinary way, with all logits of the positions that count.
+Models whose logits are not one linear layer of the hidden states (soft caps, scales, an adapter on the output layer),
+or whose output layer is partitioned by ZeRO-3, materialise the logits of all positions with a target.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from torch import Tensor, nn
 from pipelines.data.encoding import IGNORE
 from pipelines.models.heads import causal_lm
 
-CHUNK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits at a time: what a cache holds, what keeps a GPU busy
+CHUNK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits at a time: fits a CPU's cache, keeps a GPU busy
 
 
 class Likelihoods(NamedTuple):
-    """What a pass gave.
+    """Result of a forward pass.
 
     Attributes:
-        losses: (batch, length) fp32 cross-entropy of each position's target, given what stands before it; 0 where it
-            has none.
-        hidden: (batch, length, hidden), last layer.
-        logits: (rows, length) → (len(rows), length, vocabulary), differentiable: those of some rows' first positions.
-            The rows must have targets from position 1 on.
+        losses: (batch, length) fp32 cross-entropy of the target at each position given the tokens before it; 0 without
+            target.
+        hidden: (batch, length, hidden) states of the last layer.
+        logits: function (rows, length) → (len(rows), length, vocabulary), differentiable: logits of the first `length`
+            positions of these rows, which must have targets from position 1 on.
     """
 
     losses: Tensor
@@ -46,9 +46,11 @@ def next_token_losses(model: nn.Module, targets: Tensor, **inputs) -> Likelihood
     """Run `model` on `inputs` (`input_ids`, `attention_mask`, …).
 
     Args:
-        targets: (batch, length), the token at each position where it counts, else -100. Position 0 never counts.
+        targets: (batch, length) token ids, -100 for positions without loss; position 0 never has one.
     """
-    where = (targets[:, 1:] != IGNORE).flatten().nonzero()[:, 0]  # before the pass: it waits for the device
+    where = (
+        (targets[:, 1:] != IGNORE).flatten().nonzero()[:, 0]
+    )  # before the pass, because it synchronises with the device
     layer = plain_output_layer(model)
     if layer is not None or not len(where):
         found = _by_hidden_states(model, targets, where, layer, inputs)
@@ -58,7 +60,7 @@ def next_token_losses(model: nn.Module, targets: Tensor, **inputs) -> Likelihood
 
 
 def _by_hidden_states(model, targets, where, layer: nn.Linear | None, inputs: dict) -> Likelihoods | None:
-    """None where it turns out that the model's logits are not what its output layer says."""
+    """None if the model's logits turn out to differ from those of its output layer."""
     hidden, last = last_hidden(model, **inputs, **keep_logits(model, 1))
     if layer is not None and layer not in _IS_PLAIN:
         with torch.no_grad():
@@ -74,7 +76,9 @@ def _by_hidden_states(model, targets, where, layer: nn.Linear | None, inputs: di
 
 
 def _by_logits(model, targets, where, inputs: dict) -> Likelihoods:
-    first = int((where % (targets.shape[1] - 1)).min())  # no logits before the first position that predicts a target
+    first = int(
+        (where % (targets.shape[1] - 1)).min()
+    )  # no logits are needed before the first position that predicts a target
     positions = torch.arange(first, targets.shape[1] - 1, device=targets.device)
     keep = keep_logits(model, positions)
     hidden, logits = last_hidden(model, **inputs, **keep)
@@ -83,12 +87,13 @@ def _by_logits(model, targets, where, inputs: dict) -> Likelihoods:
     return Likelihoods(losses, hidden, lambda rows, length: logits[rows, :length])
 
 
-# -- models
-_IS_PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # output layer: whether it alone makes the logits
+_IS_PLAIN: WeakKeyDictionary[nn.Module, bool] = (
+    WeakKeyDictionary()
+)  # output layer -> whether it alone gives the logits
 
 
 def plain_output_layer(model: nn.Module) -> nn.Linear | None:
-    """The output layer, if it is linear, frozen, whole on this rank, and not known to be only a part of the story."""
+    """The output layer if it is linear, frozen, whole on this rank, and not known to give other logits; else None."""
     layer = causal_lm(model).get_output_embeddings()
     whole = type(layer) is nn.Linear and not any(hasattr(p, "ds_id") or p.requires_grad for p in layer.parameters())
     return layer if whole and accepts(model, "logits_to_keep") and _IS_PLAIN.get(layer, True) else None
@@ -97,7 +102,7 @@ def plain_output_layer(model: nn.Module) -> nn.Linear | None:
 def last_hidden(model: nn.Module, **inputs) -> tuple[Tensor, Tensor]:
     """((batch, length, hidden) of the last layer, logits).
 
-    Asked for its hidden states, a model would hand out, and so keep in memory, those of all layers.
+    By a hook: `output_hidden_states` would keep those of all layers in memory.
     """
     decoder = causal_lm(model).get_decoder()
     if decoder is causal_lm(model):
@@ -119,32 +124,31 @@ def _outputs_of(module: nn.Module) -> Iterator[list]:
 
 
 def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether the language model's forward takes an argument of this name."""
+    """Whether the language model's forward has an argument of this name."""
     return argument in inspect.signature(causal_lm(model).forward).parameters
 
 
 def keep_logits(model: nn.Module, positions: Tensor | int) -> dict:
-    """`logits_to_keep` for models that know it: logits where nobody looks cost more than all else in a small model."""
+    """`logits_to_keep` for models that accept it: in a small model, unused logits cost more than everything else."""
     return {"logits_to_keep": positions} if accepts(model, "logits_to_keep") else {}
 
 
 def position_ids(model: nn.Module, positions: Tensor) -> dict:
-    """`position_ids` for models that know them; the others count by the mask."""
+    """`position_ids` for models that accept them; others derive positions from the mask."""
     return {"position_ids": positions} if accepts(model, "position_ids") else {}
 
 
-# -- losses
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """(batch, length) fp32 cross-entropy of logits (batch, length, vocabulary); 0 where the target is -100.
 
-    Flattened, so that the softmax runs along contiguous memory: over a strided dimension a CPU is many times slower.
+    Flattened, because on a CPU the softmax over a strided dimension is many times slower.
     """
     losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape)
 
 
 def frozen_layer_losses(hidden: Tensor, layer: nn.Linear, targets: Tensor) -> Tensor:
-    """(tokens,) fp32 cross-entropy of `layer(hidden)`, hidden (tokens, hidden), differentiable by `hidden` alone."""
+    """(tokens,) fp32 cross-entropy of `layer(hidden)`, hidden (tokens, hidden), differentiable in `hidden` alone."""
     return _FrozenLayerLoss.apply(hidden, layer.weight, layer.bias, targets)
 
 

@@ -1,4 +1,4 @@
-"""Sequences of unequal length as padded tensors, and features of their last tokens."""
+"""Pads sequences of unequal length, and picks the hidden states of their last tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Padded(NamedTuple):
-    """A batch as tensors, each (batch, length): token ids, 1 where a token is real, and its position."""
+    """A batch as tensors (batch, length): token ids, mask (1 for real tokens) and positions."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -18,7 +18,7 @@ class Padded(NamedTuple):
 
 
 def pad(sequences: Sequence[Sequence[int]], device: torch.device, side: Literal["left", "right"] = "right") -> Padded:
-    """Token ids filled up with 0, whatever the tokenizer's pad token is (it may have none): the mask hides them."""
+    """Pad token ids with 0, whether or not the tokenizer has a pad token: the mask hides them."""
     length = max(map(len, sequences))
     ids = np.zeros((len(sequences), length), dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -31,6 +31,6 @@ def pad(sequences: Sequence[Sequence[int]], device: torch.device, side: Literal[
 
 
 def last_token_features(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(batch, hidden): the last *real* token of each sequence, padded on either side."""
+    """(batch, hidden) state of the last real token of each sequence, padded on either side."""
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
     return hidden[torch.arange(len(hidden), device=hidden.device), last]

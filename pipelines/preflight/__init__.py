@@ -1,1 +1,1 @@
-"""What can be known before anything is trained."""
+"""Checks and estimates before training: data, model, memory, cost, hub, machine."""

@@ -1,9 +1,9 @@
-"""What an optimizer step costs, on paper: FLOPs, bytes and messages between workers, memory, seconds.
+"""Cost model of an optimizer step: FLOPs, bytes and messages between workers, memory, seconds.
 
-Shapes come from the adapted model on the meta device (no weights, no download beyond its config.json), everything
-else is arithmetic. It holds for decoders of dense layers with adapters in every block, one backward pass a forward
-pass; gradient checkpointing is not in it, and neither are norms, activations and the optimizer's own arithmetic.
-`tests/benchmarks/cost_model.py` holds it against measurements.
+Shapes come from the adapted model on the meta device (no weights, no download beyond config.json); the rest is
+arithmetic. It covers decoders of dense layers with adapters in every block, and one backward pass per forward pass. It
+leaves out gradient checkpointing, norms, activation functions and the optimizer's arithmetic.
+`tests/benchmarks/cost_model.py` compares it with measurements.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pipelines.preflight.memory import DTYPE_BYTES, ModelFacts, memory_by_stage
 from pipelines.preflight.model import base_on_meta, model_facts
 
 READS_EMBEDDING = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn")
-"""Layers that in the first block read nothing but the frozen embedding: no gradient has to reach their input."""
+"""Layers whose input in the first block is the frozen embedding, so that it needs no gradient."""
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A frozen dense layer of `outputs` × `inputs` weights, with the adapter on it (`none`, `curlora` or `lora`)."""
+    """A frozen dense layer of `outputs` × `inputs` weights and its adapter (`none`, `curlora` or `lora`)."""
 
     name: str
     outputs: int
@@ -37,21 +37,21 @@ class Dense:
     input_gradient: bool
 
     @property
-    def numbers(self) -> int:
+    def weights(self) -> int:
         return self.outputs * self.inputs
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What costs depend on. Sizes are numbers a tensor; a tied weight is one tensor.
+    """The shape of an adapted model. Sizes are elements per tensor; a tied weight is one tensor.
 
     Attributes:
         dense: all dense layers in the order of the forward pass, LM head included.
-        blocks: decoder blocks.
-        width: heads × size of a head, what attention works on.
-        embedding: numbers of the token embedding.
+        blocks: number of decoder blocks.
+        width: attention heads × head size.
+        embedding: size of the token embedding.
         frozen, trained: sizes of the parameters.
-        facts: what the memory estimate goes by.
+        facts: input of the memory estimate.
     """
 
     dense: tuple[Dense, ...]
@@ -64,11 +64,11 @@ class Shape:
 
 
 def shape_of(config: PipelineConfig) -> Shape:
-    """The shape of a configuration's base with its adapter.
+    """The shape of a configuration's base model with its adapter.
 
     Raises:
         ConfigError: the base cannot be described, or the adapter does not fit it.
-        ValueError: an adapter that has no cost model.
+        ValueError: the adapter has no cost model.
     """
     base = base_on_meta(config)
     text = base.config.get_text_config()
@@ -102,28 +102,28 @@ def _dense_layers(model, adapter: str, r: int) -> Iterator[Dense]:
         yield Dense(plain, outputs, inputs, adapter if is_base else "none", r, not first)
 
 
-# -- FLOPs: a product of (a, b) and (b, c) matrices is 2 a b c
+# -- FLOPs: the product of (a, b) and (b, c) matrices takes 2 a b c
 def forward_flops(shape: Shape, tokens: int, length: int) -> float:
     """FLOPs of one forward pass over `tokens` tokens in sequences of `length`.
 
-    A dense layer takes 2 m n a token. CURLoRA adds 2 r² + 2 m r (z = (W x)[I] is a gather) and 4 r³ a pass for
-    M = left · U · right; LoRA adds 2 r (m + n). Attention takes 4 · length · width a token and block, for scores and
-    values, all of the square (a causal kernel skips up to half).
+    Per token, an m × n layer takes 2 m n. CURLoRA adds 2 r² + 2 m r (z = (W x)[I] is a gather), and 4 r³ per pass for
+    M = left · U · right; LoRA adds 2 r (m + n). Attention takes 4 · length · width per token and block for scores and
+    values, without the up to half that a causal kernel skips.
     """
-    dense = sum(tokens * (2 * layer.numbers + _forward_update(layer)) + _middle(layer) for layer in shape.dense)
+    dense = sum(tokens * (2 * layer.weights + _forward_update(layer)) + _middle(layer) for layer in shape.dense)
     return dense + _attention(shape, tokens, length)
 
 
 def backward_flops(shape: Shape, tokens: int, length: int, partitioned: bool = False) -> float:
-    """FLOPs of one backward pass: the frozen base has no weight gradients.
+    """FLOPs of one backward pass; the frozen base has no weight gradients.
 
-    A dense layer takes 2 m n a token where a gradient has to reach its input. CURLoRA adds 4 r² (∂M and ∂z), 4 r³ a
-    pass, and 2 n r for Rᵀ ∂z; where the base layer runs on its own (`partitioned`) or no gradient reaches its input,
-    2 m r for Cᵀ ∂y instead. LoRA adds 4 m r + 2 n r, and 2 n r where a gradient reaches the input. Attention takes
-    twice its forward pass (fused kernels recompute the scores: 2 · length · width more).
+    Per token, an m × n layer takes 2 m n if its input needs a gradient. CURLoRA adds 4 r² (∂M and ∂z), 4 r³ per pass,
+    and 2 n r for Rᵀ ∂z, or 2 m r for Cᵀ ∂y if the base layer runs separately (`partitioned`) or its input needs no
+    gradient. LoRA adds 4 m r + 2 n r, and 2 n r if the input needs a gradient. Attention takes twice its forward pass;
+    fused kernels recompute the scores, which takes 2 · length · width more.
     """
     dense = sum(
-        tokens * (2 * layer.numbers * layer.input_gradient + _backward_update(layer, partitioned)) + _middle(layer)
+        tokens * (2 * layer.weights * layer.input_gradient + _backward_update(layer, partitioned)) + _middle(layer)
         for layer in shape.dense
     )
     return dense + 2 * _attention(shape, tokens, length)
@@ -151,22 +151,22 @@ def _backward_update(layer: Dense, partitioned: bool) -> int:
 
 
 def _middle(layer: Dense) -> int:
-    """FLOPs a pass of CURLoRA's M = left · U · right, forward or backward."""
+    """FLOPs per pass of CURLoRA's M = left · U · right, forward or backward."""
     return 4 * layer.r**3 if layer.adapter == "curlora" else 0
 
 
-# -- between workers
+# -- communication
 @dataclass(frozen=True)
 class Sharding:
-    """Where ZeRO-3 draws its lines, in numbers; the defaults of `of` are DeepSpeed's.
+    """Thresholds of ZeRO, in elements; the defaults of `of` are DeepSpeed's.
 
     Attributes:
-        stage: of ZeRO, 2 or 3.
-        persistence: tensors up to this size stay whole, and are gathered once, after the optimizer's step.
-        reuse: a weight stays whole from its forward to its backward pass if less than this passes by in between, so
-            the last reuse / 2 of a model are gathered once. DeepSpeed can keep more, by what its fetching ahead has
-            skipped: `tests/benchmarks/cost_model.py` shows one such case ("part kept").
-        bucket: of gradients that travel together.
+        stage: ZeRO stage, 2 or 3.
+        persistence: tensors up to this size stay whole and are gathered once, after the optimizer's step.
+        reuse: a weight stays whole between its forward and backward pass if fewer elements are used in between, so the
+            last reuse / 2 elements of a model are gathered once. DeepSpeed can keep more if its prefetching skipped
+            some; `tests/benchmarks/cost_model.py` shows such a case ("part kept").
+        bucket: size of a bucket of gradients that are reduced together.
     """
 
     stage: int
@@ -187,13 +187,13 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a rank sends an optimizer step: bytes at ring cost (see `ring`), and messages, calls of a collective.
+    """What a rank sends per optimizer step: bytes at ring cost (see `ring`), and messages (calls of a collective).
 
     Attributes:
-        gradients: reduction of the trained tensors' gradients.
-        updates: stepped weights, gathered on every rank.
-        weights: ZeRO-3's gathering of partitioned weights for forward and backward.
-        needed: the least for `gradients` and `updates`: one ring all-reduce of the trained numbers.
+        gradients: reduction of the gradients.
+        updates: gathering the updated weights on all ranks.
+        weights: gathering partitioned weights for forward and backward passes (ZeRO-3).
+        needed: lower bound of `gradients` + `updates`: one ring all-reduce of the trained parameters.
     """
 
     gradients: float
@@ -208,7 +208,7 @@ class Traffic:
 
 
 def ring(size: float, ranks: int) -> float:
-    """Bytes a rank sends in a ring all-gather or reduce-scatter of `size` bytes in all; an all-reduce is both.
+    """Bytes that a rank sends in a ring all-gather or reduce-scatter of `size` bytes in total; an all-reduce is both.
 
     Source: Patarasu and Yuan 2009, Bandwidth optimal all-reduce algorithms.
     """
@@ -216,18 +216,21 @@ def ring(size: float, ranks: int) -> float:
 
 
 def traffic(shape: Shape, sharding: Sharding, ranks: int, element: int, passes: int = 1) -> Traffic:
-    """What DeepSpeed 0.19 sends; `element` bytes a number, `passes` micro-batches an optimizer step.
+    """What DeepSpeed 0.19 sends, with `element` bytes per element and `passes` micro-batches per optimizer step.
 
-    ZeRO-2 reduces gradients by an all-reduce of the whole bucket and gathers the stepped weights, 3 ring(b) where
-    arXiv 1910.02054 (section 7) needs 2. ZeRO-3 reduces by reduce-scatter, gathers tensors that persist (frozen ones
+    ZeRO-2 reduces gradients by an all-reduce of the whole bucket and gathers the updated weights: 3 ring(b), where
+    arXiv 1910.02054 (section 7) needs 2. ZeRO-3 reduces by reduce-scatter, gathers persistent tensors (frozen ones
     too) one by one after the step, and every other weight for each forward and backward pass that uses it. Scalars
-    (the gradient norm, the trainer's looks at the loss) are not counted, nor are their two to four messages. A message
-    a gathered weight is the most: DeepSpeed fetches ahead several in one.
+    (gradient norm, logged loss) and their two to four messages are not counted. One message per gathered weight is an
+    upper bound, as DeepSpeed prefetches several in one.
+
+    Raises:
+        ValueError: a stage other than 2 and 3 with several ranks.
     """
     if ranks == 1:
         return Traffic(0, 0, 0, 0, 0)
     if sharding.stage not in (2, 3):
-        raise ValueError(f"ZeRO stage {sharding.stage} has no model of its traffic; use 2 or 3")
+        raise ValueError(f"ZeRO stage {sharding.stage} has no model of its communication; use 2 or 3")
     trained = sum(shape.trained) * element
     buckets = passes * -(-sum(shape.trained) // sharding.bucket)
     needed = 2 * ring(trained, ranks)
@@ -246,23 +249,23 @@ def traffic(shape: Shape, sharding: Sharding, ranks: int, element: int, passes: 
 
 
 def _gathered(shape: Shape, sharding: Sharding, ranks: int) -> tuple[int, int]:
-    """(numbers, messages) of the gathers of one forward and backward pass under ZeRO-3."""
-    large = [layer for layer in shape.dense if layer.numbers > sharding.persistence]
-    forward = [layer.numbers for layer in large]
+    """(elements, messages) gathered in one forward and backward pass under ZeRO-3."""
+    large = [layer for layer in shape.dense if layer.weights > sharding.persistence]
+    forward = [layer.weights for layer in large]
     if shape.embedding > sharding.persistence:
         forward.append(shape.embedding)
-    backward = [layer.numbers for layer in large if layer.input_gradient]
+    backward = [layer.weights for layer in large if layer.input_gradient]
     updates = [size for size in shape.trained if size > sharding.persistence]
     forward, backward = forward + updates, backward + updates
     kept, count = _kept([*updates, *backward], sharding.reuse // 2)
-    if kept == sum(backward):  # nothing is let go: a tied embedding is gathered once as well
+    if kept == sum(backward):  # everything is kept, so a tied embedding is gathered once as well
         whole = [size for size in (*shape.frozen, *shape.trained) if size > sharding.persistence]
         return padded(whole, ranks), len(whole)
     return padded([*forward, *backward], ranks) - kept, len(forward) + len(backward) - count
 
 
 def _kept(sizes: list[int], limit: int) -> tuple[int, int]:
-    """(numbers, tensors) at the end of the list that fit into `limit`."""
+    """(elements, tensors) at the end of the list that fit into `limit`."""
     kept = count = 0
     for size in reversed(sizes):
         if kept + size > limit:
@@ -272,14 +275,14 @@ def _kept(sizes: list[int], limit: int) -> tuple[int, int]:
 
 
 def padded(sizes: Iterable[int], ranks: int) -> int:
-    """Numbers of tensors that are each filled up to a multiple of the ranks."""
+    """Elements of tensors that are each padded to a multiple of the ranks."""
     return sum(-(-size // ranks) * ranks for size in sizes)
 
 
-# -- all of it
+# -- total
 @dataclass(frozen=True)
 class Hardware:
-    """One worker's: FLOP/s that dense layers reach, bytes/s it sends, seconds before a message's first byte."""
+    """Of one worker: FLOP/s reached by dense layers, bytes/s sent, seconds of latency per message."""
 
     flops: float
     bandwidth: float
@@ -288,11 +291,11 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Cost:
-    """An optimizer step of one worker.
+    """Cost of an optimizer step for one worker.
 
     Attributes:
         forward, backward: FLOPs.
-        memory: bytes, by `preflight.memory_by_stage`.
+        memory: bytes, from `memory_by_stage`.
     """
 
     forward: float
@@ -301,9 +304,9 @@ class Cost:
     memory: dict[str, float]
 
     def seconds(self, hardware: Hardware) -> tuple[float, float]:
-        """(all communication hidden behind computation, nothing hidden).
+        """(seconds if all communication overlaps with computation, seconds if none does).
 
-        Computing takes FLOPs ÷ FLOP/s, communicating bytes ÷ bytes/s + messages × latency.
+        Computation takes FLOPs ÷ FLOP/s; communication, bytes ÷ bytes/s + messages × latency.
         """
         computing = (self.forward + self.backward) / hardware.flops
         talking = self.traffic.total / hardware.bandwidth + self.traffic.messages * hardware.latency
@@ -311,14 +314,18 @@ class Cost:
 
 
 def cost(config: PipelineConfig, shape: Shape) -> Cost:
-    """The cost of a configuration whose base and adapter have this shape (`shape_of`), by arithmetic alone."""
+    """The cost of a configuration whose adapted model has this shape (`shape_of`).
+
+    Raises:
+        ValueError: a ZeRO stage without cost model.
+    """
     training, ranks = config.training, config.resources.workers
     settings = deepspeed_settings(config.deepspeed)
     sharding = Sharding.of(settings)
     passes = training.gradient_accumulation
     tokens = micro_batch(training, ranks) * training.max_length
     element = DTYPE_BYTES[config.base_model.dtype]
-    sent = traffic(shape, sharding, ranks, element, passes)  # refuses the stages that it has no model of
+    sent = traffic(shape, sharding, ranks, element, passes)  # raises for stages without model
     gib = memory_by_stage(shape.facts, config)[f"zero{sharding.stage}"]
     partitioned = sharding.stage == 3
     return Cost(

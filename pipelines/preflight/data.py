@@ -1,7 +1,7 @@
-"""The door: every problem with a configuration's data, before any worker starts, all of them at once.
+"""Validates all data before any worker starts and reports every problem at once.
 
-Each problem names the file and line (or split and row), what was found and what to do. What does not stop a run but
-should be known, such as test texts that also occur in train, is a warning.
+Each problem names file and line (or split and row), what was found and what to do. What does not prevent a run, such
+as test texts that also occur in train, is a warning.
 """
 
 from __future__ import annotations
@@ -23,28 +23,24 @@ from pipelines.data.sets import scored_length
 from pipelines.data.sources import digest_of, load_split, records
 from pipelines.errors import ConfigError, DataError, Problem, did_you_mean
 
+AT_MOST = 5  # rows named per split; the rest are counted
+SCARCE = 16  # texts up to this many characters are tokenized to see whether any token is left
+
+Warn = Callable[[str], None]
+
 
 def check_trial_data(config: PipelineConfig) -> None:
-    """Raises ConfigError with every problem of the data that trials of a training view would be judged by."""
-    # which imports the tokenizer's library
-
+    """Raise ConfigError with every problem of the data on which the trials of a training view are scored."""
     problems = check_data(trial_view(config, len(config.tasks)), warn=lambda text: None)
     if problems:
         raise ConfigError(Problem(f"search: {p.field}", p.message) for p in problems)
 
 
-AT_MOST = 5  # rows named for each split; the rest are counted
-
-SCARCE = 16  # characters up to which a text is tokenised at the door, to see whether anything is left of it
-
-Warn = Callable[[str], None]
-
-
 def check_data(config: PipelineConfig, warn: Warn = lambda text: None) -> list[Problem]:
-    """Every problem with the data of a configuration.
+    """Every problem of a configuration's data.
 
     Args:
-        warn: called with each thing that does not stop the run.
+        warn: called with every finding that does not prevent a run.
     """
     tokenizer, context = _tokenizer(config), _context(config)
     problems: list[Problem] = []
@@ -64,7 +60,7 @@ def check_data(config: PipelineConfig, warn: Warn = lambda text: None) -> list[P
 
 
 def _tokenizer(config: PipelineConfig):
-    """The base's tokenizer; None where it cannot be had: that is the model's problem, reported with it."""
+    """The base's tokenizer; None if it cannot be loaded, which the checks of the model report."""
     import transformers  # slow
 
     base = config.base_model
@@ -77,10 +73,10 @@ def _tokenizer(config: PipelineConfig):
 
 
 def _context(config: PipelineConfig) -> int:
-    """Tokens of the base's context, as the workers see it."""
+    """Context of the base in tokens, as the workers determine it."""
     import transformers  # slow
 
-    from pipelines.models.base import context_length
+    from pipelines.models.base import context_length  # imports torch
 
     base = config.base_model
     try:
@@ -88,7 +84,7 @@ def _context(config: PipelineConfig) -> int:
             base.path, revision=base.revision, trust_remote_code=base.trust_remote_code
         )
     except (OSError, ValueError):
-        return config.training.max_length + 10**6  # unknown: no limit to hold anything against
+        return config.training.max_length + 10**6  # unknown: no limit
     return context_length(found)
 
 
@@ -115,10 +111,8 @@ class _Check:
     def _add(self, message: str) -> None:
         self.found.append(Problem(self.field, message))
 
-    # -- one split
-
     def _split(self, split: str) -> bool:
-        """Whether the rows of a split can be read and are whole."""
+        """Check one split; whether its rows can be read and have all columns."""
         before = len(self.found)
         try:
             rows = load_split(self.source, split)
@@ -165,7 +159,7 @@ class _Check:
     def _row(self, row: dict, read, classes: Counter) -> Iterator[str]:
         reasons = list(self.kind.row_problems(self.source, row))
         yield from reasons
-        if read is not None and (self.class_names or not reasons):  # the choices of a bad row cannot be read
+        if read is not None and (self.class_names or not reasons):  # the choices of an invalid row cannot be read
             value = row[self.source.label]
             label = read(row)
             if label is None:
@@ -184,38 +178,36 @@ class _Check:
         return f"label {short(value)} is outside {known}; fix it or set labels:"
 
     def _vanishing(self, row: dict) -> Iterator[str]:
-        """A short text may consist of nothing that the tokenizer keeps."""
+        """Whether no token is left of a short text."""
         text = self.kind.text(self.source, row)
         if text.strip() and len(text) <= SCARCE and not self.encoder.bare([text])[0]:
-            yield f"nothing is left of {text!r} after tokenisation; write it in characters that the tokenizer knows"
+            yield f"{text!r} has no tokens; write it in characters that the tokenizer knows"
 
     def _split_as_a_whole(self, split: str, count: int, classes: Counter, empty: int) -> None:
         where = f"{self.source.name}/{split}"
         if empty == count:
             self._add(f"{where}: all {count} texts are empty; check the column")
         elif empty and isinstance(self.source, TaskSource):
-            self.warn(f"{where}: {empty} of {count} texts are empty and teach nothing")
+            self.warn(f"{where}: {empty} of {count} texts are empty and are of no use")
         if len(classes) == 1 and self.class_names:
             name = self.class_names[next(iter(classes))]
             message = f"{where}: all {count} rows have the same label '{name}'"
             if split == "train":
-                self._add(f"{message}; there is nothing to learn, add rows of other classes")
+                self._add(f"{message}; add rows of other classes")
             else:
-                self.warn(f"{message}; scores on it say little")
+                self.warn(f"{message}; scores on it mean little")
         if split == "train":
             self.seen = set(classes)
         elif self.seen and self.class_names and (unseen := sorted(set(classes) - self.seen)):
             names = ", ".join(f"'{self.class_names[c]}'" for c in unseen[:8])
             self._add(f"{where}: the label(s) {names} never occur in train; add rows to train or drop them here")
 
-    # -- all splits together
-
     def _task(self) -> None:
         for message in self.kind.task_problems(self.source, self.encoder):
             self._add(message)
 
     def _overlap(self) -> None:
-        """Test rows whose input also occurs in train: a score on them measures memory."""
+        """Warn of test rows whose input also occurs in train."""
         columns = self.kind.inputs(self.source)
 
         def marks(split: str) -> Iterator[bytes]:
@@ -230,7 +222,7 @@ class _Check:
             count = sum(tested[mark] for mark in shared)
             self.warn(
                 f"{self.source.name}: {count} of {tested.total()} test texts also occur in train; "
-                "scores on them measure memory, drop them from one of the two"
+                "scores on them measure memorisation; remove them from one of the two"
             )
 
 

@@ -1,4 +1,4 @@
-"""Whether the model hub can be asked. Without a network its client retries for minutes; we ask once and say so."""
+"""Checks once whether the model hub can be reached; without a network, its client would retry for minutes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TIMEOUT_SECONDS = 3.0
 
 
 def uses_hub(config: PipelineConfig) -> bool:
-    """Whether the base model or any data is named by a hub id."""
+    """Whether the base model or any data is on the hub."""
     names = [config.base_model.path, *(source.data for source in [*config.tasks, *config.retention])]
     return any(is_hub_id(name) for name in names)
 
@@ -23,9 +23,9 @@ def is_hub_id(name: str) -> bool:
 
 
 def hub_available(config: PipelineConfig) -> bool:
-    """True if the configuration needs no hub or the hub answers; else switches its client to offline (cache only).
+    """True if the configuration needs no hub or the hub answers; else switch its client to offline (cache only).
 
-    Must run before `huggingface_hub` is imported: the client reads the switch once.
+    Call it before `huggingface_hub` is imported, which reads the switch only once.
     """
     if not uses_hub(config):
         return True
@@ -47,8 +47,7 @@ def _answers() -> bool:
 
 
 def split_unreachable(config, problems: list) -> tuple[list, list[str]]:
-    """Problems, and (as text) those that only say that the hub could not be asked for some data."""
-
+    """Split problems of data into real ones and, as text, those that only say that the hub cannot be reached."""
     fields = {f"tasks.{i}.data": task.data for i, task in enumerate(config.tasks)}
     fields |= {f"retention.{i}.data": corpus.data for i, corpus in enumerate(config.retention)}
     remote = {field for field, data in fields.items() if is_hub_id(data)}

@@ -1,4 +1,4 @@
-"""Looks at machine and environment: what `curlora doctor` prints."""
+"""`curlora doctor`: checks of machine, environment and cluster. Imports on demand, so that it runs in a broken one."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ TESTED = {
 }
 
 MIN_FREE_GIB = 5
-
 MIN_MEMORY_GIB = 4
 
 
 @dataclass(frozen=True)
 class Finding:
+    """Result of one check."""
+
     subject: str
     level: str  # ok | warning | error
     text: str
 
 
 def examine(config: str | None = None) -> list[Finding]:
-    """Every check, cheapest first; none of them changes anything.
+    """Run all checks, cheapest first. They change nothing.
 
     Args:
-        config: a configuration whose places are looked at, too.
+        config: a configuration whose paths are checked as well.
     """
     machine = [_python(), *_packages(), _processors(), _memory(), _disk(), _accelerator()]
     cluster = [_ray(), _jobs_api(os.environ.get("RAY_API_SERVER_ADDRESS"))]
@@ -105,8 +106,10 @@ def _ray() -> Finding:
         resources = ray.cluster_resources()
         ray.shutdown()
     except (ConnectionError, RuntimeError, ValueError) as error:
-        return Finding("ray cluster", "error", f"{address} cannot be reached ({error}); unset RAY_ADDRESS or mend it")
-    there = ", ".join(f"{resources.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
+        return Finding(
+            "ray cluster", "error", f"{address} cannot be reached ({error}); unset RAY_ADDRESS or correct it"
+        )
+    there = ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
     level = "ok" if os.environ.get("RAY_AUTH_MODE") == "token" else "warning"
     return Finding(
         "ray cluster", level, f"{address}: {there}" + ("" if level == "ok" else "; RAY_AUTH_MODE=token is off")
@@ -114,10 +117,10 @@ def _ray() -> Finding:
 
 
 def _jobs_api(address: str | None) -> Finding:
-    """Whether the cluster's dashboard, which starts whatever it is asked to, asks for a token."""
+    """Whether the cluster's dashboard, which runs any code it is sent, demands a token."""
     subject = "jobs API"
     if not address:
-        return Finding(subject, "ok", "RAY_API_SERVER_ADDRESS is not set; no jobs are sent from here")
+        return Finding(subject, "ok", "RAY_API_SERVER_ADDRESS is not set; no jobs are submitted from here")
     import requests  # comes with ray
 
     try:
@@ -125,17 +128,14 @@ def _jobs_api(address: str | None) -> Finding:
     except requests.RequestException:
         return Finding(subject, "error", f"{address} does not answer; start the cluster or unset the variable")
     if answer.status_code in (401, 403):
-        return Finding(subject, "ok", f"{address} asks for a token")
-    danger = "answers without a token: whoever reaches it can run any code on the cluster"
+        return Finding(subject, "ok", f"{address} demands a token")
+    danger = "answers without a token: anyone who can reach it can run any code on the cluster"
     return Finding(subject, "warning", f"{address} {danger}; start it with RAY_AUTH_MODE=token (cluster/README.md)")
 
 
 def _unshared_paths(path: str) -> list[Finding]:
-    """What a configuration names and the nodes of a cluster would not see."""
-    from pipelines.config.loading import (  # a broken environment is reported before this fails
-        parse_config,
-        read_config,
-    )
+    """Paths of a configuration that the nodes of a cluster would not see."""
+    from pipelines.config.loading import parse_config, read_config
     from pipelines.config.pipeline import PipelineConfig
     from pipelines.preflight.portability import unshared
 
@@ -143,9 +143,9 @@ def _unshared_paths(path: str) -> list[Finding]:
     parse_config(raw)
     local = not (os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS"))
     problems = unshared(PipelineConfig.model_validate(raw), one_machine=False)
-    alone = "; that does while every run has a local cluster" if local else ""
+    alone = "; this is fine as long as each run starts a local cluster" if local else ""
     found = [Finding(problem.field, "ok" if local else "warning", f"{problem.message}{alone}") for problem in problems]
-    return found or [Finding("storage", "ok", f"everything that {path} names is shared")]
+    return found or [Finding("storage", "ok", f"all paths in {path} are shared")]
 
 
 def _registration() -> Finding:

@@ -1,6 +1,6 @@
-"""What can be known of a run before it starts: whether the adapter fits the model, and what it will cost.
+"""Checks whether adapter, strategy and DeepSpeed settings fit the model, and counts its parameters.
 
-Models are built on the meta device: shapes only, no weights, no download beyond the hub's config.json.
+Models are built on the meta device: shapes without weights, and no download beyond config.json.
 """
 
 from __future__ import annotations
@@ -27,24 +27,23 @@ from pipelines.preflight.memory import ModelFacts
 
 
 def check_fits(config: PipelineConfig) -> None:
+    """Raise ConfigError with every problem that `check_model` finds."""
     problems = check_model(config)
     if problems:
         raise ConfigError(problems)
 
 
 def check_quantisation(config: PipelineConfig, zero_stage: int) -> None:
-    """Raise ConfigError where a quantised base cannot be had, or not with the rest of the configuration."""
+    """Raise ConfigError if a quantised base is impossible here or with the rest of the configuration."""
     found = config.base_model.quantization
     if not found:
         return
     reasons = []
     if zero_stage == 3:
-        reasons.append("ZeRO-3 cannot shard bitsandbytes weights; use deepspeed: zero2")
+        reasons.append("ZeRO-3 cannot partition bitsandbytes weights; use deepspeed: zero2")
     if frozen_lora.changes_base(config.adapter):
         start = config.adapter.options["init_lora_weights"]
-        reasons.append(
-            f"'{start}' takes its factors out of the weights, which quantised ones do not give back exactly"
-        )
+        reasons.append(f"'{start}' takes its factors from the weights, which quantisation has changed")
     if importlib.util.find_spec("bitsandbytes") is None:
         reasons.append("bitsandbytes is not installed; pip install 'bitsandbytes>=0.48' on every node")
     problems = [
@@ -55,10 +54,10 @@ def check_quantisation(config: PipelineConfig, zero_stage: int) -> None:
 
 
 def base_on_meta(config: PipelineConfig):
-    """The base model without weights.
+    """The base model on the meta device.
 
     Raises:
-        ConfigError: no such model, or its description cannot be read.
+        ConfigError: there is no such model, or its config.json cannot be read.
     """
     base = config.base_model
     try:
@@ -76,7 +75,7 @@ def base_on_meta(config: PipelineConfig):
 
 
 def _description(config: PipelineConfig):
-    """The model's config: from its folder or the hub, else `base_model.architecture`."""
+    """The model's config, from its folder, the hub or `base_model.architecture`."""
     base = config.base_model
     try:
         return transformers.AutoConfig.from_pretrained(
@@ -90,7 +89,7 @@ def _description(config: PipelineConfig):
 
 
 def check_model(config: PipelineConfig) -> list[Problem]:
-    """Every problem of base, adapter and DeepSpeed settings."""
+    """Every problem of base, adapter, strategy and DeepSpeed settings."""
     problems: list[Problem] = []
     for check in (model_facts, _check_deepspeed, _check_strategy):
         try:
@@ -115,27 +114,27 @@ def _check_strategy(config: PipelineConfig) -> None:
 
 
 def _unmet(config: PipelineConfig, strategy) -> Iterator[Problem]:
-    """What the strategy needs of the configuration and of the adapted model, and does not find."""
+    """Requirements of the strategy that the configuration or the adapted model does not meet."""
     name = config.strategy.name
     for field, (values, reason) in strategy.requirements.items():
         found = reduce(getattr, field.split("."), config)
         if found not in values:
             yield Problem(field, f"is {found}, but strategy '{name}' needs {' or '.join(values)}: {reason}")
     if strategy.needs_heads and all(kind_of(task).scorer != "head" for task in config.tasks):
-        message = f"'{name}' holds what classifier heads say, and no task has one; choose another, e.g. rehearsal"
+        message = f"'{name}' preserves the outputs of classifier heads, but no task has one; use e.g. rehearsal"
         yield Problem("strategy.name", message)
     if type(strategy).check is Strategy.check:
-        return  # it works on any model: no need to build one
+        return  # works with any model
     try:
         strategy.check(attach_adapter(base_on_meta(config), config.adapter, config.training.seed))
     except ConfigError:
-        return  # base or adapter are at fault, which `model_facts` reports
+        return  # reported by `model_facts`
     except ValueError as error:
         yield Problem("strategy", f"'{name}' does not work with adapter '{config.adapter.type}': {error}")
 
 
 def model_facts(config: PipelineConfig) -> ModelFacts:
-    """Count parameters and adapter bytes (of the last step, where the adapter grows from task to task).
+    """Count parameters and adapter bytes; of the last step, if the adapter grows with every task.
 
     Raises:
         ConfigError: the base cannot be described, or the adapter does not fit it.
@@ -161,6 +160,6 @@ def model_facts(config: PipelineConfig) -> ModelFacts:
 
 
 def adapter_buffer_bytes(model, adapter: str) -> int:
-    """Bytes of an adapter's buffers (CURLoRA: C, the whitening, indices)."""
+    """Bytes of an adapter's buffers (CURLoRA: C, whitening, indices)."""
     buffers = model.named_buffers(remove_duplicate=False)
     return sum(buffer.numel() * buffer.element_size() for name, buffer in buffers if f"{adapter}_" in name)

@@ -1,7 +1,7 @@
-"""Whether every node of a cluster sees what a configuration names, and whether it keeps its secrets to itself.
+"""Checks that every node of a cluster sees the paths of a configuration, and that it contains no secrets.
 
-A job's working directory is thrown away with the job, and a disk of one machine is no disk of another. Both mistakes
-show late, as a run that trains everything again; here they are found before anything is sent.
+A job's working directory is deleted with the job, and nodes do not see each other's local disks. Without these checks,
+both mistakes would show late, as a run that trains everything again.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import Problem
 
 NETWORK = ("nfs", "cifs", "smb", "ceph", "lustre", "gpfs", "glusterfs", "beegfs", "fuse.", "9p", "virtiofs", "wekafs")
-
 SQLITE = "sqlite:///"
-
 TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|ghp_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})\b")
 
 
 def named_paths(config: PipelineConfig) -> Iterator[tuple[str, str]]:
-    """(field, value) of everything that a configuration reads or writes; hub ids are not places."""
+    """(field, value) of every path and URI that a configuration reads or writes; hub ids are neither."""
     yield "storage", config.storage
     if config.start_from and not config.start_from.startswith("models:/"):
         yield "start_from", config.start_from
@@ -38,11 +36,11 @@ def named_paths(config: PipelineConfig) -> Iterator[tuple[str, str]]:
 
 
 def unshared(config: PipelineConfig, one_machine: bool) -> list[Problem]:
-    """Places that a job on the cluster would not find again.
+    """Paths that a job on the cluster would not find.
 
     Args:
-        config: as written, before its relative paths are made absolute.
-        one_machine: the cluster is this machine, or its paths are known to be the same everywhere.
+        config: as written, before relative paths are made absolute.
+        one_machine: the cluster is this machine, or all nodes are known to mount the same paths.
     """
     problems = []
     for field, value in named_paths(config):
@@ -51,15 +49,15 @@ def unshared(config: PipelineConfig, one_machine: bool) -> list[Problem]:
         if field == "tracking.uri":
             remedy = "an MLflow server such as http://mlflow:5000"
         if value.startswith("memory:"):
-            problems.append(Problem(field, f"'{value}' ends with the process; use {remedy}"))
+            problems.append(Problem(field, f"'{value}' is lost when the process ends; use {remedy}"))
         elif is_uri(value) and not value.startswith(("file:", "sqlite:")):
             continue
         elif not path.startswith(("/", "~")):
-            where = "a job's own directory, which is thrown away with the job"
-            problems.append(Problem(field, f"'{value}' is relative, and means {where}; use {remedy}"))
-        elif not one_machine and (kind := local_disk(path)):
-            what = f"lies on a disk of this machine ({kind}), which the cluster's nodes do not see"
-            trust = "; if every node does mount it there, say --shared-paths"
+            where = "a job's working directory, which is deleted with the job"
+            problems.append(Problem(field, f"'{value}' is relative and would be in {where}; use {remedy}"))
+        elif not one_machine and (file_system := local_disk(path)):
+            what = f"is on a local disk of this machine ({file_system}), which the cluster's nodes do not see"
+            trust = "; if every node mounts it there, add --shared-paths"
             problems.append(Problem(field, f"'{value}' {what}; use {remedy}{trust}"))
     return problems
 
@@ -69,19 +67,19 @@ def _path(value: str) -> str:
 
 
 def local_disk(path: str) -> str | None:
-    """The kind of file system a path lies on if it is one of this machine alone; None if it is shared."""
+    """Type of the file system of a path if it is local to this machine; None if it is shared."""
     import psutil  # comes with ray
 
     path = os.path.realpath(os.path.expanduser(path))
     mounts = {mount.mountpoint.rstrip("/"): mount.fstype for mount in psutil.disk_partitions(all=True)}
     while path not in mounts and path:
         path = os.path.dirname(path).rstrip("/")
-    kind = mounts.get(path, "")
-    return None if kind.startswith(NETWORK) else kind or "unknown"
+    file_system = mounts.get(path, "")
+    return None if file_system.startswith(NETWORK) else file_system or "unknown"
 
 
 def open_secrets(config: PipelineConfig) -> list[Problem]:
-    """Passwords and tokens in the configuration itself: it is stored and shown in many places."""
+    """Passwords and tokens in a configuration, which is stored and shown in many places."""
     return list(_open_secrets(config.model_dump()))
 
 
@@ -91,5 +89,5 @@ def _open_secrets(value, field: str = "") -> Iterator[Problem]:
             yield from _open_secrets(nested, f"{field}.{key}" if field else str(key))
     elif isinstance(value, str) and (TOKEN.search(value) or (is_uri(value) and urlsplit(value).password)):
         names = "HF_TOKEN, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        message = f"holds a password or token; remove it and set it in the environment of the nodes ({names})"
+        message = f"contains a password or token; remove it and set it in the environment of the nodes ({names})"
         yield Problem(field, message)

@@ -199,7 +199,7 @@ class Segment:
         cells = self.scoring.score(model, plan.directory, work.assignment.missing.get(plan.directory, []))
         self_test = self.scoring.self_test(model)
         evaluate_seconds = time.time() - begun
-        held, whole = engine.local_numbers(self.resident.base)
+        held, whole = engine.parameters_held(self.resident.base)
         self.resident.detach(model)
         gc.collect()
         total = trained.seconds.total + time.time() - begun

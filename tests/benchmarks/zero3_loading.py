@@ -112,7 +112,7 @@ def load(model: str, stage: str, rank: int, port: str) -> None:
     for parameter in base.parameters():  # under ZeRO-2 the weights are a mapped file, which is read at first use
         getattr(parameter, "ds_tensor", parameter).sum()
     found = watch.end()
-    held, whole = engine.local_numbers(base)
+    held, whole = engine.parameters_held(base)
     torch.distributed.barrier()
     print(json.dumps(found | {"seconds": time.time() - begun, "held": held, "whole": whole}))
 

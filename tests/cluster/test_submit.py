@@ -35,7 +35,7 @@ def test_a_job_is_sent_once_resumes_after_a_kill_and_after_a_cancellation(head, 
     first = head.curlora("submit", str(config), "--detach")
     assert first.returncode == 0, first.stderr
     assert "submitted" in first.stderr
-    assert "is at work already" in head.curlora("submit", str(config), "--detach").stderr
+    assert "is already running" in head.curlora("submit", str(config), "--detach").stderr
     kill_driver(head, directory)
     wait_for(lambda: statuses(head) == ["FAILED"])
 

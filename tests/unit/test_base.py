@@ -70,8 +70,12 @@ def test_the_number_of_bits_belongs_to_the_identity_of_a_base(directory):
 @pytest.mark.parametrize(
     ("changes", "stage", "expected"),
     [
-        ({}, 3, "ZeRO-3 cannot shard bitsandbytes weights; use deepspeed: zero2"),
-        ({"adapter": {"type": "lora", "options": {"init_lora_weights": "pissa"}}}, 2, "'pissa' takes its factors out"),
+        ({}, 3, "ZeRO-3 cannot partition bitsandbytes weights; use deepspeed: zero2"),
+        (
+            {"adapter": {"type": "lora", "options": {"init_lora_weights": "pissa"}}},
+            2,
+            "'pissa' takes its factors from the weights",
+        ),
     ],
 )
 def test_what_a_quantised_base_cannot_do_is_said_at_once(tmp_path, reviews, changes, stage, expected):

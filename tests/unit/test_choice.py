@@ -1,15 +1,13 @@
 """The rule of choice: what a trial is worth, which one wins, which ones none beats."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from pipelines.search.objective import assess, choose, pareto, steps_spent, why
 from pipelines.search.table import figure, markdown
-
-
-def cell(name: str, value: float, metric: str = "accuracy") -> dict:
-    return {"name": name, "value": value, "metric": metric}
+from tests.unit.sample_records import cell
 
 
 def record(number: int, learning: float, lost: float | None, status: str = "finished", **fields) -> dict:
@@ -31,25 +29,25 @@ def record(number: int, learning: float, lost: float | None, status: str = "fini
 
 
 def test_objective_is_learning_minus_the_weighted_mean_loss_of_what_was_there():
-    cells = [cell("new", 0.8), cell("old", 0.6), cell("text", 4.5, "nll")]
+    cells = [cell("new", value=0.8), cell("old", value=0.6), cell("text", "nll", 4.5)]
     worth = assess(cells, ["new"], {"old": 0.3, "text": 4.2}, weight=0.5)  # lost: 0.1 of score, 0.3 nats
     assert worth.learning == pytest.approx(0.8)
     assert worth.retention_loss == pytest.approx(0.2)
     assert worth.objective == pytest.approx(0.7)
     assert worth.signal == worth.objective
-    told = assess([cells[0] | {"loss": 0.6}, *cells[1:]], ["new"], {"old": 0.3, "text": 4.2}, weight=0.5)
+    told = assess([replace(cells[0], loss=0.6), *cells[1:]], ["new"], {"old": 0.3, "text": 4.2}, weight=0.5)
     assert (told.objective, told.signal) == (worth.objective, pytest.approx(-0.6 - 0.1))
-    told = assess([cells[0] | {"loss": 0.6}, *cells[1:]], ["new"], {"old": 0.3, "text": 4.2}, 0.5, train_loss=0.4)
+    told = assess([replace(cells[0], loss=0.6), *cells[1:]], ["new"], {"old": 0.3, "text": 4.2}, 0.5, train_loss=0.4)
     assert (told.objective, told.signal) == (worth.objective, pytest.approx(-0.4 - 0.1))
 
 
 def test_text_is_learned_in_nats_and_the_first_task_has_nothing_to_lose():
-    worth = assess([cell("new", 3.5, "nll")], ["new"], {}, weight=1.0)
+    worth = assess([cell("new", "nll", 3.5)], ["new"], {}, weight=1.0)
     assert (worth.objective, worth.learning, worth.retention_loss, worth.signal) == (-3.5, -3.5, None, -3.5)
 
 
 def test_a_score_that_is_no_number_has_no_worth():
-    assert assess([cell("new", math.nan)], ["new"], {}, weight=1.0) is None
+    assert assess([cell("new", value=math.nan)], ["new"], {}, weight=1.0) is None
 
 
 def test_only_whole_trials_win_ties_go_to_the_smaller_then_to_the_earlier():

@@ -97,7 +97,7 @@ def test_clora_needs_the_factors_of_a_lora(call):
 def test_lwf_needs_a_head_to_hold(call, reviews):
     text = f"tasks=[{{name: t, kind: language-modeling, data: {reviews}, text: sentence}}]"
     found = bad_input(call("--dry-run", "--set", "strategy={name: lwf}", "--set", text))
-    assert "strategy.name: 'lwf' holds what classifier heads say, and no task has one" in found
+    assert "strategy.name: 'lwf' preserves the outputs of classifier heads, but no task has one" in found
 
 
 def test_what_lives_in_one_adapter_refuses_a_new_adapter_for_every_task(call):
@@ -138,6 +138,7 @@ def test_help_lists_every_command_in_one_group():
     assert sorted(name for names in GROUPS.values() for name in names) == sorted(COMMANDS)
     text = CliRunner().invoke(main, ["--help"]).output
     assert all(f"\n  {name} " in text for name in COMMANDS)
+    assert "..." not in text.partition("Training:")[2], "the first sentence of a command fits its line"
 
 
 def test_help_needs_no_library_but_click():

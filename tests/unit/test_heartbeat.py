@@ -6,10 +6,11 @@ import sys
 import time
 
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.event import Event
 from pipelines.workers.heartbeat import EXIT_CODE, Heartbeat
 
 
-def read_until(run: RunDirectory, kind: str) -> dict:
+def read_until(run: RunDirectory, kind: str) -> Event:
     end = time.monotonic() + 10
     while time.monotonic() < end:
         progress = run.progress()
@@ -26,7 +27,7 @@ def test_progress_follows_what_is_said_with_rising_serials(tmp_path):
     heartbeat.report("training", step=3)
     second = read_until(run, "training")
     heartbeat.close()
-    assert second["step"] == 3
+    assert second.step == 3
     assert second.serial > first.serial
     assert second.worker == first.worker
 

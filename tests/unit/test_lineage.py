@@ -94,9 +94,9 @@ def test_parent_draws_scores_over_the_sequence(chain, client):
     for column, task in enumerate(results.tasks):
         measured = [(t, row[column]) for t, row in enumerate(results.scores) if row[column] is not None]
         assert history(client, parent, f"score/{task}") == measured
-    assert history(client, parent, "nll/wikitext2") == list(enumerate(results["nll"]["wikitext2"]))
+    assert history(client, parent, "nll/wikitext2") == list(enumerate(results.nll["wikitext2"]))
     assert history(client, parent, "perplexity/wikitext2")[0][1] == pytest.approx(math.exp(4.42))
-    assert history(client, parent, "forgetting") == [(3, results["forgetting"])]
+    assert history(client, parent, "forgetting") == [(3, results.forgetting)]
     assert "nll_backward_transfer" not in client.get_run(parent).data.metrics  # null: one text task has none
 
 
@@ -110,7 +110,7 @@ def test_child_holds_curve_cost_parameters_datasets_and_adapter(chain, client):
         (s, loss, round(moment * 1000)) for s, loss, _, moment in step.curve
     }
     assert child.data.metrics["seconds/train"] == 70.0
-    assert child.data.metrics["adapter_bytes"] == step["adapter_bytes"]
+    assert child.data.metrics["adapter_bytes"] == step.adapter_bytes
     assert child.data.params["training.learning_rate"] == "0.003"
     assert child.data.params["environment.deepspeed_stage"] == "2"
     inputs = {i.dataset.name: i.dataset.digest for i in child.inputs.dataset_inputs}

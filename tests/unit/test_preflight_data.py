@@ -84,7 +84,7 @@ def test_one_class_in_test_is_a_warning(check):
     write_jsonl(check.folder / "test.jsonl", [row | {"label": 1} for row in TESTED])
     problems, warnings = check()
     assert problems == ""
-    assert "task/test: all 2 rows have the same label '1'; scores on it say little" in warnings
+    assert "task/test: all 2 rows have the same label '1'; scores on it mean little" in warnings
 
 
 def test_many_bad_rows_are_counted_not_listed(check):

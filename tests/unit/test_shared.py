@@ -43,14 +43,14 @@ def test_everything_relative_is_named_with_its_field(load, raw, tmp_path, monkey
     raw["tasks"][0]["data"] = "reviews"
     found = problems(load, raw)
     assert list(found) == ["storage", "start_from", "tracking.uri", "base_model.path", "tasks.0.data"]
-    assert all("thrown away with the job" in message for message in found.values())
+    assert all("deleted with the job" in message for message in found.values())
 
 
 def test_a_disk_of_this_machine_serves_a_cluster_that_is_this_machine_and_no_other(load, raw, monkeypatch):
     assert load(raw).storage == raw["storage"]
     found = problems(load, raw, one_machine=False)
     assert list(found) == ["storage", "base_model.path", "tasks.0.data"]
-    assert "lies on a disk of this machine" in found["storage"]
+    assert "is on a local disk of this machine" in found["storage"]
     monkeypatch.setattr(portability, "local_disk", lambda path: None)  # a network file system
     assert load(raw, one_machine=False).storage == raw["storage"]
 
@@ -72,7 +72,7 @@ def test_buckets_servers_and_hub_ids_are_shared(load, raw):
 )
 def test_secrets_in_a_configuration_are_refused_and_not_repeated(load, raw, field, value):
     found = problems(load, raw | {field: value})
-    assert any("holds a password or token" in message for message in found.values())
+    assert any("contains a password or token" in message for message in found.values())
     assert all("secret@" not in message for message in found.values() if "password" in message)
 
 
@@ -137,5 +137,5 @@ def test_doctor_warns_of_storage_that_is_not_shared(raw, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     cluster = {finding.subject: finding for finding in examine(path)}
     assert cluster["storage"].level == "warning"
-    assert "a disk of this machine" in cluster["storage"].text
+    assert "a local disk of this machine" in cluster["storage"].text
     assert cluster["jobs API"].level == "error"

@@ -44,7 +44,7 @@ def problems(tmp_path, **fields) -> str:
         ({"algorithm": "optun"}, "did you mean 'optuna'?"),
         ({"start_with": [{"adapter.r": -1}]}, "adapter.r = -1"),
         ({"trials": 1, "start_with": [{"adapter.r": 4}, {"adapter.r": 8}]}, "trials 1 is fewer than the 2 settings"),
-        ({"trial_training": {"learning_rate": 1e-3}}, "trial_training.learning_rate: is searched as well"),
+        ({"trial_training": {"learning_rate": 1e-3}}, "trial_training.learning_rate: is also in search.space"),
         ({"trial_training": {"epoch": 1}}, "search.trial_training: training: unknown key 'epoch'"),
         ({"when": "every", "space": {"adapter.r": [4, 8]}}, "or set adapter.carry: fresh"),
         ({"when": "every", "space": {"strategy.name": ["ewc", "replay"]}}, "search it with when: first"),

@@ -1,9 +1,9 @@
-"""What a kind of task is: which columns it reads, what it trains on, how it is scored. One file a kind.
+"""Kinds of task: which columns they read, what they train on, how they are scored. One file per kind.
 
-A new kind is a section in config.py (its YAML fields), one file here and one line in `KINDS`. Kinds turn rows into
-`Encoded` sequences and sequences' scores into outcomes; how a model is run is the *scorer*'s business
-(pipelines/evaluation.py): `head` (a class a sequence), `likelihood` (NLL of the tokens from `start` on) or `greedy`
-(tokens that the model writes after a prompt).
+A new kind is a section in config/tasks.py (its YAML fields), one file here and one line in `KINDS`. A kind turns rows
+into `Encoded` sequences and the scores of sequences into outcomes. Its *scorer* (evaluation/scorers.py) runs the
+model: `head` (class of a sequence), `likelihood` (NLL of the tokens from `start` on), `choices` (NLL per choice) or
+`greedy` (generated tokens).
 """
 
 from __future__ import annotations
@@ -30,5 +30,5 @@ KINDS: dict[str, Kind] = {
 
 
 def kind_of(source: Source) -> Kind:
-    """The behaviour of a task or a retention corpus."""
+    """The kind of a task or retention corpus."""
     return KINDS[getattr(source, "head", None) or getattr(source, "kind", "retention")]

@@ -1,4 +1,4 @@
-"""The interface of a kind of task, and the data that passes between kinds and scorers."""
+"""Interface of a kind of task, and the data exchanged between kinds and scorers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, order=True)
 class Scored:
-    """What a scorer says of one sequence.
+    """Result of a scorer for one sequence.
 
     Attributes:
-        example, choice: of the sequence (a classifier head: its prediction in place of the choice).
-        nll: summed over the counted tokens, in nats.
-        tokens: how many were counted.
-        output: token ids that the model wrote (greedy).
-        losses: NLL of every class (a classifier head).
+        example, choice: of the sequence; for a classifier head, choice is the predicted class.
+        nll: sum over the scored tokens, in nats.
+        tokens: number of scored tokens.
+        output: generated token ids (greedy).
+        losses: NLL of every class (classifier head).
     """
 
     example: int
@@ -38,16 +38,16 @@ class Scored:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """What one score cell is computed from.
+    """Everything that a score cell is computed from.
 
     Attributes:
         kind: key in `KINDS`.
-        labels: one class index an example (empty where there are none).
-        row_numbers: the row of the split that each example is (of text in a stream: the window's number).
-        class_names: of a classification.
-        references: the right answer of each example of a generation task.
-        normalization: what a choice's likelihood is divided by.
-        max_new_tokens, stops: of greedy decoding: its limit, and the tokens that end an answer.
+        labels: class index per example (empty if there are no classes).
+        row_numbers: row of the split per example (for text in one stream: number of the window).
+        class_names: names of the classes (classification).
+        references: correct answer per example (generation).
+        normalization: what the log-likelihood of a choice is divided by.
+        max_new_tokens, stops: longest answer of greedy decoding, and the tokens that end one.
     """
 
     name: str
@@ -67,7 +67,7 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class Summary:
-    """The figures of one cell: `value` is what the metric says; `extras` are other metrics of the same outcomes."""
+    """Numbers of one score cell: `value` is the task's metric, `extras` are other metrics of the same outcomes."""
 
     value: float
     nll: float | None = None
@@ -76,11 +76,11 @@ class Summary:
 
 
 class Kind:
-    """One kind of task; subclasses override what they need. Stateless: the task comes as an argument.
+    """One kind of task; subclasses override what they need. Stateless: the task is an argument.
 
     Attributes:
         name: key in `KINDS`.
-        scorer: how a model is run: head | likelihood | choices | greedy.
+        scorer: how the model is run: head, likelihood, choices or greedy.
     """
 
     name: ClassVar[str]
@@ -89,45 +89,46 @@ class Kind:
     # -- rows
 
     def inputs(self, task) -> list[str]:
-        """Columns that a model sees."""
+        """Columns that the model sees."""
         raise NotImplementedError
 
     def answers(self, task) -> list[str]:
-        """Columns that hold what the model should say."""
+        """Columns with the expected answer."""
         return []
 
     def columns(self, task) -> list[str]:
+        """Input and answer columns, each once."""
         return list(dict.fromkeys([*self.inputs(task), *self.answers(task)]))
 
     def input_problems(self, task, row: Row) -> Iterator[str]:
-        """What is wrong with the inputs of one row, each as `'column' is …; remedy`."""
+        """Problems of the inputs of one row, each as `'column' is …; remedy`."""
         for column in self.inputs(task):
             yield from text_problems(column, row[column])
 
     def row_problems(self, task, row: Row) -> Iterator[str]:
-        """What is wrong with one row of train or test, its class apart."""
+        """Problems of one row of train or test, apart from its class."""
         return self.input_problems(task, row)
 
     def task_problems(self, task, encoder: Encoder | None) -> Iterator[str]:
-        """What is wrong with the task itself, given its data (and tokenizer, where there is one)."""
+        """Problems of the task itself, given its data and, if available, its tokenizer."""
         yield from ()
 
     def classes(self, task) -> tuple[str, ...]:
-        """Names of the classes of a classification."""
+        """Names of the classes; empty if the kind has none."""
         return ()
 
     def reader(self, task) -> Callable[[Row], int | None]:
-        """A function that gives the class index of a row; None where it is unknown, or the kind has no classes."""
+        """A function from a row to its class index; None if unknown, or if the kind has no classes."""
         return lambda row: None
 
     def text(self, task, row: Row) -> str:
-        """A row's input as one text: what identifies it when splits are compared, and tells whether it is empty."""
+        """The input of a row as one text, to compare splits and to find empty rows."""
         return "\n".join(str(row[column]) for column in self.inputs(task))
 
     # -- sequences
 
     def train(self, task, rows: Iterable[Mapping[str, list]], encoder: Encoder) -> Iterator[Encoded]:
-        """Sequences to learn: loss from `start` on, or class `choice` for a classifier head.
+        """Training sequences: loss from `start` on, or class `choice` for a classifier head.
 
         Args:
             rows: batches of rows as columns.
@@ -135,37 +136,38 @@ class Kind:
         raise NotImplementedError
 
     def items(self, task, rows: Iterable[Mapping[str, list]], encoder: Encoder) -> Iterator[Encoded]:
-        """Sequences to score, from the inputs only: the same for an evaluation and for `predict`."""
+        """Sequences to score, made from the inputs alone: the same in an evaluation and in `predict`."""
         raise NotImplementedError
 
     def targets(self, task, rows: datasets.Dataset, encoder: Encoder) -> dict[str, Any]:
-        """Fields of `EvaluationSet` that say what is right."""
+        """Fields of `EvaluationSet` with the expected answers."""
         return {}
 
     def settings(self, task, encoder: Encoder) -> dict[str, Any]:
-        """Fields of `EvaluationSet` that scoring needs beside its sequences."""
+        """Fields of `EvaluationSet` that scoring needs besides the sequences."""
         return {}
 
     # -- scores
 
     def predictions(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> list[dict]:
-        """What the model says of each example, in their order, without knowing what is right."""
+        """The answer of the model per example, in order; needs no expected answers."""
         raise NotImplementedError
 
     def outcomes(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> list[dict]:
-        """`predictions` against what is right: `{"id", …, "correct" | "score" | "nll"}` an example."""
+        """`predictions` compared with the expected answers: `{"id", …, "correct" | "score" | "nll"}` per example."""
         raise NotImplementedError
 
     def loss(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> float | None:
-        """Mean cross-entropy of the right class, in nats; None where there are no classes. It moves before they do."""
+        """Mean cross-entropy of the correct class in nats, which is finer than the score; None without classes."""
         return None
 
     def summary(self, evaluation: EvaluationSet, outcomes: Sequence[dict]) -> Summary:
+        """The numbers of a score cell from its outcomes."""
         raise NotImplementedError
 
 
 def text_problems(column: str, value: Any, empty: bool = True) -> Iterator[str]:
-    """Why a value is no usable text."""
+    """Why a value is not usable as text."""
     if value is None:
         yield f"'{column}' is missing; fill it or drop the row"
     elif isinstance(value, float) and math.isnan(value):
@@ -175,17 +177,17 @@ def text_problems(column: str, value: Any, empty: bool = True) -> Iterator[str]:
     elif empty and not value.strip():
         yield f"'{column}' is empty text; fill it or drop the row"
     elif any("\ud800" <= character <= "\udfff" for character in value):
-        yield f"'{column}' holds half of a surrogate pair, which is no character; mend the text"
+        yield f"'{column}' contains a lone surrogate, which is no character; correct the text"
 
 
 def template_problems(template: str, row: Row) -> Iterator[str]:
-    """Why a template cannot be filled from a row. Numbers may stand in a template, missing values may not."""
+    """Why a template cannot be filled from a row. Numbers are allowed, missing values are not."""
     fields = template_fields(template)
     for column in fields:
         value = row[column]
         if isinstance(value, bool | int) or (isinstance(value, float) and not math.isnan(value)):
             continue
-        # a template of several fields may have an empty one
+        # one of several fields may be empty
         yield from text_problems(column, value, empty=len(fields) == 1)
 
 
@@ -195,7 +197,7 @@ def short(value: Any) -> str:
 
 
 def rows_of(batch: Mapping[str, list]) -> Iterator[dict]:
-    """A batch of columns as rows."""
+    """The rows of a batch of columns."""
     names = list(batch)
     for values in zip(*batch.values(), strict=True):
         yield dict(zip(names, values, strict=True))

@@ -1,4 +1,4 @@
-"""pipelines.data.kinds.choosing."""
+"""Scoring a set of alternative answers to a prompt, shared by verbalizer and multiple choice."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pipelines.data.kinds.base import EvaluationSet, Scored, rows_of, short
 
 
 def prompted(template: str, rows: Iterable[Mapping[str, list]], encoder: Encoder) -> Iterator[tuple[list[int], dict]]:
-    """(uncut prompt tokens, row) of every row."""
+    """(prompt tokens, not truncated; row) of every row."""
     for batch in rows:
         unpacked = list(rows_of(batch))
         yield from zip(encoder.prompts([fill(template, row) for row in unpacked]), unpacked, strict=True)
 
 
 def continued(number: int, prompt: list[int], answer: Sequence[int], encoder: Encoder, choice: int = -1) -> Encoded:
-    """Prompt and answer in `max_length` tokens; the answer stays whole."""
+    """Prompt and answer in `max_length` tokens; only the prompt is truncated."""
     kept = encoder.cut(prompt, encoder.max_length - len(answer))
     return Encoded(number, [*kept, *answer], start=len(kept), choice=choice)
 
 
 def alternatives(number: int, prompt: list[int], answers: Sequence[Sequence[int]], encoder: Encoder):
-    """One sequence an answer, all after the same cut prompt."""
+    """One sequence per answer, all with the same truncated prompt."""
     kept = encoder.cut(prompt, encoder.max_length - max(map(len, answers)))
     for choice, answer in enumerate(answers):
         yield Encoded(number, [*kept, *answer], start=len(kept), choice=choice)
 
 
 def likeliest(scored: Sequence[Scored], divisor: Callable[[Scored], float] = lambda entry: 1.0) -> list[int]:
-    """The choice of the smallest NLL (divided) of each example, the first of equals."""
+    """Per example, the choice with the smallest NLL / divisor; the first one of a tie."""
     best: dict[int, tuple[float, int]] = {}
     for entry in scored:
         found = (entry.nll / divisor(entry), entry.choice)
@@ -39,7 +39,7 @@ def likeliest(scored: Sequence[Scored], divisor: Callable[[Scored], float] = lam
 
 
 def loss_among_choices(evaluation: EvaluationSet, scored: Sequence[Scored]) -> float:
-    """Mean −log p(right), where p is the likelihood of a choice's text, made to add up to 1 over the choices."""
+    """Mean −log p(correct choice), with the likelihoods of an example's choices normalised to a sum of 1."""
     choices: dict[int, dict[int, float]] = {}
     for entry in scored:
         choices.setdefault(entry.example, {})[entry.choice] = entry.nll
@@ -51,7 +51,7 @@ def loss_among_choices(evaluation: EvaluationSet, scored: Sequence[Scored]) -> f
 
 
 def compared(evaluation: EvaluationSet, predicted: Sequence[int]) -> list[dict]:
-    """Outcomes of one predicted class an example."""
+    """Outcomes of one predicted class per example."""
     return [
         {"id": number, "label": label, "prediction": prediction, "correct": prediction == label}
         for number, label, prediction in zip(evaluation.row_numbers, evaluation.labels, predicted, strict=True)
@@ -59,10 +59,10 @@ def compared(evaluation: EvaluationSet, predicted: Sequence[int]) -> list[dict]:
 
 
 def answer_problems(encoder: Encoder, prompt: str, texts: Sequence[str]) -> Iterator[str]:
-    """Answers that have no tokens, or leave no room for the prompt."""
+    """Problems of answers that have no tokens or leave no room for the prompt."""
     for text, ids in zip(texts, encoder.answers(prompt, texts), strict=True):
         if not ids or not text.strip():
-            yield f"the answer {text!r} has no tokens; give it a text"
+            yield f"the answer {text!r} has no tokens; give it text"
         elif len(ids) >= encoder.max_length:
             yield (
                 f"the answer {short(text)} has {len(ids)} tokens, training.max_length is {encoder.max_length}: "

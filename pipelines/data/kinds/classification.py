@@ -1,4 +1,4 @@
-"""Classification, by a linear head on the last token or by the likeliest label text after a prompt.
+"""Classification by a linear head on the last token, or by the likeliest label text after a prompt.
 
 A row looks like `{"sentence": "a charming journey", "label": 1}`.
 """
@@ -43,16 +43,17 @@ class LabelSet:
         return len(self.names)
 
     def of(self, value: Any) -> int | None:
-        """Class index of a raw value, None if it is not in the set."""
+        """Class index of a raw value; None if it is not in the set."""
         return self.index.get(value) if isinstance(value, str | int | float) else None
 
 
 def label_set(task: ClassificationTask) -> LabelSet:
-    """The classes of a task: `labels:` in the configuration, else labels.json beside the data, the hub's class
-    names, or the values that occur in train. A number may also be written as text, as in a CSV file.
+    """Classes of a task: `labels:`, else labels.json beside the data, the hub's class names, or the labels in train.
+
+    A number may also be written as text, as in a CSV file.
 
     Raises:
-        DataError: labels.json is no list of texts.
+        DataError: labels.json is not a list of names.
     """
     if isinstance(task.labels, dict):
         return LabelSet(tuple(task.labels.values()), _spellings(task.labels))
@@ -64,7 +65,7 @@ def label_set(task: ClassificationTask) -> LabelSet:
 
 
 def _spellings(values: Iterable) -> dict[Any, int]:
-    """value → position; a whole number counts written as a number and as text."""
+    """value → position, with integers both as number and as text."""
     index: dict[Any, int] = {}
     for position, value in enumerate(values):
         if isinstance(value, int) and not isinstance(value, bool):
@@ -79,13 +80,13 @@ def _labels_file(data: str) -> list[str] | None:
     content = read_sibling(data, "labels.json")
     if content is None:
         return None
-    place = f"{data.rstrip('/')}/labels.json"
+    file = f"{data.rstrip('/')}/labels.json"
     try:
         names = json.loads(content)
     except ValueError as error:
-        raise DataError([Problem(place, f"not valid JSON ({error}); expected a list of class names")]) from error
+        raise DataError([Problem(file, f"not valid JSON ({error}); expected a list of class names")]) from error
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise DataError([Problem(place, f"expected a list of class names, found {short(names)}")])
+        raise DataError([Problem(file, f"expected a list of class names, found {short(names)}")])
     return names
 
 
@@ -94,7 +95,7 @@ def _feature_names(task: ClassificationTask) -> list[str] | None:
 
 
 def _occurring(task: ClassificationTask) -> list:
-    """The values of the label column in train, sorted; numbers by value, also where they are written as text."""
+    """The sorted values of the label column in train; numbers by value, even if written as text."""
     values = {
         row[task.label] for row in records(load_split(task, "train"), [task.label]) if _is_label(row[task.label])
     }
@@ -108,7 +109,7 @@ def _is_label(value: Any) -> bool:
 
 
 class _Classification(Kind):
-    """What both heads have in common: labels, and outcomes from one predicted class an example."""
+    """Common to both heads: labels, and outcomes from one predicted class per example."""
 
     def answers(self, task: ClassificationTask) -> list[str]:
         return [task.label]
@@ -175,7 +176,7 @@ class Classifier(_Classification):
 
 
 class Verbalizer(_Classification):
-    """The label whose text is the likeliest after the prompt."""
+    """The label whose text is the likeliest continuation of the prompt."""
 
     name = "verbalizer"
     scorer = "choices"
@@ -189,7 +190,7 @@ class Verbalizer(_Classification):
     def task_problems(self, task: ClassificationTask, encoder: Encoder | None) -> Iterator[str]:
         names = label_set(task).names
         if task.verbalizer and len(task.verbalizer) != len(names):
-            yield f"verbalizer has {len(task.verbalizer)} texts for {len(names)} labels; give one each"
+            yield f"verbalizer has {len(task.verbalizer)} texts for {len(names)} labels; give one text per label"
         elif encoder is not None:
             yield from answer_problems(encoder, task.prompt, task.verbalizer or names)
 
@@ -213,6 +214,6 @@ class Verbalizer(_Classification):
         return loss_among_choices(evaluation, scored)
 
 
-# -- parts that multiple choice shares
 def joined(batch: Mapping[str, list], fields: Sequence[str]) -> list[str]:
+    """The text fields of each row, joined by newlines."""
     return ["\n".join(parts) for parts in zip(*(batch[field] for field in fields), strict=True)]

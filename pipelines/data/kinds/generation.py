@@ -1,8 +1,8 @@
-"""Generation: what the model writes after a prompt, against a reference. Loss on the completion only.
+"""Generation: an answer written after a prompt, compared with a reference. The loss is on the answer alone.
 
 A row looks like `{"question": "…", "answer": "…"}` for the templates `prompt` and `completion`, or like
-`{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}`, put into words by the
-tokenizer's chat template; the last message is the completion.
+`{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}`, rendered by the tokenizer's
+chat template; the last message is the answer.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Generation(Kind):
 
 
 def _example(number: int, prompt: list[int], answer: list[int], encoder: Encoder) -> Encoded:
-    """Prompt and completion in `max_length` tokens; where both are long each keeps about half of them."""
+    """Prompt and answer in `max_length` tokens; if both are long, each keeps about half."""
     half = encoder.max_length // 2
     answer = answer[: max(half, encoder.max_length - len(prompt))]
     kept = encoder.cut(prompt, encoder.max_length - len(answer))
@@ -151,7 +151,7 @@ def _written(evaluation: EvaluationSet, entry: Scored) -> str:
 
 
 def _asked(messages: Sequence[Mapping]) -> list[dict]:
-    """The messages before the answer; a chat that ends with a question is asked as it is."""
+    """The messages before the answer; all of them if the last one is not by the assistant."""
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     return [dict(message) for message in asked]
 
@@ -161,24 +161,24 @@ def _chat(encoder: Encoder, messages: list[dict], ask: bool) -> str:
 
 
 def _chat_answer(encoder: Encoder, messages: Sequence[Mapping]) -> str:
-    """The last message as the template writes it, with what ends a turn."""
+    """The last message as rendered by the template, including the end of the turn."""
     prompt = _chat(encoder, _asked(messages), True)
     whole = _chat(encoder, [dict(message) for message in messages], False)
     if whole.startswith(prompt):
         return whole[len(prompt) :]
-    # a template that rewrites earlier turns: the words themselves, and the tokenizer's own end
+    # the template rewrites earlier turns: use the text itself and the tokenizer's eos
     return messages[-1]["content"] + (encoder.tokenizer.eos_token or "")
 
 
 def message_problems(column: str, value: Any) -> Iterator[str]:
-    """Why a value is no chat."""
+    """Why a value is not a chat."""
     if not isinstance(value, list) or not value:
         yield f"'{column}' is {short(value)}, expected a list of {{role, content}}; write it as a list"
         return
     for position, message in enumerate(value, 1):
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, str):
-            yield f"'{column}', message {position} is {short(message)}, expected {{role, content}} with a text"
+            yield f"'{column}', message {position} is {short(message)}, expected {{role, content}} with text"
         elif message.get("role") not in ROLES:
             found = short(message.get("role"))
             yield f"'{column}', message {position} has the role {found}, use one of: {', '.join(ROLES)}"
@@ -187,7 +187,7 @@ def message_problems(column: str, value: Any) -> Iterator[str]:
 
 
 def answer_problems(column: str, value: Sequence[Mapping]) -> Iterator[str]:
-    """Why a chat has no answer to learn."""
+    """Why a chat has no answer to train on."""
     if len(value) < 2 or value[-1]["role"] != "assistant":
         yield (
             f"'{column}' ends with message {len(value)} of the role '{value[-1]['role']}', expected at least two that "

@@ -1,6 +1,6 @@
-"""Language modelling: raw text of a domain as a task, or as a retention corpus that no task trains on.
+"""Language modelling: text of a domain as a task, or as a retention corpus that is never trained on.
 
-A row looks like `{"text": "…"}`, one document. Scores are nats a token; lower is better.
+A row is one document, e.g. `{"text": "…"}`. Scores are nats per token; lower is better.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Batches = Iterable[Mapping[str, list]]
 
 
 class _Text(Kind):
-    """What text has in common, whatever its windows: outcomes of summed NLL."""
+    """Common to all text: outcomes from the summed NLL of windows."""
 
     def inputs(self, task: LanguageModelingTask | RetentionCorpus) -> list[str]:
         return [task.text]
 
     def input_problems(self, task, row: Row) -> Iterator[str]:
-        # an empty document costs nothing and means nothing: WikiText is full of them
+        # empty documents are harmless, and WikiText is full of them
         return text_problems(task.text, row[task.text], empty=False)
 
     def predictions(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> list[dict]:
@@ -47,7 +47,7 @@ class _Text(Kind):
 
 
 def _sums(scored: Sequence[Scored]) -> dict[int, tuple[float, int]]:
-    """example → (summed NLL, tokens) over its windows, in order of example."""
+    """example → (sum of NLL, tokens) over its windows, in order of examples."""
     parts: dict[int, list[Scored]] = {}
     for entry in sorted(scored):
         parts.setdefault(entry.example, []).append(entry)
@@ -58,7 +58,7 @@ def _sums(scored: Sequence[Scored]) -> dict[int, tuple[float, int]]:
 
 
 class LanguageModeling(_Text):
-    """Training packs documents into full blocks; evaluation slides windows over each document, or over all as one."""
+    """Text of a domain. Training packs documents into full blocks; evaluation uses sliding windows."""
 
     name = "language-modeling"
 
@@ -78,7 +78,7 @@ class LanguageModeling(_Text):
 
 
 class Retention(_Text):
-    """A corpus as one stream in windows of the model's context."""
+    """A corpus as one stream, in windows of the model's context."""
 
     name = "retention"
 
@@ -88,7 +88,7 @@ class Retention(_Text):
 
 
 def _documents(task: LanguageModelingTask, rows: Batches, encoder: Encoder) -> Iterator[list[int]]:
-    """Each document's tokens with an end token; of an empty one only that."""
+    """Tokens of each document, followed by an end token."""
     for batch in rows:
         for ids in encoder.documents(batch[task.text]):
             yield [*ids, encoder.end]

@@ -1,6 +1,6 @@
 """Multiple choice: the likeliest of several continuations of a prompt.
 
-A row looks like `{"question": "…", "endings": ["…", "…"], "label": 0}`, or has a column for each choice.
+A row looks like `{"question": "…", "endings": ["…", "…"], "label": 0}`, or has one column per choice.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 
 def choices_of(task: MultipleChoiceTask, row: Row) -> list[str]:
-    """The texts to choose from."""
+    """The texts of a row's choices."""
     if isinstance(task.choices, str):
         return list(row[task.choices])
     return [fill(template, row) for template in task.choices]
 
 
 def right_choice(value: Any, choices: Sequence[str]) -> int | None:
-    """Index of the right choice, by its text, its index from 0, or its letter (A, B, …); None if it is none."""
+    """Index of the correct choice, given by text, index from 0, or letter (A, B, …); None for anything else."""
     if value in choices:
         return choices.index(value)
     if isinstance(value, str) and value.strip().isdecimal():
@@ -129,7 +129,7 @@ class MultipleChoice(Kind):
 
 
 def _texts(evaluation: EvaluationSet) -> dict[tuple[int, int], str]:
-    """The text of every choice, by (example, choice)."""
+    """(example, choice) → text of the choice."""
     return {
         (item.example, item.choice): evaluation.tokenizer.decode(item.input_ids[item.start :]).strip()
         for item in evaluation.items
