@@ -168,7 +168,7 @@ def test_every_option_says_what_it_means():
 
 
 def test_the_readme_lists_the_options_as_the_code_declares_them():
-    readme = Path(curlora.__file__).with_name("README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).resolve().parents[2] / "curlora" / "README.md").read_text(encoding="utf-8")
     assert options_table() in readme, "run: python -c 'from curlora.continual import *; print(options_table())'"
 
 
