@@ -45,7 +45,7 @@ def stopped(bench, changes):
     os.kill(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "run the same command to go on" in err
+    assert "run the same command to continue" in err
     wait_for(lambda: all_gone(started), seconds=10)  # no stray processes
     assert json.loads((bench.directory("stopped") / "results.json").read_text())["status"] == "stopped"
     assert not (bench.directory("stopped") / "stop.json").exists()
