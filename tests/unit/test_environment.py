@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.runs import environment
 
-ROOT = Path(environment.__file__).resolve().parents[1]
+ROOT = Path(environment.__file__).resolve().parents[2]
 
 
 def test_versions_hardware_and_stage_are_there():
