@@ -1,7 +1,7 @@
 r"""Where the fixed cost of a chain goes: seconds from the command to the first optimizer step, by process, and the
 seconds of each step that are neither training nor evaluation.
 
-Three short text tasks in one segment. Run by hand, on an idle machine:
+Four short text tasks in one segment. Run by hand, on an idle machine:
 
     python tests/benchmarks/startup.py --model ../shared/models/tiny-llama \
         --data ../shared/data/domain_biomed_pubmedqa
