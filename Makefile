@@ -11,7 +11,7 @@ PIP_FLAGS ?=
 GPU_FLAGS ?=
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-READY := $(VENV)/.ready
+READY := $(VENV)/.ready$(if $(WHEEL),-wheel)
 
 # tests run in a folder that holds nothing else: they import what is installed, not what lies beside them
 ALONE := build/alone
@@ -27,6 +27,7 @@ $(READY): requirements.lock pyproject.toml
 	$(PIP) install --quiet $(PIP_FLAGS) -r requirements.lock
 	$(if $(WHEEL),$(build_wheel))
 	$(PIP) install --quiet --no-deps --no-build-isolation $(if $(WHEEL),--force-reinstall dist/curlora-*.whl,-e .)
+	rm -f $(VENV)/.ready*
 	touch $(READY)
 
 # from nothing: setuptools would pack what an earlier build left behind

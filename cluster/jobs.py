@@ -30,8 +30,8 @@ from pipelines.runs.identity import fingerprint
 CODE = Path(__file__).resolve().parents[1]
 
 EXCLUDES = [
-    *(".git/", ".venv/", "tests/", "docs/", "build/", "dist/", "*.egg-info/", "__pycache__/", ".*_cache/"),
-    *("runs/", "mlruns/", "mlflow.db*", "*.safetensors", "*.ipynb"),
+    *(".git/", ".venv/", "/tests/", "docs/", "/build/", "/dist/", "*.egg-info/", "__pycache__/", ".*_cache/"),
+    *("/runs/", "/mlruns/", "mlflow.db*", "*.safetensors", "*.ipynb"),
 ]
 
 STOP_SECONDS = 60  # granted to a driver after a stop request, in which its workers write a checkpoint

@@ -1,7 +1,9 @@
 """What a job would not find again is named before anything is sent; doctor warns of open clusters and lonely disks."""
 
 import http.server
+import shutil
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from pipelines.errors import ConfigError
 from pipelines.preflight import portability
 from pipelines.preflight.machine import _jobs_api, examine
 from tests.conftest import minimal
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -139,3 +143,24 @@ def test_doctor_warns_of_storage_that_is_not_shared(raw, tmp_path, monkeypatch):
     assert cluster["storage"].level == "warning"
     assert "a local disk of this machine" in cluster["storage"].text
     assert cluster["jobs API"].level == "error"
+
+
+def test_a_job_carries_every_module_of_the_checkout(tmp_path):
+    """Packed by Ray's own packager: a folder that is excluded anywhere, such as runs/, must not be one of ours."""
+    from ray._private.runtime_env.packaging import create_package
+
+    names = ("pyproject.toml", "curlora", "pipelines", "cluster")
+    for name in names:
+        (tmp_path / "checkout").mkdir(exist_ok=True)
+        source = REPOSITORY / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, tmp_path / "checkout" / name)
+    for left in ("runs/demo/results.json", "mlruns/0/meta.yaml", "build/lib/pipelines/old.py"):
+        (tmp_path / "checkout" / left).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "checkout" / left).touch()
+    create_package(str(tmp_path / "checkout"), tmp_path / "job.zip", include_gitignore=True, excludes=jobs.EXCLUDES)
+    with zipfile.ZipFile(tmp_path / "job.zip") as packed:
+        held = {name for name in packed.namelist() if not name.endswith("/")}
+    modules = {str(f.relative_to(REPOSITORY)) for name in names[1:] for f in (REPOSITORY / name).rglob("*.py")}
+    assert modules <= held
+    assert not [name for name in held if name.startswith(("runs/", "mlruns/", "build/"))]
