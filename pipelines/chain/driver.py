@@ -63,7 +63,7 @@ class Drive:
         self.on_event(event)
         if event.kind == "published":
             _save_results(self.run, self.config, self.plan, "running")
-            self.projector.poke()
+            self.projector.notify()
 
 
 def run_chain(
@@ -275,7 +275,7 @@ def _search(drive: Drive) -> None:
 
     def on_event(event: Event) -> None:
         drive.on_event(event)
-        drive.projector.poke()
+        drive.projector.notify()
 
     run_search.search(target, run, parent, plan.base_directory, drive.lease, drive.groups, on_event)
     drive.plan = make_plan(drive.config, run, step_search.settings_found(run))

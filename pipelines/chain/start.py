@@ -86,7 +86,7 @@ def _read(config: PipelineConfig, run_uri: str, step: str) -> Start:
         raise _fault(error.problems[0].message) from error
     metrics, base = run.metrics(directory), run.config().base_model
     if metrics.position == 0:
-        raise _fault(f"'{config.start_from}' is the base model of that run; name a step that was trained")
+        raise _fault(f"'{config.start_from}' is what that run started from; name a step that it trained")
     return Start(
         named=config.start_from,
         run_uri=run_uri,

@@ -22,9 +22,9 @@ from pipelines.runs.step_record import StepRecord
 
 PREFIX = "curlora."
 
-METRICS_A_BATCH = 1000
+METRICS_PER_BATCH = 1000
 
-PARAMS_A_BATCH = 100
+PARAMS_PER_BATCH = 100
 
 PARAM_LENGTH = 500  # what every MLflow server accepts; the whole text is in config.yaml
 
@@ -48,17 +48,17 @@ class Target:
 
 def search_runs(client, experiments: Sequence[str], tags: Mapping[str, str]) -> list:
     """Every run of these experiments with these tags, whatever the number of pages."""
-    where = where_tags(tags)
+    condition = tag_filter(tags)
     runs, token = [], None
     while True:
-        page = client.search_runs(list(experiments), where, max_results=1000, page_token=token)
+        page = client.search_runs(list(experiments), condition, max_results=1000, page_token=token)
         runs.extend(page)
         token = page.token
         if not token:
             return runs
 
 
-def where_tags(tags: Mapping[str, str]) -> str:
+def tag_filter(tags: Mapping[str, str]) -> str:
     """MLflow's filter for all of these tags."""
     escaped = {key: value.replace("\\", "\\\\").replace("'", "\\'") for key, value in tags.items()}
     return " and ".join(f"tags.`{key}` = '{value}'" for key, value in escaped.items())
@@ -103,7 +103,7 @@ def send_metrics(
         for key, value, moment, step in points
         if (number := finite(value)) is not None
     ]
-    for batch in _batches(metrics, METRICS_A_BATCH):
+    for batch in _batches(metrics, METRICS_PER_BATCH):
         to.client.log_batch(run_id, metrics=batch)
 
 
@@ -139,7 +139,7 @@ def send_params(to: Target, run, wanted: Mapping[str, str]) -> None:
 
     stored = run.data.params
     missing = [Param(key, value) for key, value in wanted.items() if key not in stored]
-    for batch in _batches(missing, PARAMS_A_BATCH):
+    for batch in _batches(missing, PARAMS_PER_BATCH):
         to.client.log_batch(run.info.run_id, params=batch)
     changed = {key: value for key, value in wanted.items() if stored.get(key, value) != value}
     set_tags(to, run, {f"{PREFIX}changed.{key}"[:250]: value for key, value in changed.items()})
@@ -149,7 +149,7 @@ def set_tags(to: Target, run, wanted: Mapping[str, str]) -> None:
     from mlflow.entities import RunTag  # slow
 
     tags = [RunTag(key, value) for key, value in wanted.items() if run.data.tags.get(key) != value]
-    for batch in _batches(tags, PARAMS_A_BATCH):
+    for batch in _batches(tags, PARAMS_PER_BATCH):
         to.client.log_batch(run.info.run_id, tags=batch)
 
 
@@ -165,7 +165,7 @@ def send_inputs(to: Target, run_id: str, metrics: StepRecord) -> None:
     keys = {(run_id, item.dataset.name, item.dataset.digest): item for item in inputs}
     missing = [item for key, item in keys.items() if key not in to.inputs]
     to.inputs.update(keys)
-    for batch in _batches(missing, PARAMS_A_BATCH):
+    for batch in _batches(missing, PARAMS_PER_BATCH):
         _log_inputs(to, run_id, batch)
 
 

@@ -116,12 +116,12 @@ class Projection:
         with errors(self.uri, f"nothing is lost; send it later with: curlora sync {self.run.uri}"), quiet():
             steps, client = current_steps(self.run, chain), connect(self.uri)
             known, self._known = self._known, None  # should this not come to its end
-            known = self._now(known, client, steps) or self._look(client, steps)
+            known = self._refreshed(known, client, steps) or self._load(client, steps)
             ids = _send(known, steps)
             self._known, self._last = known, steps[-1][1].fingerprint if steps else None
             return ids
 
-    def _now(self, known: _Known | None, client, steps: Steps) -> _Known | None:
+    def _refreshed(self, known: _Known | None, client, steps: Steps) -> _Known | None:
         """With the parent run as it is now; None if the run was deleted or these steps are another chain's.
 
         A step's fingerprint contains its parent's: where the last one is, all before it are.
@@ -131,7 +131,7 @@ class Projection:
         parent = client.get_run(known.parent_id)
         return replace(known, parent=parent) if parent.info.lifecycle_stage == "active" else None
 
-    def _look(self, client, steps: Steps) -> _Known:
+    def _load(self, client, steps: Steps) -> _Known:
         from pipelines.lineage.logged_models import LoggedModels  # imports numpy, which most commands never need
 
         to = Target(client, _experiment(client, self.uri, self.experiment), self.run, self.run.config())

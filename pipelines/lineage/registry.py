@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.lineage.ancestry import Ancestry, Link
-from pipelines.lineage.mlflow_records import PREFIX, TAG_LENGTH, where_tags
+from pipelines.lineage.mlflow_records import PREFIX, TAG_LENGTH, tag_filter
 from pipelines.lineage.projection import gate_tags
 from pipelines.lineage.store import connect, errors, quiet
 from pipelines.runs.verdict import Verdict
@@ -95,7 +95,7 @@ def by_alias(uri: str, name: str, alias: str) -> Version | None:
     Raises:
         LineageError: MLflow is away or refuses.
     """
-    return _asked(uri, lambda client: client.get_model_version_by_alias(name, alias))
+    return _version_or_none(uri, lambda client: client.get_model_version_by_alias(name, alias))
 
 
 def by_number(uri: str, name: str, number: int) -> Version | None:
@@ -104,15 +104,15 @@ def by_number(uri: str, name: str, number: int) -> Version | None:
     Raises:
         LineageError: MLflow is away or refuses.
     """
-    return _asked(uri, lambda client: client.get_model_version(name, str(number)))
+    return _version_or_none(uri, lambda client: client.get_model_version(name, str(number)))
 
 
-def _asked(uri: str, question) -> Version | None:
+def _version_or_none(uri: str, request) -> Version | None:
     from mlflow.exceptions import MlflowException  # slow
 
     with errors(uri, REMEDY), quiet():
         try:
-            return Version.from_mlflow(question(connect(uri)))
+            return Version.from_mlflow(request(connect(uri)))
         except MlflowException as error:
             # a missing alias is "invalid", a missing model or version "does not exist"
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
@@ -132,7 +132,7 @@ def of_step(uri: str, name: str, run_uri: str, step_fingerprint: str) -> Version
 
 def _of_step(client, name: str, run_uri: str, step_fingerprint: str) -> Version | None:
     # a run's path may hold what MLflow's filter cannot, so it is compared here
-    tag = where_tags({PREFIX + "step_fingerprint": step_fingerprint})
+    tag = tag_filter({PREFIX + "step_fingerprint": step_fingerprint})
     found = client.search_model_versions(f"name = '{name}' and {tag}")
     versions = [Version.from_mlflow(version) for version in found]
     return max((v for v in versions if v.run_uri == run_uri), key=lambda v: v.version, default=None)
