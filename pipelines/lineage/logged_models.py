@@ -183,7 +183,7 @@ class LoggedModels:
             self.client.log_inputs(run_id, models=[LoggedModelInput(parent.model_id)])
 
     def link_chain(self, chain) -> None:
-        """All models as outputs of the chain's run, given as it was before."""
+        """Link all models as outputs of the chain's run `chain`, as last read from MLflow."""
         positions = {metrics.fingerprint: metrics.position for _, metrics in self.steps}
         made = {m.model_id: positions[name] for name, m in self.found.items() if name in positions}
         self._add_outputs(chain, made)
@@ -255,8 +255,8 @@ def signature(config: PipelineConfig, default: str):
     for task in config.tasks:
         for name in kind_of(task).inputs(task):
             columns.setdefault(name, _type_of(task, name))
-    everybody = len(config.tasks)  # a column that not all tasks read may be left out
-    inputs = Schema([ColSpec(kind, name, required=readers[name] == everybody) for name, kind in columns.items()])
+    count = len(config.tasks)  # a column that not all tasks read is optional
+    inputs = Schema([ColSpec(kind, name, required=readers[name] == count) for name, kind in columns.items()])
     outputs = Schema([ColSpec(kind, name, required=False) for name, kind in _outputs(config.tasks).items()])
     return ModelSignature(inputs, outputs, ParamSchema([ParamSpec("task", "string", default)]))
 

@@ -126,7 +126,7 @@ def settle(
         `{"name", "version", "uri", "promoted", "hook_failure"}`; None if nothing is to be registered.
 
     Raises:
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     name = config.tracking.register_as if config.tracking else None
     if name is None:
@@ -153,7 +153,7 @@ def promote(
     """Make a version the champion, run the hook, leave an event in its run.
 
     Raises:
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     before = registry.set_champion(uri, version, why)
     failure = _run_hook(hook, version, hook_timeout) if hook else None
@@ -193,7 +193,7 @@ def promote_run(run: RunDirectory, force: bool = False, reason: str = "", hook: 
     Raises:
         ConfigError: the run is not finished or not registered.
         Refused: the gate is against it.
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     config, results = run.config(), run.results()
     uri, name = _registry_of(config)
@@ -219,7 +219,7 @@ def restore(run: RunDirectory, number: int, force: bool = False, reason: str = "
     Raises:
         ConfigError: there is no such version.
         Refused: it was never let pass.
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     config = run.config()
     uri, name = _registry_of(config)

@@ -74,7 +74,7 @@ def sync(run: RunDirectory, uri: str | None = None) -> tuple[dict[str, str], str
         step fingerprint (and "parent") → MLflow run id, the store, warnings.
 
     Raises:
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     config, results = run.config(), run.results()
     tracking = config.tracking
