@@ -128,7 +128,7 @@ def test_texts_become_rows_by_the_tasks_fields(trained):
         {"text": "a", "second": "b"},
         {"text": "c", "second": "d"},
     ]
-    with pytest.raises(ConfigError, match="must be given 2 times a row: text, second"):
+    with pytest.raises(ConfigError, match="must be given 2 times per row: text, second"):
         rows_of_texts(run, "head", ["a"])
     with pytest.raises(ConfigError, match="by --file"):
         rows_of_texts(run, "choose", ["a"])
