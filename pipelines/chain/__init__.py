@@ -1,1 +1,1 @@
-"""The driver of a chain: which steps and cells are missing, and running them."""
+"""The driver of a chain: plans its steps and score cells and runs those that are missing."""

@@ -1,7 +1,7 @@
-"""The driver of a chain: finds the missing steps and cells, cuts them into segments, and supervises the workers.
+"""Drives a chain: finds the missing steps and score cells, runs them in segments on the workers, and supervises them.
 
-The driver never trains. What is done is recorded in the run directory, so a second call of `run` does only what is
-missing, after a crash as well as after a change of the configuration.
+The driver never trains. All progress is in the run directory, so running a chain again does only what is missing,
+whether after a crash or after a change of the configuration.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from pipelines.workers.supervision import Supervisor
 
 @dataclass
 class Drive:
-    """State shared by the parts of one call of `run_chain`.
+    """State shared by the functions of one call of `run_chain`.
 
     Attributes:
-        groups: all worker groups; a search uses them side by side, the chain the first one.
-        supervisor: of the chain's own workers.
+        groups: all worker groups; a search uses all of them concurrently, the chain uses the first one.
+        supervisor: of the worker group that trains the chain.
     """
 
     config: PipelineConfig
@@ -63,7 +63,7 @@ class Drive:
         self.on_event(event)
         if event.kind == "published":
             _save_results(self.run, self.config, self.plan, "running")
-            self.projector.poke()
+            self.projector.notify()
 
 
 def run_chain(
@@ -75,21 +75,21 @@ def run_chain(
     redo: Sequence[str] = (),
     group: WorkerGroup | None = None,
 ) -> Results:
-    """Do what is missing of a run and return its results.
+    """Train and score everything that a run is missing and return its results.
 
     Args:
         on_event: called with every event of the run as it happens (progress bars).
-        segment_length: steps that a worker group trains before the driver plans again; None: as many as possible.
+        segment_length: steps per assignment to a worker group; None: as many as possible.
         address: Ray cluster; None: RAY_ADDRESS, else a local one.
-        redo: tasks or positions whose finished steps are to be trained again.
-        group: workers to use and to leave as they are; None: a cluster and workers for this run alone.
+        redo: tasks or positions whose finished steps are trained again.
+        group: workers to use and to keep alive afterwards; None: start a cluster and workers for this run alone.
 
     Raises:
-        ConfigError: bad input, before any training.
-        LeaseHeld: another driver works on this run.
-        RunDirectoryError: a finished step lacks files.
-        RunFailed: training stopped.
-        RunStopped: somebody asked for it.
+        ConfigError: the input is invalid; raised before any training.
+        LeaseHeld: another driver is running this chain.
+        RunDirectoryError: files of a finished step are missing.
+        RunFailed: training failed.
+        RunStopped: the user asked the run to stop.
     """
     run = RunDirectory(config.run_uri)
     with contextlib.ExitStack() as stack:
@@ -102,7 +102,7 @@ def run_chain(
         lease = stack.enter_context(acquire_lease(run))
         run.open_for_writing(config)
         record_start(run, plan.start)
-        run.remove("stop.json")  # it was meant for an earlier driver
+        run.remove("stop.json")  # a request to an earlier driver
         _forget(run, plan, redo)
         _check_files(run, plan)
         projector = Projector(run, config, [step.fingerprint for step in plan.steps])
@@ -129,10 +129,10 @@ def _train(drive: Drive, groups: list, segment_length: int | None) -> None:
 
 @contextlib.contextmanager
 def _workers(drive: Drive, group: WorkerGroup | None, verbose: bool, address: str | None):
-    """The given group; or those of this run alone, on a cluster that is left or ended with them.
+    """The given group, or groups for this run alone on a cluster that is closed with them.
 
     Raises:
-        ConfigError: the adapter does not fit the model, or the workers the cluster.
+        ConfigError: the adapter does not fit the model, or the workers do not fit the cluster.
     """
     config = drive.config
     if group:
@@ -148,7 +148,7 @@ def _workers(drive: Drive, group: WorkerGroup | None, verbose: bool, address: st
         group = WorkerGroup(config, config.run_uri, gpus_per_worker(config), verbose)
         group.start()
         try:
-            _check_fits(config)  # meanwhile the workers import what they need
+            _check_fits(config)  # while the workers import their modules
         except ConfigError:
             group.kill()
             raise
@@ -165,7 +165,7 @@ def _check_fits(config: PipelineConfig) -> None:
 
 @contextlib.contextmanager
 def _stops_cleanly(drive: Drive) -> Iterator[None]:
-    """Records an early end in results.json, and withdraws the request to stop."""
+    """Record in results.json why the run ended early, and delete the request to stop."""
     try:
         yield
     except (KeyboardInterrupt, RunStopped) as stop:
@@ -176,18 +176,18 @@ def _stops_cleanly(drive: Drive) -> Iterator[None]:
         raise
     except OSError as error:  # the driver's own writes
         _record_end(drive, "failed", error=str(error))
-        raise RunFailed(f"{error}; free or mend the storage, then run the same command again") from error
+        raise RunFailed(f"{error}; free or repair the storage, then run the same command again") from error
 
 
 def _record_end(drive: Drive, status: str, **fields: Any) -> None:
-    with contextlib.suppress(OSError):  # a full disk: what is there stays as it is
+    with contextlib.suppress(OSError):  # a full disk: keep what is already written
         drive.run.event(status, **fields)
         _save_results(drive.run, drive.config, drive.plan, status)
         drive.run.remove("stop.json")
 
 
 def _forget(run: RunDirectory, plan: Plan, redo: Sequence[str]) -> None:
-    """Delete finished steps that are to be trained again; their successors stay, as the same training gives the same.
+    """Delete finished steps to be trained again; later steps stay, as training is deterministic.
 
     Raises:
         ConfigError: there is no such step.
@@ -198,12 +198,12 @@ def _forget(run: RunDirectory, plan: Plan, redo: Sequence[str]) -> None:
             known = ", ".join(f"{s.position} ({s.label})" for s in plan.steps)
             raise ConfigError([Problem("--redo", f"no step '{name}'; the steps are {known}")])
         run.event("redo", fingerprint=step.fingerprint, task=step.label, position=step.position)
-        run.remove(f"{step.directory}/metrics.json")  # first: from here on the step is not done
+        run.remove(f"{step.directory}/metrics.json")  # first: without it the step counts as not done
         run.remove(step.directory)
 
 
 def _check_files(run: RunDirectory, plan: Plan) -> None:
-    """Raises RunDirectoryError if a finished step lacks what it published (adapter, heads, strategy state)."""
+    """Raises RunDirectoryError if published files of a finished step (adapter, heads, strategy state) are missing."""
     problems = []
     if plan.start and plan.missing_steps(run):
         for name in _damaged(plan.start.run, plan.start.directory):
@@ -219,13 +219,13 @@ def _check_files(run: RunDirectory, plan: Plan) -> None:
 
 
 def _damaged(run: RunDirectory, directory: str) -> list[str]:
-    """What of a step's files is missing or damaged; `metrics.json` where there is no finished step at all."""
+    """The files of a step that are missing or damaged; `metrics.json` if the step is not finished."""
     metrics = run.metrics(directory)
     return run.damaged_files(directory, metrics.files or {}) if metrics else ["metrics.json"]
 
 
 def _publish(run: RunDirectory, config: PipelineConfig, results: Results, projector: Projector, on_event) -> Results:
-    """Verdict, report, lineage and registry; they follow the run directory and are made anew only where it changed."""
+    """Write verdict, report, lineage and registry entry, unless the run has not changed since they were written."""
     if done := already_published(run, config, results):
         run.write_json("results.json", done)
         return done
@@ -243,7 +243,7 @@ def _save_results(run: RunDirectory, config: PipelineConfig, plan: Plan, status:
 
 
 def _run_segments(drive: Drive, segment_length: int | None) -> None:
-    """Run segment after segment; one whose workers are lost is started again as long as it makes progress."""
+    """Run segments until nothing is missing; a segment whose workers are lost is started again."""
     length = segment_length or len(drive.plan.steps)
     while True:
         missing = drive.plan.missing_steps(drive.run)
@@ -253,8 +253,8 @@ def _run_segments(drive: Drive, segment_length: int | None) -> None:
             _search(drive)
             continue
         setting = drive.plan.setting(missing[0]) if missing else None
-        alike = itertools.takewhile(lambda step, setting=setting: drive.plan.setting(step) == setting, missing)
-        steps = tuple(itertools.islice(alike, length))
+        same_setting = itertools.takewhile(lambda step, setting=setting: drive.plan.setting(step) == setting, missing)
+        steps = tuple(itertools.islice(same_setting, length))
         begun = time.time()
         try:
             _run_segment(drive, steps)
@@ -267,36 +267,36 @@ def _run_segments(drive: Drive, segment_length: int | None) -> None:
 
 
 def _search(drive: Drive) -> None:
-    """Find the setting of the first step that has none, and take over what its best trial has trained."""
+    """Search the setting of the first step that has none, and adopt the winning trial's adapter if possible."""
     plan, run = drive.plan, drive.run
     step = plan.steps[plan.undecided - 1]
-    where = step_search.search_before(drive.config, step.position, step.parent, plan.base_fingerprint)
+    target = step_search.search_of_step(drive.config, step.position, step.parent, plan.base_fingerprint)
     parent = plan.steps[step.position - 2].directory if step.position > 1 else None
 
     def on_event(event: Event) -> None:
         drive.on_event(event)
-        drive.projector.poke()
+        drive.projector.notify()
 
-    run_search.search(where, run, parent, plan.base_directory, drive.lease, drive.groups, on_event)
+    run_search.search(target, run, parent, plan.base_directory, drive.lease, drive.groups, on_event)
     drive.plan = make_plan(drive.config, run, step_search.settings_found(run))
     drive.projector.chain = [step.fingerprint for step in drive.plan.steps]
-    step_search.adopt(run, where, drive.plan.steps[step.position - 1])
+    step_search.adopt(run, target, drive.plan.steps[step.position - 1])
     drive.supervisor.ignore_errors_so_far()
 
 
 def _progress_made(drive: Drive) -> list:
-    """What of the missing steps is done, in a form to compare."""
+    """A snapshot of the steps' files; it changes whenever the workers make progress."""
     steps = drive.plan.steps
     return [(drive.run.list(step.directory), drive.run.list(step.checkpoints)) for step in steps]
 
 
 def _run_segment(drive: Drive, steps: tuple[StepPlan, ...]) -> None:
-    """Hand a segment to the workers and follow it through the run directory until it is done.
+    """Hand a segment to the workers and supervise it until it is done.
 
     Raises:
-        RunFailed: trying again cannot help, or the workers gave no sign of life for too long.
-        RunStopped: somebody asked for it.
-        GroupLost: the workers broke off for another reason.
+        RunFailed: a retry cannot help, or the workers stopped responding.
+        RunStopped: the user asked the run to stop.
+        GroupLost: the workers were lost for another reason; a retry may help.
     """
     try:
         drive.supervisor.submit(_assignment(drive, steps))
@@ -332,7 +332,7 @@ def _assignment(drive: Drive, steps: tuple[StepPlan, ...]) -> Assignment:
 
 
 def _watch(drive: Drive) -> dict:
-    """The result of the assignment that was handed out; raises RunStopped if the run is to end before."""
+    """Wait for the result of the current assignment; raises RunStopped if the run is to stop."""
     while (result := drive.supervisor.look()) is None:
         if drive.lease.lost:
             raise RunStopped("another driver has taken over this run")
@@ -342,7 +342,7 @@ def _watch(drive: Drive) -> dict:
 
 
 def _room(config: PipelineConfig) -> str:
-    """Why workers may not have started."""
+    """Explains why workers may not have started."""
     import ray  # slow; the driver has connected long before
 
     free = ", ".join(f"{v:g} {k}" for k, v in ray.available_resources().items() if k in ("CPU", "GPU"))

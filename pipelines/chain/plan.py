@@ -1,4 +1,4 @@
-"""Turns a configuration into steps and score cells, and tells which of them are missing from a run directory."""
+"""Turns a configuration into steps and score cells, and finds those that a run directory is missing."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Plan:
         base_directory: the step directory of row 0: the base, or what the chain starts from.
         cell_keys: name of a task or corpus → identity of its score (test digest, metric, how it is scored).
         needed: step directory → names of all cells of that row.
-        settings: the configuration that each step is trained under, in their order.
-        undecided: position of the first step whose setting is still to be searched; it and what follows is here as
-            the configuration stands.
-        earlier: tasks that the step it starts from has learned; scored, not trained.
+        settings: the configuration that each step is trained with, in order.
+        undecided: position of the first step whose setting has not been searched yet; that step and later ones use
+            the configuration as it is.
+        earlier: tasks learned by the step that the chain starts from; they are scored but not trained.
     """
 
     base_fingerprint: str
@@ -52,11 +52,11 @@ class Plan:
         return self.settings[step.position - 1]
 
     def learned_at(self) -> dict[str, int]:
-        """Task → row of the score matrix that is the first after its training."""
+        """Task → first row of the score matrix after its training."""
         return dict.fromkeys(self.earlier, 0) | {name: step.position for step in self.steps for name in step.tasks}
 
     def missing_cells(self, run: RunDirectory) -> dict[str, list[str]]:
-        """step directory → cells that are not there yet."""
+        """step directory → cells that have not been scored yet."""
         missing = {}
         known = {self.base_directory, *(step.directory for step in self.decided)}
         for directory, names in self.needed.items():
@@ -74,15 +74,15 @@ class Plan:
 def make_plan(
     config: PipelineConfig, run: RunDirectory | None = None, setting_of: SettingOf = lambda config, *_: config
 ) -> Plan:
-    """Steps with their fingerprints, and the cells that the metrics need.
+    """The steps with their fingerprints, and the cells that the metrics need.
 
     Args:
-        run: where the plan is to be carried out: what an alias in `start_from` meant stands there.
-        setting_of: (configuration, position, parent's fingerprint, base's) → what the step is trained under; None: a
-            search has to find it first.
+        run: run directory of the chain; it records which step an alias in `start_from` resolved to.
+        setting_of: (configuration, position, parent's fingerprint, base's fingerprint) → the configuration that the
+            step is trained with; None: a search must find it first.
 
     Raises:
-        ConfigError: `start_from` names nothing that this configuration can grow from.
+        ConfigError: this configuration cannot start from `start_from`.
     """
     base = base_fingerprint(config.base_model)
     start = find_start(config, run)
@@ -90,8 +90,8 @@ def make_plan(
     earlier = tuple(name for name in identities if start and start.knows(name, identities[name]["digest"]))
     new = [name for name in identities if name not in earlier]
     if not new:
-        why = f"{start.named} has learned all of them already" if start else "there are none"
-        raise ConfigError([Problem("tasks", f"{why}; add one")])
+        reason = f"{start.named} has learned all of them already" if start else "there are none"
+        raise ConfigError([Problem("tasks", f"{reason}; add one")])
     parent = start.fingerprint if start else base
     steps: list[StepPlan] = []
     settings: list[PipelineConfig] = []
@@ -117,10 +117,11 @@ def _cell_keys(config: PipelineConfig) -> dict[str, str]:
 def _needed(
     config: PipelineConfig, first: str, steps: Sequence[StepPlan], earlier: tuple[str, ...]
 ) -> dict[str, tuple[str, ...]]:
-    """Row 0, then each step's own task, the one that comes next, and retention; all that was learned before as often
-    as `evaluation.earlier_every` says, and after the last step.
+    """The cells to score per step directory.
 
-    A head that is untrained has no score.
+    Row 0 scores all tasks. Every step scores its own tasks, the next step's tasks and the retention corpora; every
+    `evaluation.earlier_every`-th step and the last one also score all tasks learned before. A task with an untrained
+    head is not scored.
     """
     names = [task.name for task in config.tasks]
     corpora = tuple(corpus.name for corpus in config.retention)
@@ -142,7 +143,7 @@ def has_untrained_head(config: PipelineConfig, name: str) -> bool:
 
 
 def planned(config: PipelineConfig, run: RunDirectory) -> tuple[PipelineConfig, Plan]:
-    """The configuration as its chain is trained, and the plan with every setting that a search has found so far."""
+    """The configuration that the chain is trained with, and the plan with all settings that searches have found."""
     if not config.search:
         return config, make_plan(config, run)
     config = training_view(config) if config.search.when else config

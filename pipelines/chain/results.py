@@ -1,4 +1,4 @@
-"""Builds `results.json`: the score matrix and everything that is computed from it."""
+"""Builds `results.json` from a run directory."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status:
 
 
 def _cells_of(row: StepRecord | None, keys: dict[str, str]) -> dict[str, Cell]:
-    """name → cell, of the cells that this configuration asks for."""
+    """name → cell, for the cells that belong to this configuration."""
     return {cell.name: cell for cell in (row.cells if row else ()) if keys.get(cell.name) == cell.key}
 
 
 def _extras(names: list[str], cells: list[dict[str, Cell]]) -> dict[str, list[dict[str, float] | None]]:
-    """Task → its other metrics in every row, of the tasks that have some."""
+    """Task → its secondary metrics in every row, for the tasks that have any."""
     found = {name: [row[name].extras if name in row else None for row in cells] for name in names}
     return {name: series for name, series in found.items() if any(series)}
 
@@ -75,7 +75,7 @@ def _searches(config: PipelineConfig, plan: Plan, run: RunDirectory) -> tuple[Se
 
 
 def _seconds(run: RunDirectory, rows: list[StepRecord]) -> Seconds:
-    """Where the time went; what is neither training nor evaluation is overhead (start-up, loading, saving)."""
+    """Time spent; what is neither training nor evaluation is overhead (start-up, loading, saving)."""
     train = sum(row.seconds.train for row in rows)
     evaluate = sum(row.seconds.evaluate for row in rows)
     segments = sum(event.seconds for _, event in run.events() if event.kind == "segment_finished")

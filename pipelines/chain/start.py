@@ -1,7 +1,7 @@
-"""Finds and checks the step of an earlier run that a chain continues from (`start_from`).
+"""Resolves `start_from`: the finished step of an earlier run that a chain starts from instead of the base model.
 
-`<run URI or path>/<step>` names a step by task, position, fingerprint or directory; `models:/name@alias` is asked of
-the model registry *once* for a run: an alias moves, and a resumed run must not change its parent.
+`<run URI or path>/<step>` names a step by task, position, fingerprint or directory. `models:/name@alias` is resolved
+in the model registry *once* per run: aliases move, and a resumed run must not change its parent.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pipelines.runs.start import RECORD, Start
 
 
 def find_start(config: PipelineConfig, run: RunDirectory | None = None) -> Start | None:
-    """The step that `start_from` means; None where the chain begins at the base.
+    """The step that `start_from` names; None if the chain starts from the base model.
 
     Args:
-        run: the run that is to go on: what an alias meant when it began stands there.
+        run: the run to be resumed; it records the step that `start_from` resolved to at first.
 
     Raises:
         ConfigError: no such run, step, model or alias, or it does not fit this configuration.
@@ -33,19 +33,19 @@ def find_start(config: PipelineConfig, run: RunDirectory | None = None) -> Start
     if record and record["named"] == config.start_from:
         start = Start(**record)
     else:
-        start = _read(config, *_place(config))
+        start = _read(config, *_run_and_step(config))
     problems = list(_misfits(config, start))
     if problems:
         raise ConfigError(problems)
     return start
 
 
-# -- finding it
+# -- resolution
 def _fault(message: str) -> ConfigError:
     return ConfigError([Problem("start_from", message)])
 
 
-def _place(config: PipelineConfig) -> tuple[str, str]:
+def _run_and_step(config: PipelineConfig) -> tuple[str, str]:
     """(run URI, step) of `start_from`."""
     named = config.start_from
     if named.startswith("models:/"):
@@ -86,7 +86,7 @@ def _read(config: PipelineConfig, run_uri: str, step: str) -> Start:
         raise _fault(error.problems[0].message) from error
     metrics, base = run.metrics(directory), run.config().base_model
     if metrics.position == 0:
-        raise _fault(f"'{config.start_from}' is what that run began with; name a step that was trained")
+        raise _fault(f"'{config.start_from}' is what that run started from; name a step that it trained")
     return Start(
         named=config.start_from,
         run_uri=run_uri,
@@ -102,19 +102,19 @@ def _read(config: PipelineConfig, run_uri: str, step: str) -> Start:
 
 
 def _learned(run: RunDirectory, directory: str) -> dict[str, str]:
-    """`Start.digests` of a step: its own run's steps after what that run itself started from, which is on record."""
+    """`Start.digests` of a step: those recorded for the start of its own run, then those of the run's steps."""
     record, newest_first = run.read_json(RECORD), []
     for metrics in lineage(run, directory):
         newest_first += reversed(trained_on(metrics).items())
         if metrics.parent_run and record and record["fingerprint"] == metrics.parent:
             newest_first += reversed(record["digests"].items())
-            break  # a chain of a thousand runs is read in one
+            break  # the record covers all earlier runs, so none of them is read
     return dict(reversed(newest_first))
 
 
-# -- whether it fits
+# -- compatibility
 def _misfits(config: PipelineConfig, start: Start) -> Iterator[Problem]:
-    """Settings that do not fit the step to continue from, each with the value that would."""
+    """Fields of the configuration that are incompatible with the start, each with the value to set."""
     ours = config.base_model
     if base_fingerprint(ours) != start.base_fingerprint:
         theirs = ", ".join(f"{field}: {'null' if value is None else value}" for field, value in start.base.items())

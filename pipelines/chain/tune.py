@@ -1,4 +1,4 @@
-"""`curlora tune`: the search before one step, by itself. A later run of the chain finds its results."""
+"""`curlora tune`: runs the search before one step on its own; a later run of the chain uses its results."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ def tune(
     """Search before the step of `task` (default: the first) and return the search's results; train nothing else.
 
     Raises:
-        ConfigError: nothing to search, bad data, or what the step grows from is not trained yet.
-        LeaseHeld: another driver works on this run.
-        RunFailed: no trial trained to its end.
-        RunStopped: somebody asked for it.
+        ConfigError: nothing to search, invalid data, or an earlier step is not trained yet.
+        LeaseHeld: another driver is running this chain.
+        RunFailed: no trial finished.
+        RunStopped: the user asked the run to stop.
     """
     if config.search is None:
-        raise ConfigError([Problem("search", f"is null; say what to search, e.g. {EXAMPLE}")])
+        raise ConfigError([Problem("search", f"is null; set what to search, e.g. {EXAMPLE}")])
     problems = check_data(config, warn=lambda text: on_event(Event("warning", text=text)))
     if problems:
         raise ConfigError(problems)
     run = RunDirectory(config.run_uri)
     config, plan = planned(held_out.training_view(config), run)
-    if not plan.undecided:  # else `planned` has looked
+    if not plan.undecided:  # otherwise `planned` has checked it
         check_trial_data(config)
     step = _step_of(plan, run, task)
-    where = step_search.search_before(config, step.position, step.parent, plan.base_fingerprint)
+    target = step_search.search_of_step(config, step.position, step.parent, plan.base_fingerprint)
     with acquire_lease(run) as lease:
         run.open_for_writing(config)
-        run.remove("stop.json")  # it was meant for an earlier driver
-        found = where.found(run)
+        run.remove("stop.json")  # a request to an earlier driver
+        found = target.found(run)
         if found is None:
             from pipelines.preflight.model import check_fits  # imports torch and PEFT
 
@@ -59,7 +59,7 @@ def tune(
                 cluster(config, verbose, address),
                 run_search.warm_groups(config, run, gpus_per_worker(config), verbose) as groups,
             ):
-                found = run_search.search(where, run, parent, plan.base_directory, lease, groups, on_event)
+                found = run_search.search(target, run, parent, plan.base_directory, lease, groups, on_event)
         _, warning = Projector(run, config, [step.fingerprint for step in plan.decided]).finish()
         if warning:
             on_event(Event("warning", text=warning))
@@ -78,6 +78,6 @@ def _step_of(plan: Plan, run: RunDirectory, task: str | None) -> StepPlan:
     step = plan.steps[0] if task is None else next(step for step in plan.steps if task in step.tasks)
     untrained = [s.label for s in plan.steps[: step.position - 1] if run.metrics(s.directory) is None]
     if untrained:
-        reason = f"'{task}' grows from {', '.join(untrained)}, which is not trained yet; train it first: curlora run"
+        reason = f"'{task}' comes after {', '.join(untrained)}, not trained yet; train that first: curlora run"
         raise ConfigError([Problem("--task", reason)])
     return step

@@ -9,7 +9,7 @@ from pipelines.reporting.drawing import new_figure, render, series_style
 
 METRIC_GROUPS = (  # learning, its key; forgetting, its key; the sign that makes forgetting positive
     ("learning accuracy", "learning_accuracy", "forgetting", "forgetting", 1),
-    ("NLL learning, nats per token", "nll_learning", "NLL lost again, nats per token", "nll_backward_transfer", -1),
+    ("NLL learning, nats per token", "nll_learning", "NLL forgetting, nats per token", "nll_backward_transfer", -1),
 )
 
 
@@ -48,8 +48,8 @@ def _label(axis, points: dict[str, tuple[float, float]]) -> None:
     """Write each point's name beside it, moved up where it would overlap another name."""
     axis.figure.draw_without_rendering()  # text has no position before that
     placed: list = []
-    for name, place in sorted(points.items(), key=lambda item: item[1][1]):
-        text = axis.annotate(name, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
+        text = axis.annotate(name, point, xytext=(5, 4), textcoords="offset points", fontsize=8)
         for higher in range(4, 100, 2):
             text.xyann = (5, higher)
             if not any(text.get_window_extent().overlaps(other) for other in placed):

@@ -50,7 +50,7 @@ class Outcomes:
 
 
 def example_outcomes(run: RunDirectory, position: int, task: str) -> Outcomes | None:
-    """None where the run has no row of its own for the task (joint training)."""
+    """Outcomes of a task in a run; None if the run has no step of its own for the task (joint training)."""
     steps = run.results().steps
     if len(steps) <= position or steps[position].task != task:
         return None

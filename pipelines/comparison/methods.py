@@ -12,9 +12,7 @@ from pipelines.config.loading import read_yaml
 from pipelines.errors import ConfigError, Problem, did_you_mean
 
 CATALOGUE = Path(__file__).parent / "methods.yaml"
-
 EXAMPLES_MARK = "@"  # between the name of a method and its number of training examples
-
 NO_STRATEGY = {"strategy": {"name": "sequential"}}  # replaces the strategy of the sequence itself
 
 
@@ -74,7 +72,7 @@ def merged(base: Any, changes: Any) -> Any:
 
 
 def read_methods(names: Sequence[str], catalogue: Path = CATALOGUE) -> list[Method]:
-    """The methods of those names; `a/b+c/d` stands for a+c, a+d, b+c and b+d.
+    """The methods with these names; `a/b+c/d` stands for a+c, a+d, b+c and b+d.
 
     Raises:
         ConfigError: unknown names.

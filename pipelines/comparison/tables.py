@@ -25,7 +25,7 @@ AGGREGATES = (  # key in results.json, heading, digits
 
 
 def columns_of(result: dict) -> list[tuple[str, str, int]]:
-    """The aggregates that some method has."""
+    """The aggregates that at least one method has."""
     return [f for f in AGGREGATES if any(m[f[0]][0] is not None for m in result["methods"].values())]
 
 

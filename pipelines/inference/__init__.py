@@ -1,1 +1,1 @@
-"""Using trained adapters: predict, export, the MLflow model."""
+"""Inference with trained adapters: predict, export, the MLflow model."""

@@ -1,7 +1,7 @@
 """Loss along the straight line from one step's weights to the next one's (mode connectivity).
 
-I-LoRA (arXiv 2402.18865) argues from such lines: if the loss of earlier tasks stays low on the way from θ_t to
-θ_{t+1}, then a point in between, such as a moving average, keeps the old and has the new. One process, no Ray.
+I-LoRA (arXiv 2402.18865) is motivated by such lines: if the loss of earlier tasks stays low between θ_t and θ_{t+1},
+then a point in between, such as a moving average, retains earlier tasks and learns the new one. One process, no Ray.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from pipelines.runs.results import StepSummary
 
 
 def lines(run: RunDirectory, points: int = 5, max_examples: int | None = None) -> list[dict]:
-    """For each pair of neighbouring steps `{"from", "to", "at": [0 … 1], "loss": {name: [one per point]}}`.
+    """For each pair of consecutive steps `{"from", "to", "at": [0 … 1], "loss": {name: [one per point]}}`.
 
-    The loss is in nats per token for text, 1 − score for the rest; of the tasks trained up to `to` and of retained
-    text.
+    The loss is the NLL in nats per token for text and 1 − score otherwise, for the tasks trained up to `to` and
+    for retained text.
 
     Args:
-        points: per line, both ends included.
+        points: number of points per line, including both ends.
         max_examples: test rows per task; None: as many as the run scored.
 
     Raises:
-        ConfigError: fewer than two finished steps, or adapters that no line joins (`carry: stack`, no adapter).
+        ConfigError: fewer than two finished steps, or steps with different parameters (`carry: stack`, no adapter).
     """
     config = run.config()
     if max_examples:
@@ -45,8 +45,8 @@ def lines(run: RunDirectory, points: int = 5, max_examples: int | None = None) -
     if len(steps) < 2:
         raise ConfigError([Problem(run.name, "has fewer than two finished steps; a line needs two")])
     if config.adapter.carry == "stack" or config.adapter.type == "none":
-        reason = f"adapter {config.adapter.type} with carry: {config.adapter.carry} has other weights in every step"
-        raise ConfigError([Problem("adapter", f"{reason}; lines need carry: continue or fresh")])
+        reason = f"type {config.adapter.type} with carry: {config.adapter.carry} has no parameters common to all steps"
+        raise ConfigError([Problem("adapter", f"{reason}; use an adapter with carry: continue or fresh")])
     at = [i / (points - 1) for i in range(points)]
     return [_line(run, config, first, second, at) for first, second in itertools.pairwise(steps)]
 
@@ -72,13 +72,13 @@ def _line(
 
 
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the adapter's parameters, in fp32. Heads stay those of the line's end."""
+    """Copies of the adapter's parameters in fp32; heads are not interpolated but kept from the line's end."""
     prefix = adapter_prefix(model)
     return {name: p.detach().float().clone() for name, p in model.named_parameters() if prefix in name}
 
 
 def figure(found: Sequence[dict]) -> bytes:
-    """PNG: one panel per line, the loss of every task relative to the beginning of the line."""
+    """PNG: one panel per line with the loss of every task relative to the start of the line."""
     drawing, axes = new_figure(4.5 * len(found), 4, columns=len(found), share_y=True)
     for axis, line in zip(axes, found, strict=True):
         for index, (name, values) in enumerate(line["loss"].items()):
@@ -86,12 +86,12 @@ def figure(found: Sequence[dict]) -> bytes:
             axis.plot(line["at"], change, markersize=4, label=name, **series_style(index))
         axis.set_xlabel(f"{line['from']} → {line['to']}")
         axis.legend(fontsize=8, frameon=False)
-    axes[0].set_ylabel("change of loss (nats per token; error rate)")
+    axes[0].set_ylabel("change in loss (nats per token; error rate)")
     return render(drawing)
 
 
 def write(run: RunDirectory, points: int = 5, max_examples: int | None = None) -> list[dict]:
-    """`lines`, kept as `connectivity.json` and `figures/connectivity.png` of the run."""
+    """Compute `lines` and save them as `connectivity.json` and `figures/connectivity.png` of the run."""
     found = lines(run, points, max_examples)
     run.write_json("connectivity.json", found)
     run.write_bytes("figures/connectivity.png", figure(found))

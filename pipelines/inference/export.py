@@ -1,4 +1,4 @@
-"""Exports a finished step: as a PEFT LoRA adapter that any server loads, or merged into a full model."""
+"""Exports a finished step as a standard PEFT LoRA adapter, or merged into a full model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pipelines.runs.records import choose_step
 
 
 def export_step(run: RunDirectory, step: str | None, form: str, target: Path) -> Path:
-    """Write a step's adapter to `target` and return it. Classifier heads go along as `heads.safetensors`.
+    """Write a step's adapter to `target` and return `target`; classifier heads are written as `heads.safetensors`.
 
     Args:
         form: `lora` (a PEFT LoRA directory, exact) or `merged` (the full model with its tokenizer).
 
     Raises:
-        ConfigError: no such step, nothing to export, or `target` holds files already.
+        ConfigError: no such step, nothing to export, or `target` is not empty.
     """
     directory = choose_step(run, step)
     config = run.config()
@@ -34,7 +34,7 @@ def export_step(run: RunDirectory, step: str | None, form: str, target: Path) ->
     transformers.utils.logging.disable_progress_bar()
     base = load_base(config.base_model)
     if form == "merged" and config.base_model.quantization:
-        base = base.dequantize()  # the weights that the adapter was trained on, in full precision
+        base = base.dequantize()  # in full precision, the weights that the adapter was trained on
     with tempfile.TemporaryDirectory() as scratch:
         local = run.download(directory, Path(scratch))
         _write(config.adapter.type, form, base, local / "adapter", target)

@@ -1,4 +1,4 @@
-"""Predictions of a trained run on new text: in one process, without Ray, by the code that evaluation uses."""
+"""Predictions of a trained run on new rows: one process, no Ray, and the same code path as evaluation."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from pipelines.models.base import context_length, load_base, load_tokenizer
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import choose_step
 
-BASE = ("base", "0")  # names of row 0: the untouched base
+BASE = ("base", "0")  # names of row 0, the base model
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's model as one of its steps left it."""
+    """A run's model after one of its steps; `tasks` are those trained up to then."""
 
     config: PipelineConfig
     model: torch.nn.Module
     tokenizer: Any
     context: int
-    tasks: frozenset[str]  # trained so far
+    tasks: frozenset[str]
 
     def answer(self, task: str, rows: Sequence[dict]) -> list[dict]:
         """See `predict`."""
@@ -51,20 +51,20 @@ class Trained:
 
 
 def predict(run: RunDirectory, task: str, rows: Sequence[dict], step: str | None = None) -> list[dict]:
-    """What a run's model says of each row, in their order.
+    """Predictions of a run's model, one per row and in the same order.
 
     Args:
-        task: name of one of the run's tasks; it says how to ask.
+        task: name of one of the run's tasks; it determines prompt and output.
         rows: mappings with the task's input columns (see `input_columns`).
-        step: task name, position or fingerprint of the step whose adapter answers, or `base`; default: the last
-            finished one (under `carry: fresh` the task's own).
+        step: task name, position or fingerprint of the step whose adapter to use, or `base`; default: the last
+            finished step (with `carry: fresh` the task's own).
 
     Returns:
-        By kind: `{"prediction": class or choice index, "label": its text}`, `{"prediction": text}`, or `{"nll",
-        "perplexity", "tokens"}`.
+        Depending on the task's type: `{"prediction": class or choice index, "label": its text}`, `{"prediction":
+        text}`, or `{"nll", "perplexity", "tokens"}`.
 
     Raises:
-        ConfigError: no such task or step, or a row that cannot be used.
+        ConfigError: no such task or step, or an invalid row.
     """
     config = run.config()
     _check(_task(config, task), rows)  # before anything is loaded
@@ -74,7 +74,7 @@ def predict(run: RunDirectory, task: str, rows: Sequence[dict], step: str | None
 
 
 def load_trained(run: RunDirectory, step: str | None) -> Trained:
-    """Base, adapter and heads of a finished step, ready to be called.
+    """Load base, adapter and heads of a finished step for inference.
 
     Raises:
         ConfigError: no such step, or it is not finished.
@@ -88,7 +88,7 @@ def load_trained(run: RunDirectory, step: str | None) -> Trained:
 
 
 def load_folder(folder: Path | None, config: PipelineConfig, tasks: Iterable[str]) -> Trained:
-    """Base with the adapter and heads of a folder (a step directory, or a copy of its files); None: the bare base."""
+    """Load the base with adapter and heads of a folder (a step directory or a copy of it); None: the base alone."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_base(config.base_model, device)
     context = context_length(model.config)
@@ -113,12 +113,12 @@ def _with_adapter(model: torch.nn.Module, folder: Path, config: PipelineConfig) 
 
 
 def _tasks_until(run: RunDirectory, directory: str) -> frozenset[str]:
-    """Tasks that a step's ancestors and it were trained on."""
+    """Tasks that a step and its ancestors were trained on."""
     tasks: set[str] = set()
     try:
         for _, _, metrics in run.ancestors(directory):
             tasks |= set(metrics.tasks)
-    except RunDirectoryError:  # the run that it started from is gone; results.json says what that one had learned
+    except RunDirectoryError:  # the run that it started from is gone; results.json lists the tasks learned there
         results = run.results()
         tasks |= {name for name, row in results.learned_at.items() if row == 0} if results else set()
     return frozenset(tasks)
@@ -126,15 +126,15 @@ def _tasks_until(run: RunDirectory, directory: str) -> frozenset[str]:
 
 # -- rows
 def input_columns(run: RunDirectory, task: str) -> list[str]:
-    """The columns that a row for `task` must have."""
+    """Names of the columns that a row for `task` must have."""
     return kind_of(_task(run.config(), task)).inputs(_task(run.config(), task))
 
 
 def rows_of_texts(run: RunDirectory, task: str, texts: Sequence[str]) -> list[dict]:
-    """Rows from plain texts: as many a row as the task has input columns, in their order.
+    """Rows from plain texts: one text per input column of the task, in order.
 
     Raises:
-        ConfigError: the number of texts does not fit, or a column holds more than a text.
+        ConfigError: the number of texts is not a multiple of the columns, or a column is not plain text.
     """
     source, columns = _task(run.config(), task), input_columns(run, task)
     if getattr(source, "messages", None):
@@ -143,7 +143,7 @@ def rows_of_texts(run: RunDirectory, task: str, texts: Sequence[str]) -> list[di
         remedy = f"give rows with {', '.join(columns)} by --file"
         raise ConfigError([Problem("--text", f"'{source.choices}' is a list of choices; {remedy}")])
     if len(texts) % len(columns):
-        wanted = f"--text must be given {len(columns)} times a row: {', '.join(columns)}"
+        wanted = f"--text must be given {len(columns)} times per row: {', '.join(columns)}"
         raise ConfigError([Problem("--text", f"found {len(texts)}; {wanted}")])
     groups = [texts[start : start + len(columns)] for start in range(0, len(texts), len(columns))]
     return [dict(zip(columns, group, strict=True)) for group in groups]
@@ -153,7 +153,7 @@ def rows_of_file(path: Path) -> list[dict]:
     """Rows of a JSONL file.
 
     Raises:
-        ConfigError: not readable, or a line is no JSON object.
+        ConfigError: the file cannot be read, or a line is not a JSON object.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -1,7 +1,7 @@
-"""An adapter as an MLflow model: rows in, the answers of `curlora predict` out, by the same code.
+"""An adapter as an MLflow model: returns the same predictions as `curlora predict`, by the same code.
 
-`mlflow.pyfunc.load_model("models:/NAME@champion")` runs `pyfunc_entry.py` (kept in the model as code; nothing is
-pickled), so curlora and pipelines must be importable there; the model's requirements name them.
+`mlflow.pyfunc.load_model("models:/NAME@champion")` runs `pyfunc_entry.py` (stored in the model as code; nothing is
+pickled), so the packages curlora and pipelines must be installed; the model's requirements list them.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ STEP = "step"  # name of the artifact folder: adapter/, heads.safetensors, confi
 class AdapterModel(PythonModel):
     """One adapter with its base, loaded once.
 
-    Input: the columns of one task's rows. Parameter `task`: which of the learned tasks is asked; default: the one
-    learned last. Output: a row for each, with the keys that `pipelines.predict.predict` returns.
+    Input: rows with the columns of one task. Parameter `task`: the name of a learned task; default: the one learned
+    last. Output: one row per input row, with the keys that `pipelines.inference.predict.predict` returns.
     """
 
     def load_context(self, context) -> None:
-        """Load base, adapter and heads; `model_config={"base_model": …}` names another place of the same base.
+        """Load base, adapter and heads; `model_config={"base_model": …}` sets another path of the same base.
 
         Raises:
-            ConfigError: the base is another one than the adapter was trained on.
+            ConfigError: the base is not the one that the adapter was trained on.
         """
         from pipelines.inference.predict import load_folder  # imports torch
 
@@ -44,7 +44,7 @@ class AdapterModel(PythonModel):
         self.task = facts["task"]
 
     def predict(self, context, model_input, params: dict[str, Any] | None = None):
-        """A data frame of answers, in the rows' order."""
+        """A data frame of predictions, in the order of the rows."""
         import pandas as pd  # slow
 
         task = (params or {}).get("task") or self.task
@@ -53,7 +53,7 @@ class AdapterModel(PythonModel):
 
 
 def _present(row: dict) -> dict:
-    """A row without the columns of other tasks, which MLflow filled up; arrays as the lists that they were."""
+    """A row without the columns of other tasks, which MLflow fills with missing values; arrays become lists again."""
     plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
     return {name: value for name, value in plain.items() if value is not None and value == value}
 
@@ -63,7 +63,7 @@ def _check_base(config: PipelineConfig, expected: str) -> None:
     try:
         found = base_fingerprint(config.base_model)
     except (OSError, ConfigError) as error:
-        remedy = 'name its place: load_model(…, model_config={"base_model": …})'
+        remedy = 'set its path: load_model(…, model_config={"base_model": …})'
         raise ConfigError([Problem("base_model", f"{path} cannot be read ({error}); {remedy}")]) from error
     if found != expected:
         raise ConfigError(

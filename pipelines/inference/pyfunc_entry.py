@@ -1,4 +1,4 @@
-"""The code that MLflow keeps in every logged adapter and runs when it loads one (models from code)."""
+"""The code that MLflow stores in every logged adapter and runs to load it (models from code)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import warnings
 
 from mlflow.models import set_model
 
-with warnings.catch_warnings(record=True):  # advice to give `predict` type hints; several kinds of task have no single
+with warnings.catch_warnings(record=True):  # MLflow advises type hints, which cannot describe several task types
     from pipelines.inference.pyfunc import AdapterModel
 set_model(AdapterModel())

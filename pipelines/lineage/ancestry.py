@@ -1,7 +1,8 @@
-"""Which adapter grew from which: base → step → step, with data, settings and scores; from run directories or MLflow.
+"""The ancestry of an adapter: base → step → step, with data, settings and scores; from run directories or MLflow.
 
-Both sources give the same `Ancestry`: what a run directory says of a step, its child run in MLflow holds as tags,
-parameters and metrics (see `projection.py`). A chain that started from another run's adapter continues there.
+Both sources give the same `Ancestry`: a step's child run in MLflow holds the facts of its run directory as tags,
+parameters and metrics (see pipelines/lineage/projection.py). If a chain started from another run's adapter, its
+ancestry continues in that run.
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ from pipelines.runs.records import Point, choose_step, score_points
 from pipelines.runs.step_record import StepRecord
 
 SETTINGS = ("adapter", "strategy", "training")
-
-NO_SCORES = ("train/", "seconds/")  # other metrics of a child run with a slash
-
+NOT_SCORES = ("train/", "seconds/")  # metrics of a child run that contain a slash but are no scores
 MODELS = "models:/"
 
 
@@ -33,11 +32,11 @@ class Link:
     """The base (position 0) or one adapter.
 
     Attributes:
-        position: place in its own run's sequence.
-        parent: fingerprint of what it grew from; None for the base.
-        run_uri, step_directory: where its files lie; the base's are those of the run that evaluated it.
-        data: task → {"digest", "rows"} of the data that it was trained on.
-        settings: adapter, strategy and training as dotted names and text.
+        position: index in its own run's sequence.
+        parent: fingerprint of its parent; None for the base.
+        run_uri, step_directory: location of its files; for the base, of the run that evaluated it.
+        data: task → {"digest", "rows"} of its training data.
+        settings: adapter, strategy and training, as dotted name → text.
         scores: metric → value after this step, named as in MLflow.
         finished: Unix time in seconds, to the millisecond.
     """
@@ -72,12 +71,12 @@ class Ancestry:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Every task that was trained on, in order and once each."""
+        """Every task that was learned, in order, each once."""
         return tuple(dict.fromkeys(task for link in self.links for task in link.tasks))
 
     @property
     def digests(self) -> dict[str, str]:
-        """Task → digest of the data that it was last trained on."""
+        """Task → digest of its most recent training data."""
         return {task: data["digest"] for link in self.links for task, data in link.data.items()}
 
     def to_json(self) -> dict:
@@ -88,25 +87,25 @@ def find(adapter: str, storage: str = "./runs", uri: str | None = None) -> Ances
     """The ancestry of `RUN`, `RUN/STEP` (task, position or fingerprint), a step's folder, or `models:/NAME@ALIAS`.
 
     Args:
-        storage: where a run that is given by its name lies.
+        storage: folder of a run that is given by its name.
         uri: MLflow store of a `models:/` name.
 
     Raises:
         ConfigError: there is no such adapter.
-        RunDirectoryError: a step that it grew from is gone.
-        LineageError: MLflow is away.
+        RunDirectoryError: an ancestor's files are gone.
+        LineageError: MLflow cannot be reached.
     """
     if adapter.startswith(MODELS):
         return from_mlflow(uri or "sqlite:///mlflow.db", adapter)
-    run, step = _locate(adapter, storage)
+    run, step = _run_and_step(adapter, storage)
     return from_run(run, choose_step(run, step))
 
 
-def _locate(adapter: str, storage: str) -> tuple[RunDirectory, str | None]:
-    """The run and the step that a path or a name means."""
+def _run_and_step(adapter: str, storage: str) -> tuple[RunDirectory, str | None]:
+    """The run and the step that a path or a name refers to."""
     path = adapter.rstrip("/")
-    for place in (path, f"{storage}/{path}"):
-        for run_uri, step in ((place, None), *_splits(place)):
+    for candidate in (path, f"{storage}/{path}"):
+        for run_uri, step in ((candidate, None), *_splits(candidate)):
             run = RunDirectory(identity(RunDirectory(run_uri)))
             if run.exists("config.yaml"):
                 return run, step
@@ -114,11 +113,11 @@ def _locate(adapter: str, storage: str) -> tuple[RunDirectory, str | None]:
     raise ConfigError([Problem(adapter, f"is no adapter, neither as a path nor below {storage}; {remedy}")])
 
 
-def _splits(place: str) -> Iterator[tuple[str, str]]:
+def _splits(path: str) -> Iterator[tuple[str, str]]:
     """`run/step` and `run/steps/3-name-1a2b3c4d[/adapter]` as (run, step)."""
-    parent, _, last = place.rpartition("/")
+    parent, _, last = path.rpartition("/")
     yield parent or ".", last
-    before, found, rest = place.partition("/steps/")
+    before, found, rest = path.partition("/steps/")
     if found:
         yield before, rest.split("/")[0].split("-")[-1]
 
@@ -128,7 +127,7 @@ def from_run(run: RunDirectory, directory: str) -> Ancestry:
     """The ancestry of a finished step, across the runs that its chain started from.
 
     Raises:
-        RunDirectoryError: a step that it grew from is gone.
+        RunDirectoryError: an ancestor's files are gone.
     """
     links = [_link_of_step(*found) for found in run.ancestors(directory)]
     return Ancestry(run.config().base_model.path, tuple(reversed(links)))
@@ -159,8 +158,8 @@ def from_mlflow(uri: str, model_uri: str) -> Ancestry:
     """The ancestry of a registered version, `models:/NAME@ALIAS` or `models:/NAME/VERSION`, from MLflow alone.
 
     Raises:
-        ConfigError: there is no such version, or a run that it grew from was deleted.
-        LineageError: MLflow is away or refuses.
+        ConfigError: there is no such version, or the run of an ancestor was deleted.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     with errors(uri, "check --uri"), quiet():
         client = connect(uri)
@@ -173,9 +172,9 @@ def from_mlflow(uri: str, model_uri: str) -> Ancestry:
         links = [_link_of_run(run)]
         while (origin := _tag(run, "parent_run")) or _tag(run, "parent_fingerprint") != siblings.base:
             parent = _tag(run, "parent_fingerprint")
-            found = _elsewhere(client, origin, parent) if origin else siblings.steps.get(parent)
+            found = _step_of_other_run(client, origin, parent) if origin else siblings.steps.get(parent)
             if found is None:
-                raise ConfigError([Problem(model_uri, f"MLflow has no run of step {parent}, which it grew from")])
+                raise ConfigError([Problem(model_uri, f"its ancestor, step {parent}, has no run in MLflow")])
             siblings = _siblings(client, found) if origin else siblings
             run = found
             links.append(_link_of_run(run))
@@ -218,8 +217,8 @@ def _siblings(client, run) -> _Siblings:
     return _Siblings(chain, steps, chain.data.tags.get(PREFIX + "base_fingerprint", ""))
 
 
-def _elsewhere(client, run_uri: str, fingerprint: str):
-    """A step of another run, in whatever experiment."""
+def _step_of_other_run(client, run_uri: str, fingerprint: str):
+    """A step of another run, in any experiment."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     tags = {PREFIX + "kind": "step", PREFIX + "run_uri": run_uri, PREFIX + "step_fingerprint": fingerprint}
     return next(iter(search_runs(client, experiments, tags)), None)
@@ -241,13 +240,13 @@ def _link_of_run(run) -> Link:
             for task in tasks
         },
         settings={key: value for key, value in params.items() if key.split(".")[0] in SETTINGS},
-        scores={k: v for k, v in sorted(run.data.metrics.items()) if "/" in k and not k.startswith(NO_SCORES)},
+        scores={k: v for k, v in sorted(run.data.metrics.items()) if "/" in k and not k.startswith(NOT_SCORES)},
         finished=run.info.end_time / 1000,
     )
 
 
 def _base_link(client, chain) -> Link:
-    """Row 0 trained nothing and has no run of its own; the chain's artifacts hold what was measured."""
+    """The base has no MLflow run of its own; the chain's artifacts hold its scores."""
     with tempfile.TemporaryDirectory() as scratch:
         path = client.download_artifacts(chain.info.run_id, "base/metrics.json", scratch)
         metrics = StepRecord.from_json(json.loads(Path(path).read_text()))

@@ -12,7 +12,7 @@ from pipelines.runs.directory import RunDirectory
 
 
 class Projector:
-    """Sends the run to MLflow from a thread of its own: a slow or absent server never holds up training."""
+    """Sends the run to MLflow from its own thread, so that a slow or unreachable server never delays training."""
 
     def __init__(self, run: RunDirectory, config: PipelineConfig, chain: Sequence[str]):
         self.run, self.tracking, self.chain = run, config.tracking, chain
@@ -22,8 +22,8 @@ class Projector:
         self._wanted = threading.Event()
         self._stop = self._started = False
 
-    def poke(self) -> None:
-        """Wake the thread: there is something new to send."""
+    def notify(self) -> None:
+        """Wake the thread: the run directory has changed."""
         if self.tracking is None:
             return
         if not self._started:
@@ -33,11 +33,11 @@ class Projector:
         self._wanted.set()
 
     def finish(self) -> tuple[dict[str, str], str | None]:
-        """Send the rest and wait; (fingerprint → MLflow run id, warning if it could not be sent)."""
+        """Send what is left and wait; (fingerprint → MLflow run id, warning if sending failed)."""
         if self.tracking is None:
             return {}, None
         self._stop = True
-        self.poke()
+        self.notify()
         self._thread.join()
         self._started = self._stop = False
         return self.runs, self.warning
@@ -52,7 +52,7 @@ class Projector:
                 self.warning = None
             except LineageError as error:
                 self.warning = str(error)
-            except Exception as error:  # a fault in the projection must not cost the user a finished chain
+            except Exception as error:  # a bug in the projection must not fail a finished chain
                 self.warning = (
                     f"lineage failed ({type(error).__name__}: {error}); send it later: curlora sync {self.run.uri}"
                 )

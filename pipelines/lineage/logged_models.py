@@ -1,7 +1,7 @@
-"""Adapters as MLflow logged models: packed as a pyfunc from code, linked to their run, parent, data and scores.
+"""Adapters as MLflow logged models: a pyfunc from code, linked to their run, parent, data and scores.
 
-A step's model is found by its tag `curlora.step_fingerprint` within its chain, else made; it is READY once its files
-are there. `inference/pyfunc.py` is what runs when it is loaded.
+A step's model is found by its tag `curlora.step_fingerprint` within its chain, or created; it is READY once its files
+are uploaded. pipelines/inference/pyfunc.py loads it.
 """
 
 from __future__ import annotations
@@ -20,28 +20,25 @@ from typing import Any
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.tasks import ClassificationTask, GenerationTask, MultipleChoiceTask, TaskSource
 from pipelines.data.kinds import kind_of
-from pipelines.lineage.mlflow_records import PREFIX, TAG_LENGTH, flatten, where_tags
+from pipelines.lineage.mlflow_records import PREFIX, TAG_LENGTH, flatten, tag_filter
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.environment import versions
 from pipelines.runs.records import Steps
 from pipelines.runs.step_record import StepRecord
 
 MODEL_TYPE = "curlora-adapter"
-
 CODE = Path(__file__).parents[1] / "inference" / "pyfunc_entry.py"
-
-NEEDED = {"name", "base_model", "adapter", "training", "evaluation", "resources", "tasks"}  # of the configuration
-
+NEEDED = {"name", "base_model", "adapter", "training", "evaluation", "resources", "tasks"}  # fields for inference
 REQUIREMENTS = ("curlora", "torch", "transformers", "peft", "safetensors", "datasets", "mlflow")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """The adapter that a logged model is made from.
+    """The parts of a logged model.
 
     Attributes:
-        config: of the run, its tasks those that the adapter and its ancestors were trained on.
-        base_fingerprint, parent: identity of the base, and of the step that this one grew from.
+        config: configuration of the run, with the tasks that the adapter and its ancestors learned.
+        base_fingerprint: identity of the base model.
     """
 
     run: RunDirectory
@@ -56,7 +53,7 @@ class Adapter:
 
     @property
     def task(self) -> str:
-        """The one learned last: who asks without naming a task means it."""
+        """The task learned last, which is the default for inference."""
         return self.metrics.tasks[-1]
 
     @property
@@ -65,7 +62,7 @@ class Adapter:
 
 
 def write_model(adapter: Adapter, target: Path, model_id: str | None = None) -> None:
-    """The folder that `mlflow.pyfunc.load_model` loads: MLmodel, code, requirements, adapter, heads, example."""
+    """Write the folder that `mlflow.pyfunc.load_model` loads: MLmodel, code, requirements, adapter, heads, example."""
     import mlflow.pyfunc  # slow
     from mlflow.models import Model
 
@@ -86,7 +83,7 @@ def write_model(adapter: Adapter, target: Path, model_id: str | None = None) -> 
 
 
 def facts(adapter: Adapter) -> dict:
-    """Facts about the adapter, for people and for the code that loads it."""
+    """The adapter's identity, for readers and for the code that loads it."""
     return {
         "run_uri": adapter.run.uri,
         "step_directory": adapter.directory,
@@ -99,7 +96,7 @@ def facts(adapter: Adapter) -> dict:
 
 
 def _write_step(adapter: Adapter, step: Path) -> None:
-    """Adapter and heads as published, with a configuration that needs none of the data."""
+    """Write adapter and heads as published, with a configuration that does not need the data."""
     step.mkdir()
     run, source = adapter.run, adapter.run.path(adapter.directory)
     for name in adapter.metrics.files or {}:
@@ -113,7 +110,7 @@ def _write_step(adapter: Adapter, step: Path) -> None:
 
 @contextmanager
 def _silent():
-    """Without its advice about type hints, which a model that answers several kinds of task cannot have."""
+    """Silence MLflow's advice on type hints, which cannot describe several task types."""
     logger = logging.getLogger("mlflow")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -123,32 +120,32 @@ def _silent():
         logger.setLevel(level)
 
 
-# -- into MLflow
+# -- logging to MLflow
 class LoggedModels:
     """The logged models of one chain in one store, by step fingerprint.
 
     Attributes:
-        steps: of the chain, as far as they are done.
+        steps: the chain's finished steps.
     """
 
     def __init__(self, client, experiment_id: str, chain_id: str, run: RunDirectory, config: PipelineConfig):
         self.client, self.experiment_id, self.chain_id = client, experiment_id, chain_id
         self.run, self.config = run, config
         self.steps: Steps = ()
-        where = where_tags({PREFIX + "chain": chain_id})
-        self.found = {model.tags[PREFIX + "step_fingerprint"]: model for model in self._search(where)}
+        condition = tag_filter({PREFIX + "chain": chain_id})
+        self.found = {model.tags[PREFIX + "step_fingerprint"]: model for model in self._search(condition)}
 
-    def _search(self, where: str) -> list:
+    def _search(self, condition: str) -> list:
         models, token = [], None
         while True:
-            page = self.client.search_logged_models([self.experiment_id], where, max_results=100, page_token=token)
+            page = self.client.search_logged_models([self.experiment_id], condition, max_results=100, page_token=token)
             models.extend(page)
             token = page.token
             if not token:
                 return models
 
     def send(self, child, directory: str, metrics: StepRecord) -> str:
-        """Make a step's model, or complete it, and link it to the child run; its id."""
+        """Create or complete a step's model and link it to the child run; returns its id."""
         adapter = self._adapter(directory, metrics)
         model = self.found.get(metrics.fingerprint) or self._create(child, adapter)
         if str(model.status) != "READY":
@@ -175,7 +172,7 @@ class LoggedModels:
         )
 
     def _link(self, run_id: str, model, metrics: StepRecord) -> None:
-        """As output of its run, with the parent adapter as input. MLflow would add both again every time."""
+        """Link the model as output of its run and the parent adapter as input, unless already linked."""
         from mlflow.entities import LoggedModelInput  # slow
 
         run = self.client.get_run(run_id)
@@ -186,7 +183,7 @@ class LoggedModels:
             self.client.log_inputs(run_id, models=[LoggedModelInput(parent.model_id)])
 
     def link_chain(self, chain) -> None:
-        """All models as outputs of the chain's run, given as it was before."""
+        """Link all models as outputs of the chain's run `chain`, as last read from MLflow."""
         positions = {metrics.fingerprint: metrics.position for _, metrics in self.steps}
         made = {m.model_id: positions[name] for name, m in self.found.items() if name in positions}
         self._add_outputs(chain, made)
@@ -206,13 +203,13 @@ class LoggedModels:
         return Adapter(self.run, directory, metrics, self.config.model_copy(update={"tasks": tasks}), base)
 
     def _history(self, position: int) -> list[tuple[PipelineConfig, StepRecord]]:
-        """(configuration, metrics.json) of every step up to a position, those of other runs included."""
+        """(configuration, metrics.json) of every step up to a position, including those of earlier runs."""
         earlier = [(config, metrics) for config, metrics in reversed(self._earlier) if metrics.position]
         return earlier + [(self.config, m) for _, m in self.steps if 0 < m.position <= position]
 
     @functools.cached_property
     def _earlier(self) -> list[tuple[PipelineConfig, StepRecord]]:
-        """What the chain's first step grew from in other runs, the nearest first, the base last."""
+        """Ancestors of the chain's first step in earlier runs, nearest first, the base last."""
         first_directory, first = next((d, m) for d, m in self.steps if m.position)
         if not first.parent_run:
             return []
@@ -226,7 +223,7 @@ class LoggedModels:
 
 # -- tasks
 def learned_tasks(links: Sequence[tuple[PipelineConfig, StepRecord]]) -> list[TaskSource]:
-    """The tasks of an ancestry, each as its own run asks it, with the class names that its step recorded.
+    """The tasks of an ancestry, each as configured in its own run, with the class names that its step recorded.
 
     Args:
         links: (configuration, metrics.json) of every step, from the first on.
@@ -249,7 +246,7 @@ def _with_classes(task: TaskSource, metrics: StepRecord) -> TaskSource:
 
 # -- signature and example
 def signature(config: PipelineConfig, default: str):
-    """Columns of all tasks (those of one are given at a time), the parameter `task`, and what may come out."""
+    """Input columns of all tasks (a request gives those of one task), the parameter `task`, and output columns."""
     from mlflow.models import ModelSignature  # slow
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
@@ -258,14 +255,14 @@ def signature(config: PipelineConfig, default: str):
     for task in config.tasks:
         for name in kind_of(task).inputs(task):
             columns.setdefault(name, _type_of(task, name))
-    everybody = len(config.tasks)  # a column that not all tasks read may be left out
-    inputs = Schema([ColSpec(kind, name, required=readers[name] == everybody) for name, kind in columns.items()])
+    count = len(config.tasks)  # a column that not all tasks read is optional
+    inputs = Schema([ColSpec(kind, name, required=readers[name] == count) for name, kind in columns.items()])
     outputs = Schema([ColSpec(kind, name, required=False) for name, kind in _outputs(config.tasks).items()])
     return ModelSignature(inputs, outputs, ParamSchema([ParamSpec("task", "string", default)]))
 
 
 def _type_of(task: TaskSource, column: str):
-    """Text, but for a chat (role and content) and a list of choices."""
+    """The column's type: text, except for chat messages (role and content) and lists of choices."""
     from mlflow.types import DataType  # slow
     from mlflow.types.schema import Array, Object, Property
 
@@ -294,7 +291,7 @@ def _outputs(tasks: Sequence[TaskSource]) -> dict[str, Any]:
 
 
 def example(task: TaskSource) -> dict[str, list]:
-    """One invented row: rows of the data belong where the data is."""
+    """One made-up row: the model must not contain rows of the data."""
     row: dict[str, Any] = {}
     for column in kind_of(task).inputs(task):
         row[column] = f"This stands where the {column} goes."

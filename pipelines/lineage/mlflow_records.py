@@ -21,56 +21,54 @@ from pipelines.runs.records import Point, newest_cells, score_points
 from pipelines.runs.step_record import StepRecord
 
 PREFIX = "curlora."
-
-METRICS_A_BATCH = 1000
-
-PARAMS_A_BATCH = 100
-
-PARAM_LENGTH = 500  # what every MLflow server accepts; the whole text is in config.yaml
-
+METRICS_PER_BATCH = 1000
+PARAMS_PER_BATCH = 100
+PARAM_LENGTH = 500  # accepted by every MLflow server; the full text is in config.yaml
 TAG_LENGTH = 5000
-
 DIGEST_LENGTH = 36
-
-INPUT_PAUSES = (0.2, 0.5, 1.0)  # seconds between tries
+INPUT_PAUSES = (0.2, 0.5, 1.0)  # seconds between retries
 
 
 @dataclass(frozen=True)
 class Target:
-    """Source and destination of one projection."""
+    """Source and destination of one projection.
+
+    Attributes:
+        inputs: (run id, dataset, digest) of the datasets already logged.
+    """
 
     client: Any
     experiment_id: str
     run: RunDirectory
     config: PipelineConfig
-    inputs: set[tuple[str, str, str]] = field(default_factory=set)  # (run id, dataset, digest) that are there
+    inputs: set[tuple[str, str, str]] = field(default_factory=set)
 
 
 def search_runs(client, experiments: Sequence[str], tags: Mapping[str, str]) -> list:
-    """Every run of these experiments with these tags, whatever the number of pages."""
-    where = where_tags(tags)
+    """Every run of these experiments with these tags, over all result pages."""
+    condition = tag_filter(tags)
     runs, token = [], None
     while True:
-        page = client.search_runs(list(experiments), where, max_results=1000, page_token=token)
+        page = client.search_runs(list(experiments), condition, max_results=1000, page_token=token)
         runs.extend(page)
         token = page.token
         if not token:
             return runs
 
 
-def where_tags(tags: Mapping[str, str]) -> str:
-    """MLflow's filter for all of these tags."""
+def tag_filter(tags: Mapping[str, str]) -> str:
+    """MLflow filter string that matches all of these tags."""
     escaped = {key: value.replace("\\", "\\\\").replace("'", "\\'") for key, value in tags.items()}
     return " and ".join(f"tags.`{key}` = '{value}'" for key, value in escaped.items())
 
 
 def identity(run: RunDirectory) -> str:
-    """One spelling of where a run lies, whatever directory the command was called in."""
+    """The location of a run, independent of the current directory."""
     return os.path.abspath(run.root) if run.is_local else run.uri
 
 
 def common_tags(config: PipelineConfig) -> dict[str, str]:
-    """Tags that every run of the chain carries."""
+    """Tags of every run of the chain."""
     return {
         "mlflow.source.name": "curlora",
         "mlflow.source.type": "JOB",
@@ -81,7 +79,7 @@ def common_tags(config: PipelineConfig) -> dict[str, str]:
 
 
 def finite(value: float | None) -> float | None:
-    """What MLflow can store: infinity becomes the largest float, as its server would make it; NaN and None nothing."""
+    """A value that MLflow can store: infinity becomes the largest float, as on its server; NaN becomes None."""
     if value is None or math.isnan(value):
         return None
     return max(-sys.float_info.max, min(sys.float_info.max, float(value)))
@@ -94,7 +92,7 @@ def send_metrics(
     model_id: str | None = None,
     datasets: Mapping[str, tuple[str, str]] | None = None,
 ) -> None:
-    """Metrics of a run; of a logged model too, with the (name, digest) of the data that each was measured on."""
+    """Log metrics of a run and, if given, of a logged model, with the (name, digest) of each metric's dataset."""
     from mlflow.entities import Metric  # slow
 
     of_run = run_id if model_id else None
@@ -103,12 +101,12 @@ def send_metrics(
         for key, value, moment, step in points
         if (number := finite(value)) is not None
     ]
-    for batch in _batches(metrics, METRICS_A_BATCH):
+    for batch in _batches(metrics, METRICS_PER_BATCH):
         to.client.log_batch(run_id, metrics=batch)
 
 
 def metric_datasets(metrics: StepRecord) -> dict[str, tuple[str, str]]:
-    """Metric → (name, digest) of the test data behind it, as `_send_inputs` names them."""
+    """Metric → (name, digest) of its test data, named as in `send_inputs`."""
     digests = {cell.name: cell.digest[:DIGEST_LENGTH] for cell in newest_cells(metrics)}
     names = ((key, key.split("/")[-1]) for key, *_ in score_points(metrics))
     return {key: (f"{name}/test", digests[name]) for key, name in names}
@@ -116,7 +114,7 @@ def metric_datasets(metrics: StepRecord) -> dict[str, tuple[str, str]]:
 
 # -- parameters, tags, datasets, artifacts
 def flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """Nested mappings and lists as `a.b.0` → text; what is null or empty is left out."""
+    """Nested mappings and lists as `a.b.0` → text; null and empty values are left out."""
     if isinstance(value, Mapping):
         items: Iterable = value.items()
     elif isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value):
@@ -134,12 +132,12 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def send_params(to: Target, run, wanted: Mapping[str, str]) -> None:
-    """New parameters are logged. MLflow never changes one, so a later value goes to a tag `changed.<name>`."""
+    """Log new parameters; MLflow's parameters are immutable, so a changed value becomes a tag `changed.<name>`."""
     from mlflow.entities import Param  # slow
 
     stored = run.data.params
     missing = [Param(key, value) for key, value in wanted.items() if key not in stored]
-    for batch in _batches(missing, PARAMS_A_BATCH):
+    for batch in _batches(missing, PARAMS_PER_BATCH):
         to.client.log_batch(run.info.run_id, params=batch)
     changed = {key: value for key, value in wanted.items() if stored.get(key, value) != value}
     set_tags(to, run, {f"{PREFIX}changed.{key}"[:250]: value for key, value in changed.items()})
@@ -149,12 +147,12 @@ def set_tags(to: Target, run, wanted: Mapping[str, str]) -> None:
     from mlflow.entities import RunTag  # slow
 
     tags = [RunTag(key, value) for key, value in wanted.items() if run.data.tags.get(key) != value]
-    for batch in _batches(tags, PARAMS_A_BATCH):
+    for batch in _batches(tags, PARAMS_PER_BATCH):
         to.client.log_batch(run.info.run_id, tags=batch)
 
 
 def send_inputs(to: Target, run_id: str, metrics: StepRecord) -> None:
-    """Datasets by our own digest: MLflow's hashes the first 10,000 rows only."""
+    """Log datasets with the run directory's digests; MLflow's own digest covers only the first 10,000 rows."""
     sources = {source.name: source.data for source in [*to.config.tasks, *to.config.retention]}
     inputs = []
     for name, data in (metrics.data or {}).items():
@@ -165,14 +163,15 @@ def send_inputs(to: Target, run_id: str, metrics: StepRecord) -> None:
     keys = {(run_id, item.dataset.name, item.dataset.digest): item for item in inputs}
     missing = [item for key, item in keys.items() if key not in to.inputs]
     to.inputs.update(keys)
-    for batch in _batches(missing, PARAMS_A_BATCH):
+    for batch in _batches(missing, PARAMS_PER_BATCH):
         _log_inputs(to, run_id, batch)
 
 
 def _log_inputs(to: Target, run_id: str, batch: list) -> None:
-    """The server looks for a dataset and then adds it: of two clients with a new one at once, one is turned away.
+    """Log datasets, and retry if another client adds the same dataset at the same time.
 
-    The other's dataset is there a moment later, and is found.
+    MLflow's server looks a dataset up before it inserts it, so one of two concurrent inserts fails; on retry the
+    dataset is found.
     """
     from mlflow.exceptions import MlflowException  # slow
 
@@ -200,17 +199,17 @@ def _dataset(name: str, digest: str, rows: int, source: str | None, context: str
 
 
 def upload_folder(to: Target, run_id: str, directory: str, target: str) -> None:
-    """Files of a step that MLflow lacks or has in another size; what is there already is not sent again."""
+    """Upload the files of a step that MLflow lacks or has with another size."""
     known, root = _known_artifacts(to, run_id, target), to.run.path(directory)
     wanted = {}
     for entry, info in sorted(to.run.fs.find(root, detail=True).items()):
         relative = posixpath.relpath(entry, root)
-        place = posixpath.join(target, relative)
+        artifact = posixpath.join(target, relative)
         if relative.endswith(".tmp") or relative.startswith("strategy/"):
             continue
-        # metrics.json may get later cells, in a text of the same length
-        if relative == "metrics.json" or known.get(place) != info["size"]:
-            wanted[f"{directory}/{relative}"] = place
+        # metrics.json may gain cells without changing its size
+        if relative == "metrics.json" or known.get(artifact) != info["size"]:
+            wanted[f"{directory}/{relative}"] = artifact
     upload_files(to, run_id, wanted)
 
 
@@ -226,7 +225,7 @@ def _known_artifacts(to: Target, run_id: str, path: str) -> dict[str, int]:
 
 
 def upload_files(to: Target, run_id: str, files: Mapping[str, str]) -> None:
-    """Files of the run as artifacts (path in the run → artifact path), in one go: one by one takes far longer."""
+    """Upload files of the run (path in the run → artifact path) in one call; one call per file takes far longer."""
     if not files:
         return
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,22 +1,21 @@
-"""Project a run directory into MLflow: one idempotent function, used live by the driver and by `curlora sync`.
+"""Projects a run directory into MLflow, idempotently; used by the driver during a run and by `curlora sync`.
 
-Experiment = sequence, parent run = chain, child run = step. Everything is found by tag, else made, and is sent with
-its original timestamps, so sending again duplicates nothing. Only `MlflowClient` is used: fluent state is bound to a
-thread and a process. MLflow is a projection: when it is unreachable a run loses nothing and `project` raises one
-`LineageError`.
+Experiment = sequence, parent run = chain, child run = step. Everything is looked up by tag, created if missing and
+sent with its original timestamps, so sending it again creates no duplicates. If MLflow is unreachable, the run loses
+nothing and `project` raises a `LineageError`.
 
-Conventions a dashboard can rely on, the same for every sequence:
+Conventions that dashboards can rely on, the same for every sequence:
 
     tags (`curlora.` + …)   kind (chain | step), run, run_uri, base_model, adapter, strategy on every run;
                             tasks, last_step, base_fingerprint, gate, gate_reasons on the parent;
-                            step_fingerprint, parent_fingerprint, parent_run (where it grew from another run's step),
+                            step_fingerprint, parent_fingerprint, parent_run (if its parent is another run's step),
                             step_directory, task, tasks, position on a child
-    metrics of the parent   score/<task>, for written answers also rouge_l/<task>, token_f1/<task> and
+    metrics of the parent   score/<task>, for generated answers also rouge_l/<task>, token_f1/<task> and
                             exact_match/<task>; for retained text nll/<corpus>, perplexity/<corpus>; step = position in
-                            the sequence, 0 = untouched base; average_accuracy, forgetting, …; step = number of steps
+                            the sequence, 0 = untrained base; average_accuracy, forgetting, …; step = number of steps
     metrics of a child      train/loss, train/learning_rate; step = optimizer step; its own row of scores and its cost
     inputs                  <task>/train and <name>/test with the digest of the run directory
-    logged model of a child the adapter (pipelines/logged_models.py), its row of scores by dataset, its parent as input
+    logged model of a child the adapter (logged_models.py), its row of scores by dataset, its parent as input
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ from pipelines.runs.records import (
 from pipelines.runs.step_record import StepRecord
 from pipelines.runs.verdict import Verdict
 
-CONVENTIONS = 2  # of this module; another number sends finished steps again
+CONVENTIONS = 2  # version of the conventions above; a new version sends finished steps again
 
 AGGREGATES = (
     "average_accuracy",
@@ -82,29 +81,29 @@ CHAIN_NOTE = (
 
 
 def project(run: RunDirectory, uri: str, experiment: str, chain: Sequence[str] | None = None) -> dict[str, str]:
-    """Bring MLflow up to date with the run directory. May be called at any time, also while the run is going on.
+    """Bring MLflow up to date with the run directory; may be called repeatedly, also during the run.
 
     Args:
         run: the run directory.
         uri: MLflow tracking URI.
-        experiment: name of the experiment, made if missing.
+        experiment: name of the experiment, created if missing.
         chain: step fingerprints of the current plan, in order; default: those of `results.json`, else the chain
-            that ends in the step finished last. Older steps of a changed configuration are not part of it.
+            that ends in the step finished last. Steps of an earlier configuration are not part of it.
 
     Returns:
         step fingerprint → MLflow run id, and `"parent"` → id of the parent run.
 
     Raises:
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     return Projection(run, uri, experiment).send(chain)
 
 
 class Projection:
-    """A run in MLflow, kept up to date by one long-lived process.
+    """The projection of a run that a process keeps up to date.
 
-    What it has found or sent it does not look up again, so a step costs the same at the end of a long chain as at its
-    beginning. After an error everything is looked up anew.
+    It caches what it has found or sent, so the cost per step does not grow with the length of the chain. After an
+    error it looks everything up again.
     """
 
     def __init__(self, run: RunDirectory, uri: str, experiment: str):
@@ -113,26 +112,26 @@ class Projection:
         self._last: str | None = None  # fingerprint of the step that was sent last
 
     def send(self, chain: Sequence[str] | None = None) -> dict[str, str]:
-        """What `project` does."""
+        """See `project`."""
         with errors(self.uri, f"nothing is lost; send it later with: curlora sync {self.run.uri}"), quiet():
             steps, client = current_steps(self.run, chain), connect(self.uri)
-            known, self._known = self._known, None  # should this not come to its end
-            known = self._now(known, client, steps) or self._look(client, steps)
+            known, self._known = self._known, None  # dropped if an error follows
+            known = self._refreshed(known, client, steps) or self._load(client, steps)
             ids = _send(known, steps)
             self._known, self._last = known, steps[-1][1].fingerprint if steps else None
             return ids
 
-    def _now(self, known: _Known | None, client, steps: Steps) -> _Known | None:
-        """With the parent run as it is now; None if the run was deleted or these steps are another chain's.
+    def _refreshed(self, known: _Known | None, client, steps: Steps) -> _Known | None:
+        """The cache with a fresh parent run; None if that run was deleted or the steps belong to another chain.
 
-        A step's fingerprint contains its parent's: where the last one is, all before it are.
+        A step's fingerprint depends on its parent's, so the last fingerprint identifies all steps before it.
         """
         if known is None or self._last not in {None, *(metrics.fingerprint for _, metrics in steps)}:
             return None
         parent = client.get_run(known.parent_id)
         return replace(known, parent=parent) if parent.info.lifecycle_stage == "active" else None
 
-    def _look(self, client, steps: Steps) -> _Known:
+    def _load(self, client, steps: Steps) -> _Known:
         from pipelines.lineage.logged_models import LoggedModels  # imports numpy, which most commands never need
 
         to = Target(client, _experiment(client, self.uri, self.experiment), self.run, self.run.config())
@@ -149,9 +148,9 @@ class _Known:
     """What MLflow holds of a chain.
 
     Attributes:
-        parent: the chain's run, as it was before this sending.
+        parent: the chain's run, as read before sending.
         children: step fingerprint → MLflow run id.
-        sent: step fingerprint → digest of what was sent of it.
+        sent: step fingerprint → digest of the content that was sent.
     """
 
     to: Target
@@ -186,14 +185,14 @@ def _experiment(client, uri: str, name: str) -> str:
         root = artifact_root(uri)
         folder = re.sub(r"[^A-Za-z0-9._-]", "_", name)
         location = f"{root}/{folder}" if root else None
-        # The tag makes MLflow's list of experiments open this one on its runs, not as an LLM application.
+        # With this tag MLflow's UI opens the experiment on its runs, not as an LLM application.
         tags = {"mlflow.experimentKind": "custom_model_development"}
         try:
             return client.create_experiment(name, location, tags=tags)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            experiment = client.get_experiment_by_name(name)  # made by another run at this moment
+            experiment = client.get_experiment_by_name(name)  # another run has just created it
     if experiment.lifecycle_stage == "deleted":
         raise MlflowException(
             f"experiment '{name}' is deleted; restore it with `mlflow experiments restore -x "
@@ -206,9 +205,9 @@ def _experiment(client, uri: str, name: str) -> str:
 def _parent(to: Target, steps: Steps):
     """The parent run of this chain.
 
-    A fingerprint contains that of its parent step, so the recorded last step belongs to this chain if and only if
-    everything before it does: a sequence that grew continues its parent run; one whose past was changed gets a new
-    run, and the old one stays as the record of what was.
+    A fingerprint depends on that of the parent step, so the recorded last step belongs to this chain if and only if
+    all steps before it do: an extended sequence continues its parent run; a sequence with a changed earlier step gets
+    a new one, and the old run stays as a record.
     """
     tags = {PREFIX + "kind": "chain", PREFIX + "run": to.run.name, PREFIX + "run_uri": identity(to.run)}
     depth = {metrics.fingerprint: metrics.position for _, metrics in steps}
@@ -224,7 +223,7 @@ def _parent(to: Target, steps: Steps):
 
 
 def _send_parent(to: Target, models, parent, steps: Steps) -> None:
-    """Parameters, aggregates, pages and status of the chain."""
+    """Send parameters, aggregates, report, figures and status of the chain."""
     run, run_id, results = to.run, parent.info.run_id, to.run.results()
     send_params(to, parent, flatten(to.config.model_dump(exclude={"name", "storage", "tracking"})))
     if results and results.is_finished and steps:
@@ -253,7 +252,7 @@ def _send_parent(to: Target, models, parent, steps: Steps) -> None:
 
 
 def gate_tags(verdict: Mapping[str, Any]) -> dict[str, str]:
-    """A verdict as tags, in words that a list of runs can be filtered by."""
+    """A verdict as tags, by which MLflow's list of runs can be filtered."""
     return {
         PREFIX + "gate": Verdict.of(verdict).value,
         PREFIX + "gate_reasons": "; ".join(verdict["reasons"])[:TAG_LENGTH],
@@ -290,7 +289,7 @@ def _new_child(to: Target, parent_id: str, directory: str, metrics: StepRecord):
 
 
 def _send_base(to: Target, parent, directory: str, metrics: StepRecord) -> None:
-    """Row 0 trained nothing, so it is no child: its scores start the parent's curves."""
+    """Send row 0 to the parent run: the base has no child run, its scores are the first points of the curves."""
     run_id, sent = parent.info.run_id, fingerprint([CONVENTIONS, metrics.to_json()])
     if parent.data.tags.get(PREFIX + "sent_base") == sent:
         return
@@ -301,7 +300,7 @@ def _send_base(to: Target, parent, directory: str, metrics: StepRecord) -> None:
 
 
 def _send_step(known: _Known, directory: str, metrics: StepRecord) -> str:
-    """Everything of one step; its run's id. The mark `sent` comes last, so that a step is not sent again."""
+    """Send everything of one step and return its run's id; the tag `sent`, set last, marks it as complete."""
     to, name, digest = known.to, metrics.fingerprint, fingerprint([CONVENTIONS, metrics.to_json()])
     if known.sent.get(name) == digest:
         return known.children[name]

@@ -1,10 +1,10 @@
-"""Versions of a model in MLflow's registry: the champion, the candidates, and the history of promotions.
+"""Versions of a model in MLflow's registry: the champion in use, the candidate, and their history.
 
-`tracking.register_as` names the model. The adapter that a finished chain ends in becomes a version, found again by
-its run and step; the alias `candidate` is on the newest one that the gate has judged, `champion` on the one in use.
+`tracking.register_as` names the model. The last adapter of a finished chain becomes a version, identified by its run
+and step; the alias `candidate` is on the newest version that the gate has judged, `champion` on the one in use.
 
     tags of a version (`curlora.` + …)  run_uri, step_directory, step_fingerprint, base_fingerprint, model_id;
-                                        tasks (comma-separated, all that it has seen), domains ({task: digest});
+                                        tasks (comma-separated, all that it has learned), domains ({task: digest});
                                         gate (passed | refused | undecided), gate_reasons; promoted, promoted_why
     tag of the model                    champions: the last changes of the champion, newest first, as JSON
 """
@@ -18,17 +18,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.lineage.ancestry import Ancestry, Link
-from pipelines.lineage.mlflow_records import PREFIX, TAG_LENGTH, where_tags
+from pipelines.lineage.mlflow_records import PREFIX, TAG_LENGTH, tag_filter
 from pipelines.lineage.projection import gate_tags
 from pipelines.lineage.store import connect, errors, quiet
 from pipelines.runs.verdict import Verdict
 
 CHAMPION, CANDIDATE = "champion", "candidate"
-
 CHANGES_KEPT = 20
-
 REMEDY = "check tracking.uri"
-
 NOTE = (
     "Adapters of a continual-learning chain. `champion` is the version in use, `candidate` the newest one that the "
     "gate has judged; every version says which data is in it, and why it was promoted or refused."
@@ -37,15 +34,15 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a registered model, by its `curlora.*` tags.
+    """A version of a registered model, read from its `curlora.*` tags.
 
     Attributes:
-        run_uri, step_directory: where its files lie.
+        run_uri, step_directory: location of its files.
         run_id: MLflow run of the step, with the same files as artifacts.
-        tasks: every task seen so far, those of its ancestors included, in order.
-        digests: task → digest of the data it was trained on.
-        gate: passed | refused | undecided; empty where no gate has judged it.
-        promoted: when it became champion the last time; empty if never.
+        tasks: every task learned so far, including those of its ancestors, in order.
+        digests: task → digest of its training data.
+        gate: passed | refused | undecided; empty if no gate has judged it.
+        promoted: when it last became champion; empty if never.
     """
 
     name: str
@@ -84,37 +81,37 @@ def champion(uri: str, name: str) -> Version | None:
     """The version in use; None if there is none yet.
 
     Raises:
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     return by_alias(uri, name, CHAMPION)
 
 
 def by_alias(uri: str, name: str, alias: str) -> Version | None:
-    """The version that an alias is on; None if there is no such model or alias.
+    """The version with an alias; None if there is no such model or alias.
 
     Raises:
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
-    return _asked(uri, lambda client: client.get_model_version_by_alias(name, alias))
+    return _version_or_none(uri, lambda client: client.get_model_version_by_alias(name, alias))
 
 
 def by_number(uri: str, name: str, number: int) -> Version | None:
-    """A version by its number; None if there is no such.
+    """A version by its number; None if there is none.
 
     Raises:
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
-    return _asked(uri, lambda client: client.get_model_version(name, str(number)))
+    return _version_or_none(uri, lambda client: client.get_model_version(name, str(number)))
 
 
-def _asked(uri: str, question) -> Version | None:
+def _version_or_none(uri: str, request) -> Version | None:
     from mlflow.exceptions import MlflowException  # slow
 
     with errors(uri, REMEDY), quiet():
         try:
-            return Version.from_mlflow(question(connect(uri)))
+            return Version.from_mlflow(request(connect(uri)))
         except MlflowException as error:
-            # a missing alias is "invalid", a missing model or version "does not exist"
+            # MLflow reports a missing alias as invalid, a missing model or version as not existing
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise
@@ -124,15 +121,15 @@ def of_step(uri: str, name: str, run_uri: str, step_fingerprint: str) -> Version
     """The version that a run's step was registered as; None if it was not.
 
     Raises:
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     with errors(uri, REMEDY), quiet():
         return _of_step(connect(uri), name, run_uri, step_fingerprint)
 
 
 def _of_step(client, name: str, run_uri: str, step_fingerprint: str) -> Version | None:
-    # a run's path may hold what MLflow's filter cannot, so it is compared here
-    tag = where_tags({PREFIX + "step_fingerprint": step_fingerprint})
+    # a run's path may contain characters that MLflow's filter cannot express, so it is compared here
+    tag = tag_filter({PREFIX + "step_fingerprint": step_fingerprint})
     found = client.search_model_versions(f"name = '{name}' and {tag}")
     versions = [Version.from_mlflow(version) for version in found]
     return max((v for v in versions if v.run_uri == run_uri), key=lambda v: v.version, default=None)
@@ -140,10 +137,10 @@ def _of_step(client, name: str, run_uri: str, step_fingerprint: str) -> Version 
 
 # -- writing
 def register(uri: str, name: str, run_id: str, ancestry: Ancestry) -> tuple[Version, bool]:
-    """The version of an adapter, and whether it is new: made from the logged model of the step's MLflow run.
+    """Register the logged model of a step's MLflow run, unless it is registered; (version, whether it is new).
 
     Raises:
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     link = ancestry.links[-1]
     with errors(uri, REMEDY), quiet():
@@ -185,7 +182,7 @@ def _make_model(client, name: str) -> None:
 
 
 def _link_model(client, model, version) -> None:
-    """So that the logged model's page names its version; a server does it by itself, a database does not."""
+    """Tag the logged model with its version, for its page; MLflow servers do this themselves, databases do not."""
     key, entry = "mlflow.modelVersions", {"name": version.name, "version": int(version.version)}
     known = json.loads(client.get_logged_model(model.model_id).tags.get(key, "[]"))
     if all((e["name"], int(e["version"])) != (entry["name"], entry["version"]) for e in known):
@@ -193,10 +190,10 @@ def _link_model(client, model, version) -> None:
 
 
 def record_verdict(uri: str, version: Version, verdict: Mapping[str, Any] | None, ancestry: Ancestry) -> None:
-    """What the gate says of a version, on the version and its logged model.
+    """Record the gate's verdict on a version and its logged model.
 
     Raises:
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     with errors(uri, REMEDY), quiet():
         client = connect(uri)
@@ -210,17 +207,17 @@ def set_candidate(uri: str, version: Version) -> None:
     """Put the alias `candidate` on a version.
 
     Raises:
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     with errors(uri, REMEDY), quiet():
         connect(uri).set_registered_model_alias(version.name, CANDIDATE, str(version.version))
 
 
 def set_champion(uri: str, version: Version, why: str) -> Version | None:
-    """Put the alias `champion` on a version and record when and why; the champion that it replaces.
+    """Put the alias `champion` on a version, record when and why, and return the champion that it replaces.
 
     Raises:
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     before = champion(uri, version.name)
     moment = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
@@ -239,7 +236,7 @@ def changes(uri: str, name: str) -> list[dict]:
     """The last changes of the champion, newest first: `{"version", "before", "time", "why"}`.
 
     Raises:
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     with errors(uri, REMEDY), quiet():
         tags = connect(uri).get_registered_model(name).tags
@@ -251,9 +248,9 @@ def _tag(client, version: Version, tags: Mapping[str, str]) -> None:
         client.set_model_version_tag(version.name, str(version.version), key, value)
 
 
-# -- words
+# -- description
 def describe(ancestry: Ancestry, verdict: Mapping[str, Any] | None = None) -> str:
-    """A version's page: what is in it and what the gate says, as Markdown."""
+    """The description of a version as Markdown: its tasks, data, scores and the gate's verdict."""
     last = ancestry.links[-1]
     lines = [f"Grown from `{ancestry.base_model}` in {len(ancestry.links) - 1} steps.", ""]
     lines += ["| step | trained on | rows | digest |", "|---|---|---|---|"]

@@ -1,11 +1,11 @@
-"""Searches in MLflow: one run per search below the chain's run, one run per trial below the search's.
+"""Searches in MLflow: one child run of the chain per search, and one child run of the search per trial.
 
 tags (`curlora.` + …)   kind (search | trial), task, position on both; search (its folder) on both;
                         why, rule, chosen on a search; trial, status, error, chosen on a trial;
-                        search, setting, why on the step that was trained under what was found
+                        search, setting, why on a step that was trained with the setting found
 metrics of a trial      objective, learning, retention_loss at its rungs and its end, step = optimizer step;
                         score/<name>; train/loss, train/learning_rate
-parameters              of a trial its adapter, strategy and training; of a search the section `search:`
+parameters              of a trial: adapter, strategy and training; of a search: the section `search:`
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pipelines.runs.identity import fingerprint
 from pipelines.runs.records import Point, curve_points
 from pipelines.runs.results import SearchSummary, StepSummary
 
-JUDGED = ("objective", "learning", "retention_loss")
+OBJECTIVES = ("objective", "learning", "retention_loss")
 
 
 def project_searches(to: mlflow_records.Target, parent_id: str, steps: Mapping[str, str]) -> None:
     """Bring MLflow up to date with the run's `search/`.
 
     Args:
-        steps: step fingerprint → its MLflow run.
+        steps: step fingerprint → MLflow run id.
     """
     folders = [name for name in to.run.list("search") if name != "train"]
     for folder in folders:
@@ -42,7 +42,7 @@ def project_searches(to: mlflow_records.Target, parent_id: str, steps: Mapping[s
 
 
 def _records(run: RunDirectory, folder: str) -> dict[str, dict]:
-    """Trial → its record, of those that have ended."""
+    """Trial → its record, for the trials that have ended."""
     names = run.list(f"{folder}/trials")
     found = {name: run.read_json(f"{folder}/trials/{name}/trial.json") for name in names}
     return {name: record for name, record in found.items() if record}
@@ -61,10 +61,10 @@ def _send_search(to: mlflow_records.Target, parent_id: str, folder: str, records
     if results is None or entry.data.tags.get(PREFIX + "sent") == sent:
         return
     mlflow_records.send_params(to, entry, mlflow_records.flatten(results["search"]))
-    told = {"why": results["why"], "rule": results["rule"], "chosen": describe(results["chosen"]["values"])}
-    mlflow_records.set_tags(to, entry, {PREFIX + key: text[:TAG_LENGTH] for key, text in told.items()})
+    texts = {"why": results["why"], "rule": results["rule"], "chosen": describe(results["chosen"]["values"])}
+    mlflow_records.set_tags(to, entry, {PREFIX + key: text[:TAG_LENGTH] for key, text in texts.items()})
     ended = max(record["finished"] for record in results["trials"])
-    points = [(key, results["chosen"][key], ended, 0) for key in JUDGED]
+    points = [(key, results["chosen"][key], ended, 0) for key in OBJECTIVES]
     points += [(f"steps/{key}", value, ended, 0) for key, value in results["steps"].items()]
     mlflow_records.send_metrics(to, entry.info.run_id, points)
     files = {f"{folder}/{file}": file for file in ("results.json", "table.md")}
@@ -86,24 +86,25 @@ def _send_trial(
     if entry.data.tags.get(PREFIX + "sent") == sent:
         return
     mlflow_records.send_params(to, entry, mlflow_records.flatten(record["setting"]))
-    told = {
+    texts = {
         "status": record["status"],
         "setting": describe(record["values"]),
         "chosen": json.dumps(chosen),
         "step_fingerprint": record["fingerprint"],
         **({"error": record["error"]} if record["error"] else {}),
     }
-    mlflow_records.set_tags(to, entry, {PREFIX + key: text[:TAG_LENGTH] for key, text in told.items()})
-    mlflow_records.send_metrics(to, entry.info.run_id, [*_judgements(record), *_curve(to.run, directory, record)])
+    mlflow_records.set_tags(to, entry, {PREFIX + key: text[:TAG_LENGTH] for key, text in texts.items()})
+    mlflow_records.send_metrics(to, entry.info.run_id, [*_trial_points(record), *_curve(to.run, directory, record)])
     status = "FAILED" if record["status"] == "failed" else "FINISHED"
     to.client.set_terminated(entry.info.run_id, status, mlflow_records.milliseconds(record["finished"]))
     to.client.set_tag(entry.info.run_id, PREFIX + "sent", sent)
 
 
-def _judgements(record: dict) -> list[Point]:
-    points = [(key, rung[key], rung["time"], rung["step"]) for rung in record["rungs"] for key in JUDGED]
+def _trial_points(record: dict) -> list[Point]:
+    """Metrics of a trial: objective and its parts at the rungs and the end, scores, seconds."""
+    points = [(key, rung[key], rung["time"], rung["step"]) for rung in record["rungs"] for key in OBJECTIVES]
     if record["status"] == "finished":
-        points += [(key, record[key], record["finished"], record["steps"]) for key in JUDGED]
+        points += [(key, record[key], record["finished"], record["steps"]) for key in OBJECTIVES]
     points += [
         (f"score/{name}", value, record["finished"], record["steps"]) for name, value in record["scores"].items()
     ]
@@ -112,7 +113,7 @@ def _judgements(record: dict) -> list[Point]:
 
 
 def _curve(run: RunDirectory, directory: str, record: dict) -> list[Point]:
-    """The losses of a trial: those of the finished step, or up to its last checkpoint."""
+    """The training losses of a trial: of the finished step, or up to its last checkpoint."""
     metrics = run.metrics(f"{directory}/{record['directory']}")
     if metrics is not None:
         return curve_points(metrics.curve)
@@ -122,21 +123,21 @@ def _curve(run: RunDirectory, directory: str, record: dict) -> list[Point]:
 
 
 def _run(to: mlflow_records.Target, parent_id: str, tags: Mapping[str, str], name: str, begun: float) -> Any:
-    """The run with those tags below `parent_id`, made if it is missing."""
+    """The child run of `parent_id` with these tags; created if missing."""
     wanted = {"mlflow.parentRunId": parent_id} | {PREFIX + key: value for key, value in tags.items()}
     found = mlflow_records.search_runs(to.client, [to.experiment_id], wanted)
     if found:
         return found[0]
-    where = {PREFIX + "run": to.run.name, PREFIX + "run_uri": mlflow_records.identity(to.run)}
-    every = {**wanted, **where, **mlflow_records.common_tags(to.config)}
-    return to.client.create_run(to.experiment_id, mlflow_records.milliseconds(begun), every, name)
+    origin = {PREFIX + "run": to.run.name, PREFIX + "run_uri": mlflow_records.identity(to.run)}
+    all_tags = {**wanted, **origin, **mlflow_records.common_tags(to.config)}
+    return to.client.create_run(to.experiment_id, mlflow_records.milliseconds(begun), all_tags, name)
 
 
 def _tag_steps(
     to: mlflow_records.Target, run_ids: Mapping[str, str], steps: Sequence[StepSummary], entry: SearchSummary
 ) -> None:
-    """What steps were trained under, and why: on the steps themselves, with the way to the search."""
-    told = {"search": entry.directory, "setting": describe(entry.values), "why": entry.why}
+    """Tag steps with the setting that they were trained with, why it was chosen, and the folder of the search."""
+    texts = {"search": entry.directory, "setting": describe(entry.values), "why": entry.why}
     for step in steps:
-        for key, text in told.items() if step.fingerprint in run_ids else ():
+        for key, text in texts.items() if step.fingerprint in run_ids else ():
             to.client.set_tag(run_ids[step.fingerprint], PREFIX + key, text[:TAG_LENGTH])

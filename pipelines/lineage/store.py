@@ -1,7 +1,6 @@
-"""An MLflow store as this system reaches it: a client that gives up within seconds, one clear error, the command of
-its web pages.
+"""Access to an MLflow store: a client that fails within seconds, one clear error, and the command of its web pages.
 
-Only `MlflowClient` is used anywhere: fluent state is bound to a thread and a process. Nothing here knows about runs.
+Only `MlflowClient` is used: MLflow's fluent API keeps state per thread and process. This module knows nothing of runs.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pipelines.errors import LineageError
 
 PROBE_SECONDS = 4.0
 
-# The client's own defaults retry for four minutes; a training run must not wait for its record.
+# MLflow's own defaults retry for four minutes; training must not wait for its records.
 CLIENT_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
@@ -31,7 +30,7 @@ CLIENT_DEFAULTS = {
 
 
 def initialize(uri: str) -> None:
-    """Create the store's tables where they are missing. Once, before anything else writes: it takes seconds.
+    """Create the store's missing tables; call it once, before anything writes, as it takes seconds.
 
     Raises:
         LineageError: the store cannot be reached or created.
@@ -41,40 +40,40 @@ def initialize(uri: str) -> None:
 
 
 def ui_command(uri: str, port: int = 5000) -> list[str]:
-    """Command line of MLflow's own server, on loopback, over a database store.
+    """Command line of MLflow's own server for a database store, on loopback.
 
     Raises:
-        LineageError: `uri` is already a server; it has its own page.
+        LineageError: `uri` is already a server, with its own pages.
     """
     if urlsplit(uri).scheme in ("http", "https", "databricks"):
         raise LineageError(f"tracking.uri {shown(uri)} is a server already; open that address in a browser")
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     if artifacts := artifact_root(uri):
         command += ["--default-artifact-root", artifacts]
-    # One worker: the default of four costs 1.5 GB and serves nobody else on loopback.
+    # One worker suffices on loopback; the default of four takes 1.5 GB.
     return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
 
 
 def ui_environment() -> dict[str, str]:
-    """Environment for `ui_command`: without the seven job processes (1.2 GB) that only LLM evaluations need."""
+    """Environment for `ui_command`: disables seven job processes (1.2 GB) that only LLM evaluations need."""
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     return {**quiet, **os.environ}
 
 
 def page_url(uri: str, experiment: str, address: str = "http://127.0.0.1:5000") -> str:
-    """Where a browser finds the experiment's runs on the server at `address`; its front page before there are any.
+    """URL of the experiment's runs on the server at `address`; its front page if there is no such experiment yet.
 
     Raises:
         LineageError: the store cannot be reached.
     """
     with errors(uri, "check tracking.uri"), quiet():
         found = connect(uri).get_experiment_by_name(experiment)
-    # Without the view MLflow opens on its pages for LLM applications.
+    # Without `workflowType` MLflow opens its pages for LLM applications.
     return f"{address}/#/experiments/{found.experiment_id}/runs?workflowType=machine_learning" if found else address
 
 
 def connect(uri: str):
-    """An `MlflowClient`, after a quick look whether anybody is there at all."""
+    """An `MlflowClient`, after a quick check that the store can be reached."""
     for name, value in CLIENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     _probe(uri)
@@ -85,14 +84,14 @@ def connect(uri: str):
 
 
 def _probe(uri: str) -> None:
-    """Fail within seconds where MLflow would retry for minutes: dead host, unwritable folder.
+    """Fail within seconds where MLflow would retry for minutes: unreachable host, read-only folder.
 
     Raises:
         OSError: no server answers, or the folder of a sqlite file cannot be written.
     """
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https"):
-        import requests  # comes with mlflow; any answer will do, so no status is checked
+        import requests  # a dependency of mlflow; any response will do, so no status is checked
 
         try:
             requests.get(uri, timeout=PROBE_SECONDS, allow_redirects=False)
@@ -113,14 +112,14 @@ def _sqlite_file(uri: str) -> Path | None:
 
 
 def artifact_root(uri: str) -> str | None:
-    """Artifacts of a sqlite store lie beside it; MLflow's own default is whatever directory one happens to be in."""
+    """Artifact folder beside a sqlite store (MLflow's default is the current directory); None for other stores."""
     database = _sqlite_file(uri)
     return (database.parent / "mlruns").as_uri() if database else None
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppresses the forty lines that a first migration logs."""
+    """Silence MLflow's informational logs; a first migration writes forty lines."""
     loggers = [logging.getLogger(name) for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -134,7 +133,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def errors(uri: str, remedy: str) -> Iterator[None]:
-    """Whatever the client, its database driver or the network raises, as one clear line."""
+    """Turn any error of the client, its database driver or the network into a one-line LineageError."""
     import requests  # slow
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError

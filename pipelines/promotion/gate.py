@@ -72,7 +72,7 @@ class Comparison:
     @property
     def note(self) -> str:
         """For a loss that exceeds its limit but is not significant."""
-        return f"{self._change}, but it may be an accident (p = {probability(self.p)})"
+        return f"{self._change}, but not significant (p = {probability(self.p)})"
 
     @property
     def _change(self) -> str:
@@ -84,7 +84,7 @@ class Comparison:
 
 # -- without a champion
 def judge(results: Results, gate: GateConfig) -> dict:
-    """`{"passed": bool, "reasons": [...]}`; an aggregate that is None (one task has no forgetting) breaks no limit."""
+    """`{"passed": bool, "reasons": [...]}`; an aggregate that is None (forgetting of one task) exceeds no limit."""
     transfer = results.nll_backward_transfer
     limits = [
         ("forgetting", results.forgetting, gate.max_forgetting, False),
@@ -108,10 +108,10 @@ def _broken(name: str, value: float | None, limit: float | None, at_least: bool)
 
 # -- against a champion
 def judge_against(champion: Side, candidate: Side, results: Results, gate: GateConfig) -> dict:
-    """`{"passed", "reasons", "notes", "comparisons"}` of a candidate that would replace the champion.
+    """`{"passed", "reasons", "notes", "comparisons"}` for a candidate that would replace the champion.
 
-    The candidate must have been scored on every task that the champion has learned: an unmeasured task may be
-    forgotten. `min_learning_accuracy`, where it is set, applies as well.
+    The candidate must have been scored on every task that the champion has learned: a task that is not scored may be
+    forgotten. `min_learning_accuracy` applies as well if it is set.
     """
     comparisons, unmeasured, notes = [], [], []
     for name, cell in champion.cells.items():
@@ -155,7 +155,7 @@ def _compare(name: str, before: Cell, after: Cell, champion: Side, candidate: Si
 
 
 def _loss(before: Cell, after: Cell, gate: GateConfig) -> tuple[float, float | None]:
-    """(how much worse the candidate is, how much is allowed)."""
+    """(loss of the candidate against the champion, largest loss allowed)."""
     if before.role == "retention":
         ratio = gate.max_perplexity_ratio
         return perplexity(after.nll - before.nll) - 1, None if ratio is None else ratio - 1

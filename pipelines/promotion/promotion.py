@@ -1,7 +1,7 @@
-"""From a finished chain to a champion: the gate's verdict, the registered version, its promotion, the way back.
+"""From a finished chain to a champion: the gate's verdict, the registered version, promotion and rollback.
 
-A verdict is applied once: a version that was judged and perhaps put back by hand stays where it is however often its
-run is sent again. While MLflow is unreachable the verdict is "undecided"; `curlora sync` decides later.
+A verdict is applied once: sending a run again does not change a version that was judged before, even if it was rolled
+back by hand. While MLflow cannot be reached the verdict is "undecided"; `curlora sync` decides later.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Refused(RuntimeError):
 
 @dataclass(frozen=True)
 class Promotion:
-    """What happened: the new champion, the one before, and what the hook said (None: no hook, or all well)."""
+    """A promotion: the new champion, the previous one, and why the hook failed (None: no hook, or it succeeded)."""
 
     version: Version
     before: Version | None
@@ -59,7 +59,7 @@ class Promotion:
 def decide(run: RunDirectory, config: PipelineConfig, results: Results) -> dict | None:
     """The gate's verdict on a finished run, `{"passed", "reasons", "against", …}`; None without a gate.
 
-    `against` is the champion that it was compared with; None: there is none, the limits are absolute.
+    `against` is the champion that the run was compared with; None: there is no champion, absolute limits apply.
     """
     if config.gate is None:
         return None
@@ -73,7 +73,7 @@ def decide(run: RunDirectory, config: PipelineConfig, results: Results) -> dict 
         sides = champion_side(tracking.uri, champion), run_side(run, results.steps[-1].directory)
         verdict = judge_against(*sides, results, config.gate)
     except LineageError as error:
-        return {"passed": None, "reasons": [f"the champion cannot be asked for: {error}"], "against": None}
+        return {"passed": None, "reasons": [f"the champion cannot be read: {error}"], "against": None}
     return verdict | {"against": {"name": champion.name, "version": champion.version, "run_uri": champion.run_uri}}
 
 
@@ -82,24 +82,24 @@ def _is(version: Version, run: RunDirectory, results: Results) -> bool:
 
 
 def run_side(run: RunDirectory, directory: str, tasks: Sequence[str] = ()) -> Side:
-    """A step as the gate sees it, from its run directory."""
+    """A step as a side of the gate's comparison, from its run directory."""
     cells = {cell.name: cell for cell in newest_cells(run.metrics(directory))}
     return Side(cells, lambda name: run.read_jsonl(f"{directory}/predictions/{name}.jsonl"), tasks)
 
 
 def champion_side(uri: str, version: Version) -> Side:
-    """The champion as the gate sees it: from its run directory, from MLflow's copy where that is gone.
+    """The champion as a side of the gate's comparison: from its run directory, or MLflow's copy if that is gone.
 
     Raises:
         LineageError: neither can be read.
     """
-    with contextlib.suppress(OSError, ImportError):  # ImportError: its storage's driver is not installed here
+    with contextlib.suppress(OSError, ImportError):  # ImportError: the driver of its storage is not installed here
         run = RunDirectory(version.run_uri)
         if run.metrics(version.step_directory):
             return run_side(run, version.step_directory, version.tasks)
 
     def artifact(path: str) -> str:
-        remedy = f"the champion's run {version.run_uri} is gone, too"
+        remedy = f"the champion's run {version.run_uri} cannot be read either"
         with errors(uri, remedy), quiet(), tempfile.TemporaryDirectory() as scratch:
             return Path(connect(uri).download_artifacts(version.run_id, path, scratch)).read_text()
 
@@ -116,17 +116,17 @@ def champion_side(uri: str, version: Version) -> Side:
 def settle(
     run: RunDirectory, config: PipelineConfig, results: Results, run_ids: Mapping[str, str], uri: str
 ) -> dict | None:
-    """Register a finished run's last adapter, record the verdict, promote it if the gate says so.
+    """Register a finished run's last adapter, record the verdict, and promote it if the gate passed.
 
     Args:
-        run_ids: step fingerprint → MLflow run id in the store `uri`. A store that is not the run's own gets the
-            version and its verdict; who is champion there is not this run's business.
+        run_ids: step fingerprint → MLflow run id in the store `uri`. In a store other than the run's own, the version
+            is registered with its verdict but never promoted.
 
     Returns:
         `{"name", "version", "uri", "promoted", "hook_failure"}`; None if nothing is to be registered.
 
     Raises:
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     name = config.tracking.register_as if config.tracking else None
     if name is None:
@@ -143,22 +143,22 @@ def settle(
         if verdict["passed"] and config.gate.promote:
             done = promote(uri, version, "the gate passed", config.gate.on_promotion, config.gate.hook_timeout)
             outcome |= {"promoted": True, "hook_failure": done.hook_failure}
-    registry.record_verdict(uri, version, verdict, ancestry)  # last: from here on the verdict is applied
+    registry.record_verdict(uri, version, verdict, ancestry)  # last: it marks the verdict as applied
     return outcome
 
 
 def promote(
     uri: str, version: Version, why: str, hook: Sequence[str] | None = None, hook_timeout: float = 600.0
 ) -> Promotion:
-    """Make a version the champion, run the hook, leave an event in its run.
+    """Make a version the champion, run the hook, and write an event to its run.
 
     Raises:
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     before = registry.set_champion(uri, version, why)
     failure = _run_hook(hook, version, hook_timeout) if hook else None
     done = Promotion(version, before, why, failure)
-    with contextlib.suppress(OSError, ImportError):  # a run that is gone takes no event; MLflow has recorded it
+    with contextlib.suppress(OSError, ImportError):  # the run may be gone; MLflow has the record
         run = RunDirectory(version.run_uri)
         if run.exists("config.yaml"):
             run.event("promoted", **done.to_json())
@@ -166,7 +166,7 @@ def promote(
 
 
 def _run_hook(command: Sequence[str], version: Version, timeout: float) -> str | None:
-    """Run the command without a shell; why it failed, or None."""
+    """Run the command without a shell; returns why it failed, or None."""
     facts = {
         "CURLORA_MODEL_NAME": version.name,
         "CURLORA_MODEL_VERSION": str(version.version),
@@ -182,18 +182,18 @@ def _run_hook(command: Sequence[str], version: Version, timeout: float) -> str |
         return f"gate.on_promotion {command[0]}: {error}"
     if done.returncode == 0:
         return None
-    last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+    last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
     return f"gate.on_promotion {command[0]} ended with {done.returncode}: {last}"
 
 
 # -- by hand
 def promote_run(run: RunDirectory, force: bool = False, reason: str = "", hook: bool = True) -> Promotion:
-    """Make a finished run's version the champion if the gate, asked now, lets it; `force`: whatever the gate says.
+    """Make a finished run's version the champion if the gate passes it now; `force` ignores the gate.
 
     Raises:
         ConfigError: the run is not finished or not registered.
-        Refused: the gate is against it.
-        LineageError: MLflow is away or refuses.
+        Refused: the gate refuses it.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     config, results = run.config(), run.results()
     uri, name = _registry_of(config)
@@ -214,12 +214,14 @@ def promote_run(run: RunDirectory, force: bool = False, reason: str = "", hook: 
 
 
 def restore(run: RunDirectory, number: int, force: bool = False, reason: str = "", hook: bool = True) -> Promotion:
-    """Make a version of the run's model the champion: one that was, or that the gate has let pass; others by `force`.
+    """Make a version of the run's model the champion again.
+
+    Without `force` only a former champion or a version that passed the gate is accepted.
 
     Raises:
         ConfigError: there is no such version.
-        Refused: it was never let pass.
-        LineageError: MLflow is away or refuses.
+        Refused: the version was never champion and has not passed the gate.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     config = run.config()
     uri, name = _registry_of(config)
@@ -227,8 +229,8 @@ def restore(run: RunDirectory, number: int, force: bool = False, reason: str = "
     if version is None:
         raise ConfigError([Problem("--to", f"model '{name}' has no version {number} in {uri}; see curlora ui")])
     if not (version.promoted or version.gate == Verdict.PASSED or force):
-        verdict = f"the gate's word on it: {version.gate or 'none'}"
-        raise Refused(f"version {number} was never in use ({verdict}); to use it all the same: --force --reason TEXT")
+        verdict = f"the gate's verdict: {version.gate or 'none'}"
+        raise Refused(f"version {number} was never in use ({verdict}); to use it anyway: --force --reason TEXT")
     why = f"forced: {reason}" if force else f"restored{f': {reason}' if reason else ''}"
     command = config.gate.on_promotion if config.gate and hook else None
     return promote(uri, version, why, command, config.gate.hook_timeout if config.gate else 0)
@@ -237,6 +239,6 @@ def restore(run: RunDirectory, number: int, force: bool = False, reason: str = "
 def _registry_of(config: PipelineConfig) -> tuple[str, str]:
     tracking = config.tracking
     if tracking is None or tracking.register_as is None:
-        remedy = "set it in the configuration and run it again (nothing is trained twice)"
+        remedy = "set it in the configuration and run the chain again (nothing is trained twice)"
         raise ConfigError([Problem("tracking.register_as", f"is null, so the run has no versions; {remedy}")])
     return tracking.uri, tracking.register_as

@@ -1,7 +1,7 @@
-"""What follows a finished chain: verdict, report, record in MLflow, registered version.
+"""Publishes a finished chain: verdict, report, records in MLflow, registered version.
 
-Done again only if something has changed. The driver does this at the end of a run, `curlora sync` later if MLflow was
-unreachable then; both give the same.
+Nothing is repeated unless the run has changed. The driver publishes at the end of a run; `curlora sync` does the same
+later if MLflow could not be reached.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Send = Callable[[], tuple[dict[str, str], str | None]]  # → (step fingerprint 
 
 
 def already_published(run: RunDirectory, config: PipelineConfig, results: Results) -> Results | None:
-    """The results with what was published of them, if nothing has changed since; None: there is something to do."""
+    """The results completed with what was published; None if they have changed since, or were not fully published."""
     stamp = run.read_json(STAMP) or {}
     if stamp.get("identity") != _identity(results, config) or not (stamp["lineage"] or config.tracking is None):
         return None
@@ -36,7 +36,7 @@ def publish(run: RunDirectory, config: PipelineConfig, results: Results, send: S
     """Judge, report, send, register and promote a finished run; (results as written, warnings).
 
     Args:
-        send: brings MLflow up to the run directory.
+        send: brings MLflow up to date with the run directory.
     """
     undecided = not results.gate or results.gate["passed"] is None
     verdict = promotion.decide(run, config, results) if undecided else results.gate
@@ -49,32 +49,32 @@ def publish(run: RunDirectory, config: PipelineConfig, results: Results, send: S
     if runs and warning is None:
         try:
             results = replace(results, registry=promotion.settle(run, config, results, runs, config.tracking.uri))
-        except (LineageError, RunDirectoryError) as error:  # MLflow away, or a run that it started from gone
+        except (LineageError, RunDirectoryError) as error:  # MLflow is unreachable, or an ancestor's run is gone
             warning = str(error)
         if failure := (results.registry or {}).get("hook_failure"):
             notes.append(failure)
     run.write_json("results.json", results)
     if runs and warning is None:
         write_pages(run, figures=False)
-        _, warning = send()  # once more: now the pages name the MLflow runs and the version
+        _, warning = send()  # again: the pages now name the MLflow runs and the version
     stamp(run, config, results, runs, warning is None)
     return results, [*([warning] if warning else []), *notes]
 
 
 def stamp(run: RunDirectory, config: PipelineConfig, results: Results, runs: dict[str, str], sent: bool) -> None:
-    """Remember what was published, and whether MLflow has it."""
+    """Record what was published, and whether it was sent to MLflow."""
     published = {"gate": results.gate, "registry": results.registry, "runs": runs, "lineage": sent}
     run.write_json(STAMP, {"identity": _identity(results, config), **published})
 
 
 def sync(run: RunDirectory, uri: str | None = None) -> tuple[dict[str, str], str, list[str]]:
-    """Send a run to MLflow (again): to its own store with all that follows, to another one as a copy.
+    """Send a run to MLflow (again): publish it in its own store, or copy it to another one.
 
     Returns:
         step fingerprint (and "parent") → MLflow run id, the store, warnings.
 
     Raises:
-        LineageError: MLflow is away or refuses.
+        LineageError: MLflow cannot be reached or returns an error.
     """
     config, results = run.config(), run.results()
     tracking = config.tracking
@@ -91,7 +91,8 @@ def sync(run: RunDirectory, uri: str | None = None) -> tuple[dict[str, str], str
 
 
 def write_pages(run: RunDirectory, figures: bool) -> None:
-    # matplotlib; a run that has nothing new to show needs none of it
+    """Write `report.html` and, on request, its figures."""
+    # imports matplotlib, which a run without changes does not need
     from pipelines.reporting.page import write_figures, write_report
 
     if figures:

@@ -1,11 +1,11 @@
-"""The value of a trial and the choice of the winner: pure functions of the trials' scores.
+"""The objective of trials and the choice of the winner: pure functions of validation scores.
 
-**The rule.** Among the trials that trained to their end, the one with the highest objective wins; ties go to fewer
-trainable parameters, then to the earlier trial. Objective = learning − weight × retention loss, on validation data:
+**The rule.** Among the finished trials, the one with the highest objective wins; ties go to the trial with fewer
+trainable parameters, then to the earlier one. Objective = learning − weight × retention loss, on validation data:
 
-    learning        mean over the new tasks of the score (for text: minus the NLL in nats per token)
-    retention loss  mean over earlier tasks and retained texts of what each has lost since before the trial
-                    (score, or nats per token; negative = gained)
+    learning        mean score over the new tasks (for text: negative NLL, in nats per token)
+    retention loss  mean loss increase over earlier tasks and retained texts since before the trial
+                    (in units of the score, or nats per token; negative = improved)
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ RULE = (
 
 @dataclass(frozen=True)
 class Assessment:
-    """A trial's worth; `retention_loss` is None where nothing was there to be lost.
+    """The assessment of a trial; `retention_loss` is None where nothing was learned before.
 
-    `signal` is what trials are compared by on their way: the objective with a loss in place of the score, which may
-    stand at chance for half of the training while losses fall already. The loss is the mean training loss of the
-    second half of the way so far; scored at one moment of a high learning rate, a trial swings more than trials
-    differ. Without a training loss it is the cross-entropy of the right class on validation data.
+    `signal` ranks unfinished trials at rungs: the objective with a loss in place of the score, because a score may
+    stay at chance for half of the training while the loss already falls. The loss is the mean training loss over the
+    second half of the steps so far: at a high learning rate, a single evaluation varies more over steps than between
+    trials. Without a training loss it is the cross-entropy of the right class on validation data.
     """
 
     objective: float
@@ -43,7 +43,7 @@ class Assessment:
 
 
 def loss_of(value: float, metric: str) -> float:
-    """What is wrong with a score, lower is better: NLL of text, 1 − score of the rest."""
+    """A score as a loss (lower is better): NLL for text, 1 − score otherwise."""
     return value if metric == "nll" else 1 - value
 
 
@@ -54,12 +54,13 @@ def assess(
     weight: float,
     train_loss: float | None = None,
 ) -> Assessment | None:
-    """The worth of a trial by its cells; None if a score is not a number.
+    """The assessment of a trial by its score cells; None if a score is not finite.
 
     Args:
         new: names of the tasks that it learned.
-        reference: name → loss before the trial, of everything else.
-        train_loss: of the second half of its way so far; None where trials' training losses cannot be compared.
+        reference: name → loss before the trial, for everything else.
+        train_loss: mean over the second half of the steps so far; None where trials' training losses are not
+            comparable.
     """
     losses = {cell.name: loss_of(cell.value, cell.metric) for cell in cells}
     if not all(math.isfinite(value) for value in losses.values()):
@@ -76,13 +77,13 @@ def assess(
     return Assessment(learning - cost, learning, retention_loss, signal if math.isfinite(signal) else -math.inf)
 
 
-# -- among trials (records as `trial.json` holds them)
+# -- choice among trials (records as in `trial.json`)
 def finished(records: Sequence[dict]) -> list[dict]:
     return [record for record in records if record["status"] == "finished"]
 
 
 def choose(records: Sequence[dict]) -> dict | None:
-    """The winner by the rule above; None if no trial trained to its end."""
+    """The winner by the rule above; None if no trial finished."""
     candidates = finished(records)
     if not candidates:
         return None
@@ -90,7 +91,7 @@ def choose(records: Sequence[dict]) -> dict | None:
 
 
 def pareto(records: Sequence[dict]) -> list[dict]:
-    """The finished trials that none beats in learning and retention together, by learning."""
+    """The Pareto set of the finished trials in learning and retention, by decreasing learning."""
     candidates = finished(records)
     best = [r for r in candidates if not any(_dominates(other, r) for other in candidates)]
     return sorted(best, key=lambda r: -r["learning"])
@@ -102,13 +103,13 @@ def _dominates(a: dict, b: dict) -> bool:
 
 
 def steps_spent(records: Sequence[dict]) -> tuple[int, int]:
-    """(optimizer steps of all trials, steps that all would have taken to their ends)."""
+    """(optimizer steps that all trials took, steps that they would have taken without pruning)."""
     known = [r for r in records if r.get("total_steps")]
     return sum(r["steps"] for r in known), sum(r["total_steps"] for r in known)
 
 
-def why(record: dict, records: Sequence[dict], weight: float) -> str:
-    """One sentence for people: what was chosen, by what, out of how many."""
+def explanation(record: dict, records: Sequence[dict], weight: float) -> str:
+    """One sentence for the reader: the chosen setting, its objective, and the number of trials."""
     setting = describe(record["values"])
     counts = [f"{sum(r['status'] == s for r in records)} {s}" for s in ("finished", "pruned", "failed")]
     lost = record["retention_loss"]

@@ -1,7 +1,7 @@
-"""The parts of a search that run inside Ray Tune: searcher, scheduler, stopper and the trainable of a trial.
+"""The parts of a search that run inside Ray Tune: the searcher, the scheduler and the stopper.
 
-Only the driver of a search imports this (Ray Tune takes a second). None of these objects is ever restored by Ray Tune,
-which would unpickle them: a search goes on from its trials' own records.
+Only the driver of a search imports this (importing Ray Tune takes a second). Ray Tune never restores these objects,
+which would mean unpickling them: a search resumes from its trials' own records.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from pipelines.search.trial_spec import Spec
 
 METRIC, SIGNAL, TIME = "objective", "signal", "resource"
 
-ASK_SECONDS = 1.0  # between two looks for a request to stop
-
-LOST_TRIALS = 3  # trials whose driver broke off, after which the search ends
-
-DRIVER_SHARE = 0.0001  # of this node's own resource: a trial's driver takes no CPU from its workers
+POLL_SECONDS = 1.0  # interval at which a request to stop is looked for
+LOST_TRIALS = 3  # consecutive trials whose driver failed, after which the search ends
+DRIVER_SHARE = 0.0001  # of this node's own resource, so that a trial's driver takes no CPU from its workers
 
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run directory has everything
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a report may say only that there is no news
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a `waiting` report has no metric
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the chain's driver handles Ctrl-C
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 
 
 class Proposals(Searcher):
-    """Known settings first, then those of `sampler`; hands out the worker groups too, one per running trial.
+    """Proposes known settings, then those of `sampler`, and assigns one worker group per running trial.
 
     Args:
-        on_end: called with (number, values) when a trial has ended, however it has.
+        count: total number of trials.
+        groups: number of worker groups.
+        on_end: called with (number, values) when a trial ends, for whatever reason.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Proposals(Searcher):
         super().__init__(metric=METRIC, mode="max")
         self.known, self.count, self.sampler, self.on_end = list(known), count, sampler, on_end
         self.proposed: dict[str, tuple[int, Values]] = {}  # Tune's id → number, setting
-        self.lost = 0  # trials whose driver broke off, one after another
+        self.lost = 0  # consecutive trials whose driver failed
         self.pruned: set[str] = set()
         self._free = list(range(groups))
         self._slots: dict[str, int] = {}
@@ -94,24 +94,24 @@ class Proposals(Searcher):
         self.lost = self.lost + 1 if error else 0
         failed = error or METRIC not in (result or {})
         if self._is_sampled(trial_id):
-            told = None if failed or trial_id in self.pruned else result  # a rung's score is not a final one
-            self.sampler.on_trial_complete(trial_id, told, error=failed)
+            final = None if failed or trial_id in self.pruned else result  # a score at a rung is not final
+            self.sampler.on_trial_complete(trial_id, final, error=failed)
         self.on_end(*self.proposed[trial_id])
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: see above."""
+        """Does nothing: a search resumes from its trials' records."""
 
     def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a search goes on from its trials' records")
+        raise NotImplementedError("a search resumes from its trials' records")
 
     def __getstate__(self) -> dict:
         return {}
 
 
 class Halving(AsyncHyperBandScheduler):
-    """ASHA (Li et al. 2020, arXiv 1810.05934), which reports the trials that it ends early.
+    """ASHA (Li et al. 2020, arXiv 1810.05934) with a callback for every trial that it stops early.
 
-    At a rung it compares trials by their signal (`choice.Assessment`).
+    At a rung it compares trials by their signal (see `objective.Assessment`).
     """
 
     def __init__(self, top: int, reduction: int, on_prune: Callable[[str], None]):
@@ -130,20 +130,20 @@ class Halving(AsyncHyperBandScheduler):
 
 
 class Watch(tune.Stopper):
-    """Ends the whole search when `reason` gives one, or when trials break off one after another."""
+    """Ends the search when `reason_to_stop` returns a reason, or after `LOST_TRIALS` consecutive failed drivers."""
 
-    def __init__(self, reason: Callable[[], str | None], proposals: Proposals):
-        self.ask, self.proposals = reason, proposals
+    def __init__(self, reason_to_stop: Callable[[], str | None], proposals: Proposals):
+        self.reason_to_stop, self.proposals = reason_to_stop, proposals
         self.reason: str | None = None
-        self._asked = time.monotonic()
+        self._polled = time.monotonic()
 
     def __call__(self, trial_id: str, result: dict) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        if self.reason is None and time.monotonic() - self._asked > ASK_SECONDS:
-            self._asked = time.monotonic()
-            self.reason = self.ask()
+        if self.reason is None and time.monotonic() - self._polled > POLL_SECONDS:
+            self._polled = time.monotonic()
+            self.reason = self.reason_to_stop()
         return self.reason is not None or self.proposals.lost >= LOST_TRIALS
 
     def __getstate__(self) -> dict:
@@ -151,7 +151,7 @@ class Watch(tune.Stopper):
 
 
 def optuna_sampler(search: SearchConfig, known: Sequence[Values]) -> Searcher:
-    """Optuna's TPE over the space; `known` settings, of an earlier start, are proposed again first."""
+    """Optuna's TPE over the space; it first proposes the `known` settings of an earlier start again."""
     import optuna  # an optional dependency
     from ray.tune.search.optuna import OptunaSearch
 
@@ -164,7 +164,7 @@ def optuna_sampler(search: SearchConfig, known: Sequence[Values]) -> Searcher:
         else:
             space[path] = optuna.distributions.CategoricalDistribution([json.dumps(c) for c in choices])
     points = [_encoded(search, values) for values in known if values.keys() == search.space.keys()]
-    seed = search.seed + len(points)  # the same one would draw again what is known
+    seed = search.seed + len(points)  # the same seed would draw the known points again
     return OptunaSearch(space, metric=METRIC, mode="max", points_to_evaluate=points or None, seed=seed)
 
 
@@ -180,7 +180,7 @@ def run_tune(
     scheduler: TrialScheduler | None,
     watch: Watch,
 ) -> None:
-    """Run the trials that `proposals` gives, until the last has ended or `watch` ends them all."""
+    """Run the trials that `proposals` suggests until the last one ends or `watch` ends the search."""
     os.environ |= ENVIRONMENT
     node = f"node:{ray.util.get_node_ip_address()}"  # Tune's scratch folder is here
     trainable = tune.with_resources(
@@ -210,14 +210,14 @@ def run_tune(
 
 
 class TrialDriver(tune.Trainable):
-    """Ray Tune's side of `Trial`."""
+    """Adapter from Ray Tune's `Trainable` to `Trial`."""
 
     def setup(self, config: Mapping, spec: Spec, groups: list) -> None:
         self.spec, self.groups = spec, groups
         self.reset_config(config)
 
     def reset_config(self, new_config: Mapping) -> bool:
-        """The next trial in the same process."""
+        """Start the next trial in the same process."""
         group = self.groups[new_config["slot"]]
         self.trial = Trial(self.spec, new_config["number"], json.loads(new_config["values"]), group)
         return True

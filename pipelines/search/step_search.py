@@ -1,4 +1,4 @@
-"""The search before one step: where it lies, what it asked for, what it found."""
+"""The search before one step: its folder, the identity of its request, and its results."""
 
 from __future__ import annotations
 
@@ -21,15 +21,21 @@ class StepSearch:
     """The search before one step.
 
     Attributes:
-        folder: below the run; named by everything that a trial's worth depends on, not by which trials there are.
+        config: the chain's configuration, without the rows held out for validation.
+        parent, base: fingerprints of what the step starts from and of the base model.
+        trial_config: `config`, scored on validation data.
+        names: tasks and corpora that every trial is scored on.
+        cell_keys: name → identity of its score.
+        identities: of the training data, as they enter the step's fingerprint.
+        folder: relative to the run; depends on everything that affects a trial's objective, not on which trials run.
     """
 
-    config: PipelineConfig  # training view
+    config: PipelineConfig
     position: int
     tasks: tuple[str, ...]
     parent: str
     base: str
-    judged: PipelineConfig
+    trial_config: PipelineConfig
     names: tuple[str, ...]
     cell_keys: dict[str, str]
     identities: list[dict] = field(repr=False)
@@ -42,7 +48,7 @@ class StepSearch:
     def folder(self) -> str:
         search = self.config.search
         identity = [
-            step_fingerprint(self.base, self.parent, self.judged, self.identities),
+            step_fingerprint(self.base, self.parent, self.trial_config, self.identities),
             [self.cell_keys[name] for name in self.names],
             search.objective.model_dump(),
             search.trial_training,
@@ -51,31 +57,31 @@ class StepSearch:
 
     @property
     def request(self) -> str:
-        """Identity of what was asked for: a search is done if it has answered this."""
-        how = self.config.search.model_dump(exclude={"when", "max_concurrent", "time_budget"})
-        return fingerprint([self.folder, how])
+        """Fingerprint of the search settings; a search is done if its results carry the same one."""
+        settings = self.config.search.model_dump(exclude={"when", "max_concurrent", "time_budget"})
+        return fingerprint([self.folder, settings])
 
     def found(self, run: RunDirectory) -> dict | None:
-        """The results of the search, if it is done."""
+        """The results of the search; None if it is not done."""
         results = run.read_json(f"{self.folder}/results.json")
         return results if results and results["request"] == self.request else None
 
 
-def search_before(config: PipelineConfig, position: int, parent: str, base: str) -> StepSearch:
-    judged = trial_view(config, position)
+def search_of_step(config: PipelineConfig, position: int, parent: str, base: str) -> StepSearch:
+    """The search before the step at `position`, which starts from the fingerprint `parent`."""
+    trial_config = trial_view(config, position)
     new = tuple(t.name for t in config.tasks) if config.is_joint else (config.tasks[position - 1].name,)
     fresh = config.adapter.carry == "fresh"  # earlier tasks keep adapters of their own
     earlier = () if fresh or not config.search.objective.retention_weight else config.tasks[: position - 1]
-    names = (*new, *(t.name for t in earlier if t.name not in new), *(c.name for c in judged.retention))
-    sources = {source.name: source for source in [*judged.tasks, *judged.retention]}
-    keys = {name: fingerprint(score_identity(sources[name], judged)) for name in names}
+    names = (*new, *(t.name for t in earlier if t.name not in new), *(c.name for c in trial_config.retention))
+    sources = {source.name: source for source in [*trial_config.tasks, *trial_config.retention]}
+    keys = {name: fingerprint(score_identity(sources[name], trial_config)) for name in names}
     identities = [data_identity(config.task(name)) for name in new]
-    return StepSearch(config, position, new, parent, base, judged, names, keys, identities)
+    return StepSearch(config, position, new, parent, base, trial_config, names, keys, identities)
 
 
 def settings_found(run: RunDirectory) -> Callable[[PipelineConfig, int, str, str], PipelineConfig | None]:
-    """For `make_plan`: the setting of a step; None if a search has to find it first."""
-
+    """A `setting_of` for `make_plan`: returns None for a step whose setting has not been searched yet."""
     first: list[PipelineConfig | None] = []
 
     def setting_of(config: PipelineConfig, position: int, parent: str, base: str) -> PipelineConfig | None:
@@ -84,7 +90,7 @@ def settings_found(run: RunDirectory) -> Callable[[PipelineConfig, int, str, str
             return config
         if when == "first" and position > 1:
             return first[0]
-        results = search_before(config, position, parent, base).found(run)
+        results = search_of_step(config, position, parent, base).found(run)
         setting = with_values(config, results["chosen"]["values"]) if results else None
         first.append(setting)
         return setting
@@ -95,17 +101,17 @@ def settings_found(run: RunDirectory) -> Callable[[PipelineConfig, int, str, str
 def summaries(
     config: PipelineConfig, run: RunDirectory, steps: Sequence[StepPlan], base: str
 ) -> tuple[SearchSummary, ...]:
-    """For results.json: what was chosen before which step, and why."""
+    """The `searches` of results.json: the setting chosen before each step, and why."""
     if not config.search or not config.search.when:
         return ()
     found = []
     for step in steps[:1] if config.search.when == "first" else steps:
-        where = search_before(config, step.position, step.parent, base)
-        if results := where.found(run):
+        target = search_of_step(config, step.position, step.parent, base)
+        if results := target.found(run):
             summary = SearchSummary(
                 **{key: results[key] for key in ("task", "position", "why", "rule", "pareto", "steps")},
                 values=results["chosen"]["values"],
-                directory=where.folder,
+                directory=target.folder,
                 trials=len(results["trials"]),
                 adopted=results["chosen"]["fingerprint"] == step.fingerprint,
                 until=len(steps) if config.search.when == "first" else step.position,
@@ -114,12 +120,12 @@ def summaries(
     return tuple(found)
 
 
-def adopt(run: RunDirectory, where: StepSearch, step: StepPlan) -> bool:
-    """Take over what the winning trial has trained, if that is this very step at full length."""
-    chosen = where.found(run)["chosen"]
+def adopt(run: RunDirectory, target: StepSearch, step: StepPlan) -> bool:
+    """Copy the winning trial's adapter into the chain if the trial trained exactly this step; whether it did."""
+    chosen = target.found(run)["chosen"]
     if chosen["fingerprint"] != step.fingerprint or run.metrics(step.directory):
         return False
-    trial = RunDirectory(f"{run.uri}/{where.folder}/trials/{fingerprint(chosen['values'])[:8]}")
+    trial = RunDirectory(f"{run.uri}/{target.folder}/trials/{fingerprint(chosen['values'])[:8]}")
     metrics = trial.metrics(chosen["directory"])
     copy_step(trial, chosen["directory"], run, step.directory)
     trained = TrainedStep(

@@ -10,7 +10,7 @@ from pipelines.reporting.formatting import number, percent
 
 
 def markdown(result: dict) -> str:
-    """All trials by objective; the winner in bold, the Pareto set with a mark."""
+    """All trials by objective; the last column marks the winner and the Pareto set."""
     paths = list(dict.fromkeys(path for record in result["trials"] for path in record["values"]))
     fields = [path.split(".", 1)[1] for path in paths]
     titles = ["trial", *fields, "steps", "learning", "retention loss", "objective", ""]
@@ -32,7 +32,7 @@ def markdown(result: dict) -> str:
 
 
 def figure(result: dict) -> bytes:
-    """PNG: learning against the learning rate, one line per rank; open marks for trials that ended early."""
+    """PNG: learning against the learning rate, one line per rank; open markers for trials that ended early."""
     drawing, (axis,) = new_figure(6.4, 4.0)
     records = [record for record in result["trials"] if record["learning"] is not None]
     ranks = sorted({record["setting"]["adapter"]["r"] for record in records})

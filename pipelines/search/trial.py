@@ -1,8 +1,8 @@
-"""One trial of a search: a run directory of its own, trained by a warm worker group, driven by Ray Tune step by step.
+"""One trial of a search: it has its own run directory, is trained by a warm worker group and driven by Ray Tune.
 
-Tune's actor trains nothing and takes no CPU: it hands the trial to a worker group, tells Tune what it scored at each
-rung, and lets it go on. `trial.json`, written last, records its outcome; a trial that has one is not
-repeated, its scores are reported to Tune again.
+Tune's actor trains nothing and reserves no CPU: it hands the trial to a worker group, reports its scores at each rung
+to Tune, and lets it continue. `trial.json`, written last, records the outcome; a trial that has one is not repeated,
+its recorded scores are reported to Tune again.
 """
 
 from __future__ import annotations
@@ -21,53 +21,51 @@ from pipelines.workers.assignment import RungScores, verdict_file
 from pipelines.workers.failures import GroupLost, WorkersFailed, WorkersSilent
 from pipelines.workers.supervision import Supervisor
 
-STEP_SECONDS = 5.0  # after which Tune hears from a trial even if there is no news
-
-LOOK_SECONDS = 0.1  # between two looks at the run directory
-
-SIGN_SECONDS = 1.0  # between two looks for errors and signs of life
+REPORT_SECONDS = 5.0  # a trial reports to Tune at least this often, so that Tune can stop it
+POLL_SECONDS = 0.1  # interval at which the run directory is polled
+CHECK_SECONDS = 1.0  # interval at which errors and heartbeats of the workers are checked
 
 
 class TrialBlocked(RuntimeError):
-    """The trial cannot continue for a reason outside itself."""
+    """The trial cannot continue for a reason outside the trial."""
 
 
 class Trial:
-    """Drives one trial; `advance` is called until it reports `done`, or no more where the scheduler ends it."""
+    """Drives one trial; Tune calls `advance` until it reports `done` or the scheduler stops the trial."""
 
     def __init__(self, spec: Spec, number: int, values: Values, group: Any):
         self.spec, self.number, self.values = spec, number, values
         self.run, self.config, self.step = spec.run(values), spec.setting(values), spec.step(values)
         self.begun = time.time()
         self._rungs = list(spec.rungs)  # not reported yet
-        self._passed: float | None = None  # the rung of the last report
+        self._reported: float | None = None  # the rung of the last report; its workers wait for permission to go on
         self.supervisor = Supervisor(
             group,
             self.run,
             self.config.durability,
             progress=lambda: self.run.list(self.step.checkpoints),
-            sign_seconds=SIGN_SECONDS,
+            sign_seconds=CHECK_SECONDS,
         )
 
-    def advance(self, seconds: float = STEP_SECONDS) -> dict:
-        """The next report to Tune: scores at a rung, the end, or nothing new within `seconds`.
+    def advance(self, seconds: float = REPORT_SECONDS) -> dict:
+        """The next report to Tune: scores at a rung, the end, or `waiting` if nothing happens within `seconds`.
 
         Raises:
-            TrialBlocked: the workers gave no sign of life, or were asked to stop.
+            TrialBlocked: the workers stopped responding, or were asked to stop.
         """
-        if self._passed is not None:
-            self.run.write_json(verdict_file(self._passed), {"go_on": True})
-            self._passed = None
+        if self._reported is not None:
+            self.run.write_json(verdict_file(self._reported), {"go_on": True})
+            self._reported = None
         end = time.monotonic() + seconds
         while True:
-            if (report := self._news()) is not None:
+            if (report := self._next_report()) is not None:
                 return report
             if time.monotonic() >= end:
                 return {"waiting": True}
-            self._work()
+            self._poll_workers()
 
-    def _news(self) -> dict | None:
-        """The next report that can be made from the run directory; None while the workers are not that far."""
+    def _next_report(self) -> dict | None:
+        """The next report that the run directory supports; None until the workers have reached it."""
         record = self.run.read_json("trial.json") or {}
         if record.get("status") == "failed":
             return {"done": True}
@@ -77,9 +75,9 @@ class Trial:
             if found is None and metrics is None:
                 return None
             rung = self._rungs.pop(0)
-            if found is not None and (worth := self.spec.assess(found)):
-                self._passed = rung
-                return self._report(worth.objective, rung) | {"signal": worth.signal}
+            if found is not None and (assessment := self.spec.assess(found)):
+                self._reported = rung
+                return self._report(assessment.objective, rung) | {"signal": assessment.signal}
         if metrics is None:
             return None
         if record.get("status") != "finished":
@@ -91,16 +89,16 @@ class Trial:
             return {}
         return {"objective": objective, "resource": round(rung * self.spec.reduction ** len(self.spec.rungs))}
 
-    # -- with the workers
+    # -- workers
 
-    def _work(self) -> None:
-        """Look once at what the workers do; start them if they do nothing."""
+    def _poll_workers(self) -> None:
+        """Poll the workers once; hand them the trial if they are idle."""
         try:
             if self.supervisor.is_idle:
                 self._submit()
-            result = self.supervisor.look(LOOK_SECONDS)
+            result = self.supervisor.look(POLL_SECONDS)
         except GroupLost:
-            return  # others go on from the last checkpoint
+            return  # new workers continue from the last checkpoint
         except WorkersFailed as error:
             self._fail(str(error))
             return
@@ -112,29 +110,29 @@ class Trial:
             raise TrialBlocked("the workers were asked to stop")
 
     def _submit(self) -> None:
-        self.run.remove("stop.json")  # it was meant for an earlier driver, or the trial was to end at a rung
+        self.run.remove("stop.json")  # a request to an earlier driver, or from an earlier pruning of this trial
         self.run.open_for_writing(self.config)
-        self.spec.bring_parent(self.run)
+        self.spec.copy_parent(self.run)
         missing = {self.step.directory: list(self.spec.names)}
         assignment = self.spec.assignment(self.run, self.config, [self.step], missing)
         self.supervisor.submit(replace(assignment, rungs=self.spec.rungs, trial=True))
 
-    # -- its record
+    # -- record
 
     def _finish(self, metrics: StepRecord) -> dict:
-        worth = self.spec.assess(metrics)
-        if worth is None:
+        assessment = self.spec.assess(metrics)
+        if assessment is None:
             return self._fail("a validation score is not a number; lower training.learning_rate")
         train = metrics.seconds.train
         scored = metrics.seconds.evaluate + rung_seconds(self.run, self.spec)
-        total = max(time.time() - self.begun, train + scored)  # some of it may lie in an earlier start
+        total = max(time.time() - self.begun, train + scored)  # part of it may have happened in an earlier start
         return write_record(
             self.run,
             self.spec,
             self.number,
             self.values,
             "finished",
-            **worth.to_json(),
+            **assessment.to_json(),
             scores={cell.name: cell.value for cell in metrics.cells},
             steps=metrics.training.steps,
             total_steps=metrics.training.steps,
@@ -148,7 +146,7 @@ class Trial:
 
 
 def write_record(run: RunDirectory, spec: Spec, number: int, values: Values, status: str, **fields: Any) -> dict:
-    """`trial.json`: the outcome of a trial (finished, pruned or failed)."""
+    """Write `trial.json`, the outcome of a trial (finished, pruned or failed), and return it."""
     nothing = dict.fromkeys(("objective", "learning", "retention_loss", "total_steps", "error", "seconds"))
     step = spec.step(values)
     config = spec.setting(values)
@@ -172,7 +170,7 @@ def write_record(run: RunDirectory, spec: Spec, number: int, values: Values, sta
 
 
 def _results(config: PipelineConfig, step: StepPlan, record: dict) -> dict:
-    """What `status`, `predict` and `export` need of a trial's run; a score matrix it has none."""
+    """The part of `results.json` that `status`, `predict` and `export` read; a trial has no score matrix."""
     entry = {"task": step.label, "fingerprint": step.fingerprint, "directory": step.directory}
     return {
         "run": config.name,
@@ -184,24 +182,25 @@ def _results(config: PipelineConfig, step: StepPlan, record: dict) -> dict:
 
 
 def rungs_of(run: RunDirectory, spec: Spec) -> list[dict]:
-    """What a trial scored at the rungs that it reached."""
+    """Scores of a trial at the rungs that it reached."""
     found = []
     for rung in spec.rungs:
         scored = RungScores.read(run, rung)
-        worth = spec.assess(scored) if scored else None
-        if worth:
-            where = {"rung": scored.rung, "step": scored.step, "steps": scored.steps, "time": scored.time}
-            found.append(where | worth.to_json())
+        assessment = spec.assess(scored) if scored else None
+        if assessment:
+            position = {"rung": scored.rung, "step": scored.step, "steps": scored.steps, "time": scored.time}
+            found.append(position | assessment.to_json())
     return found
 
 
 def rung_seconds(run: RunDirectory, spec: Spec) -> float:
+    """Seconds spent on scoring at rungs."""
     scored = [RungScores.read(run, rung) for rung in spec.rungs]
     return sum(cell.seconds for found in scored if found for cell in found.cells)
 
 
 def prune(spec: Spec, number: int, values: Values) -> dict:
-    """End a trial at the rung that it has reached last; one that an earlier start has seen to its end stays so."""
+    """Stop a trial at the last rung it reached and record it; a trial that has already finished is left as it is."""
     run = spec.run(values)
     record = run.read_json("trial.json")
     if record and record["status"] == "finished":
@@ -210,6 +209,6 @@ def prune(spec: Spec, number: int, values: Values) -> dict:
     last = rungs[-1]
     run.request_stop(f"behind the others at {last['rung']:.0%} of its training")
     run.write_json(verdict_file(last["rung"]), {"go_on": False})
-    worth = {key: last[key] for key in ("objective", "learning", "retention_loss", "signal")}
+    assessment = {key: last[key] for key in ("objective", "learning", "retention_loss", "signal")}
     steps = {"steps": last["step"], "total_steps": last["steps"]}
-    return write_record(run, spec, number, values, "pruned", **worth, **steps)
+    return write_record(run, spec, number, values, "pruned", **assessment, **steps)

@@ -1,4 +1,4 @@
-"""What all trials of a search share."""
+"""The specification that all trials of a search share."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from pipelines.runs.step_record import StepRecord, step_label
 from pipelines.search.objective import Assessment, assess
 from pipelines.workers.assignment import Assignment, RungScores
 
-COPIED = ("adapter/", "heads.safetensors", "strategy/")  # what of a step another one starts from
+COPIED = ("adapter/", "heads.safetensors", "strategy/")  # the files of a step that the next step starts from
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What all trials of a search share.
+    """The specification that all trials of a search share.
 
     Attributes:
-        config: the chain's, scored on validation data.
+        config: the chain's configuration, scored on validation data.
         uri: the search's folder.
-        parent: fingerprint of what the step starts from; `parent_files` are (run, step directory) of it.
+        parent: fingerprint of what the step starts from; `parent_files` is its (run URI, step directory).
         identities: of the training data, as they enter the step's fingerprint.
-        names: what is scored.
-        cell_keys: identity of each score, whatever the setting.
-        reference: name → loss before the trial, of what is to be retained.
+        names: tasks and corpora that a trial is scored on.
+        cell_keys: name → identity of its score, before the setting's own part.
+        weight: weight of the retention loss in the objective.
+        trial_training: training fields that shorten a trial.
+        reference: name → loss before the trial, for earlier tasks and retained text.
         rungs: fractions of the training at which a trial is scored.
-        train_alike: the settings tried do not change what a training loss is a loss of.
-        lease, lease_uri: who drives the search.
+        comparable_train_loss: no setting tried changes the training rows or the training objective.
+        reduction: ASHA's reduction factor.
+        lease, lease_uri: token of the driver's lease, and the run that it is held on.
     """
 
     config: PipelineConfig
@@ -50,7 +53,7 @@ class Spec:
     trial_training: dict[str, Any] = field(default_factory=dict)
     reference: dict[str, float] = field(default_factory=dict)
     rungs: tuple[float, ...] = ()
-    train_alike: bool = True
+    comparable_train_loss: bool = True
     reduction: int = 1
     lease: str = ""
     lease_uri: str = ""
@@ -60,16 +63,17 @@ class Spec:
         return step_label(self.tasks)
 
     def run(self, values: Values) -> RunDirectory:
-        """The run directory of the trial of a setting."""
+        """The run directory of the trial of these values."""
         return RunDirectory(f"{self.uri}/trials/{fingerprint(values)[:8]}")
 
     def setting(self, values: Values) -> PipelineConfig:
+        """The configuration of the trial of these values."""
         shortened = {f"training.{key}": value for key, value in self.trial_training.items()}
         config = with_values(self.config, {**shortened, **values})
         return config.model_copy(update={"name": self.run(values).name, "storage": f"{self.uri}/trials"})
 
     def step(self, values: Values) -> StepPlan:
-        """The step that a trial trains; the chain's own has the same fingerprint if it trains the same."""
+        """The step that a trial trains; the chain's step has the same fingerprint if its training is identical."""
         name = step_fingerprint(self.base_fingerprint, self.parent, self.setting(values), self.identities)
         return StepPlan(self.position, self.tasks, name, self.parent)
 
@@ -77,15 +81,15 @@ class Spec:
         return {name: fingerprint([key, config.training.max_length]) for name, key in self.cell_keys.items()}
 
     def assess(self, scored: RungScores | StepRecord) -> Assessment | None:
-        """What a trial is worth by its scores at a rung or at its end; None if one is not a number."""
-        on_its_way = self.train_alike and isinstance(scored, RungScores)
-        train_loss = scored.train_loss if on_its_way else None
+        """Assess a trial by its scores at a rung or at its end; None if a score is not finite."""
+        at_rung = self.comparable_train_loss and isinstance(scored, RungScores)
+        train_loss = scored.train_loss if at_rung else None
         return assess(scored.cells, self.tasks, self.reference, self.weight, train_loss)
 
     def assignment(
         self, run: RunDirectory, config: PipelineConfig, steps: Sequence[StepPlan], missing: dict
     ) -> Assignment:
-        """Work for a worker group."""
+        """An assignment for a worker group."""
         return Assignment(
             run_uri=run.uri,
             config=config.model_dump(),
@@ -98,8 +102,8 @@ class Spec:
             lease_uri=self.lease_uri,
         )
 
-    def bring_parent(self, run: RunDirectory) -> None:
-        """The published parent's files, in a run directory that grows from it; its scores stay behind."""
+    def copy_parent(self, run: RunDirectory) -> None:
+        """Copy the parent step's files, without its scores, into the run directory of a trial."""
         if self.parent_files is None or run.metrics(self.parent_files[1]):
             return
         uri, directory = self.parent_files
@@ -109,7 +113,7 @@ class Spec:
 
 
 def copy_step(source: RunDirectory, directory: str, target: RunDirectory, to: str) -> None:
-    """Copy what a step trained, without its scores."""
+    """Copy what a step trained (adapter, heads, strategy state), without its scores."""
     for path in source.fs.find(source.path(directory)):
         name = posixpath.relpath(path, source.path(directory))
         if name.startswith(COPIED) and not name.endswith(".tmp"):

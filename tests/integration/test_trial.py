@@ -7,7 +7,7 @@ import pytest
 from pipelines.config.loading import load_config
 from pipelines.data.held_out import training_view
 from pipelines.runs.identity import base_fingerprint
-from pipelines.search.step_search import search_before
+from pipelines.search.step_search import search_of_step
 from pipelines.search.trial import Trial, prune
 from pipelines.search.trial_spec import Spec
 from pipelines.workers.assignment import verdict_file
@@ -55,26 +55,26 @@ def group(bench, config) -> Group:
 @pytest.fixture
 def spec(config, tmp_path) -> Spec:
     base = base_fingerprint(config.base_model)
-    where = search_before(config, 1, base, base)
+    target = search_of_step(config, 1, base, base)
     return Spec(
-        config=where.judged,
+        config=target.trial_config,
         uri=str(tmp_path / "search"),
         position=1,
-        tasks=where.tasks,
+        tasks=target.tasks,
         parent=base,
         parent_files=None,
         base_fingerprint=base,
         base_directory=f"steps/0-base-{base[:8]}",
-        identities=where.identities,
-        names=where.names,
-        cell_keys=where.cell_keys,
+        identities=target.identities,
+        names=target.names,
+        cell_keys=target.cell_keys,
         weight=0.0,
         rungs=RUNGS,
         reduction=3,
     )
 
 
-def told(trial: Trial) -> dict:
+def next_report(trial: Trial) -> dict:
     """The next report with news."""
     while (report := trial.advance()) == {"waiting": True}:
         pass
@@ -91,11 +91,11 @@ def adapter(spec: Spec) -> bytes:
 
 def test_reports_at_each_rung_and_at_its_end_and_is_not_repeated(spec, group):
     trial, run = Trial(spec, 1, VALUES, group), spec.run(VALUES)
-    reports = [told(trial)]
+    reports = [next_report(trial)]
     assert run.read_json(verdict_file(RUNGS[0])) is None  # the scheduler has not spoken yet
-    reports.append(told(trial))
+    reports.append(next_report(trial))
     assert run.read_json(verdict_file(RUNGS[0])) == {"go_on": True}
-    reports.append(told(trial))
+    reports.append(next_report(trial))
     assert [(report["resource"], report.get("done", False)) for report in reports] == [
         (1, False),
         (3, False),
@@ -111,7 +111,7 @@ def test_reports_at_each_rung_and_at_its_end_and_is_not_repeated(spec, group):
     json.dumps([assignment.to_json() for assignment in group.assignments], allow_nan=False)
 
     again = Trial(spec, 1, VALUES, group)
-    assert [told(again) for _ in reports] == reports
+    assert [next_report(again) for _ in reports] == reports
     assert len(group.assignments) == 1
     assert prune(spec, 1, VALUES)["status"] == "finished"  # it is not made less
     assert not run.stop_requested()
@@ -119,7 +119,7 @@ def test_reports_at_each_rung_and_at_its_end_and_is_not_repeated(spec, group):
 
 def test_a_pruned_trial_ends_at_its_rung_and_goes_on_from_there_to_the_same_bits(spec, group, tmp_path):
     trial, run = Trial(spec, 1, VALUES, group), spec.run(VALUES)
-    first = told(trial)
+    first = next_report(trial)
     found = prune(spec, 1, VALUES)
     group.idle()
     assert (found["status"], found["steps"], found["total_steps"]) == ("pruned", 1, 9)
@@ -127,16 +127,16 @@ def test_a_pruned_trial_ends_at_its_rung_and_goes_on_from_there_to_the_same_bits
     assert run.metrics(spec.step(VALUES).directory) is None
 
     again = Trial(spec, 1, VALUES, group)
-    assert told(again)["resource"] == 1
+    assert next_report(again)["resource"] == 1
     assert len(group.assignments) == 1
-    assert [told(again)["resource"], told(again)["resource"]] == [3, 9]
+    assert [next_report(again)["resource"], next_report(again)["resource"]] == [3, 9]
     assert not run.stop_requested()
     assert record(spec)["status"] == "finished"
     assert run.metrics(spec.step(VALUES).directory).training.resumed_at == [1]
 
     calm = Spec(**(spec.__dict__ | {"uri": str(tmp_path / "calm")}))
     undisturbed = Trial(calm, 1, VALUES, group)
-    while not told(undisturbed).get("done"):
+    while not next_report(undisturbed).get("done"):
         pass
     assert adapter(spec) == adapter(calm)
 
@@ -144,12 +144,12 @@ def test_a_pruned_trial_ends_at_its_rung_and_goes_on_from_there_to_the_same_bits
 def test_training_that_diverges_is_recorded_with_its_reason_and_the_workers_go_on(spec, group):
     values = {"training.learning_rate": 1e30}
     trial = Trial(spec, 1, values, group)
-    while not told(trial).get("done"):
+    while not next_report(trial).get("done"):
         pass
     assert record(spec, values)["status"] == "failed"
     assert "not finite" in record(spec, values)["error"]
     workers = group.group.queue.placement_group
-    assert told(Trial(spec, 2, VALUES, group))["resource"] == 1
+    assert next_report(Trial(spec, 2, VALUES, group))["resource"] == 1
     prune(spec, 2, VALUES)
     group.idle()
     assert group.group.queue.placement_group == workers

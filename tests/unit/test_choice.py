@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines.search.objective import assess, choose, pareto, steps_spent, why
+from pipelines.search.objective import assess, choose, explanation, pareto, steps_spent
 from pipelines.search.table import figure, markdown
 from tests.unit.sample_records import cell
 
@@ -35,10 +35,10 @@ def test_objective_is_learning_minus_the_weighted_mean_loss_of_what_was_there():
     assert worth.retention_loss == pytest.approx(0.2)
     assert worth.objective == pytest.approx(0.7)
     assert worth.signal == worth.objective
-    told = assess([replace(cells[0], loss=0.6), *cells[1:]], ["new"], {"old": 0.3, "text": 4.2}, weight=0.5)
-    assert (told.objective, told.signal) == (worth.objective, pytest.approx(-0.6 - 0.1))
-    told = assess([replace(cells[0], loss=0.6), *cells[1:]], ["new"], {"old": 0.3, "text": 4.2}, 0.5, train_loss=0.4)
-    assert (told.objective, told.signal) == (worth.objective, pytest.approx(-0.4 - 0.1))
+    early = assess([replace(cells[0], loss=0.6), *cells[1:]], ["new"], {"old": 0.3, "text": 4.2}, weight=0.5)
+    assert (early.objective, early.signal) == (worth.objective, pytest.approx(-0.6 - 0.1))
+    early = assess([replace(cells[0], loss=0.6), *cells[1:]], ["new"], {"old": 0.3, "text": 4.2}, 0.5, train_loss=0.4)
+    assert (early.objective, early.signal) == (worth.objective, pytest.approx(-0.4 - 0.1))
 
 
 def test_text_is_learned_in_nats_and_the_first_task_has_nothing_to_lose():
@@ -78,7 +78,7 @@ def test_table_and_figure_show_every_trial_with_what_became_of_it():
         "trials": [*records, failed],
         "chosen": records[2],
         "pareto": [1, 3],
-        "why": why(records[2], records, 1.0),
+        "why": explanation(records[2], records, 1.0),
         "rule": "r",
         "steps": {"spent": 23, "whole": 30},
     }

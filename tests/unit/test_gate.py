@@ -47,7 +47,7 @@ def test_a_large_loss_that_may_be_an_accident_is_let_pass_and_named():
     champion = side({"mrpc": answers(6, 10)}, mrpc={"value": 0.6, "count": 10})
     candidate = side({"mrpc": answers(4, 10)}, mrpc={"value": 0.4, "count": 10})
     verdict = judge_against(champion, candidate, NOTHING, GateConfig())
-    assert verdict["passed"] and "it may be an accident (p = 0.25)" in verdict["notes"][0]
+    assert verdict["passed"] and "not significant (p = 0.25)" in verdict["notes"][0]
 
 
 def test_a_certain_loss_within_its_limit_is_let_pass_without_a_test():

@@ -128,7 +128,7 @@ def test_texts_become_rows_by_the_tasks_fields(trained):
         {"text": "a", "second": "b"},
         {"text": "c", "second": "d"},
     ]
-    with pytest.raises(ConfigError, match="must be given 2 times a row: text, second"):
+    with pytest.raises(ConfigError, match="must be given 2 times per row: text, second"):
         rows_of_texts(run, "head", ["a"])
     with pytest.raises(ConfigError, match="by --file"):
         rows_of_texts(run, "choose", ["a"])
@@ -214,5 +214,5 @@ def test_the_mlflow_model_refuses_another_base(served, tmp_path):
     (other / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
     with pytest.raises(ConfigError, match="the adapter was trained on"):
         mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config={"base_model": str(other)})
-    with pytest.raises(ConfigError, match="name its place"):
+    with pytest.raises(ConfigError, match="set its path"):
         mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config={"base_model": str(tmp_path / "none")})

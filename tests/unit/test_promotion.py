@@ -170,7 +170,7 @@ def test_without_mlflow_the_verdict_waits(make, store, tmp_path):
     with pytest.raises(LineageError):
         sync(run)
     verdict = decide(run, run.config(), run.results())
-    assert verdict["passed"] is None and "cannot be asked for" in verdict["reasons"][0]
+    assert verdict["passed"] is None and "champion cannot be read" in verdict["reasons"][0]
     assert registry.champion(store, make.model) is None
 
 

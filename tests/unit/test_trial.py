@@ -104,7 +104,7 @@ def record(spec: Spec) -> dict | None:
 
 @pytest.mark.parametrize("alike", [True, False])
 def test_trials_that_train_alike_are_compared_by_their_training_loss(spec, alike):
-    trial, _ = make(replace(spec, train_alike=alike), Workers.reach(1 / 9, 0.5, train_loss=0.8))
+    trial, _ = make(replace(spec, comparable_train_loss=alike), Workers.reach(1 / 9, 0.5, train_loss=0.8))
     assert trial.advance()["signal"] == pytest.approx(-0.8 - 0.1 if alike else 0.5 - 0.1)
 
 
@@ -114,7 +114,7 @@ def test_no_news_is_told_too_so_that_tune_can_stop_a_trial_at_any_time(spec):
 
 
 def test_workers_that_cannot_go_on_are_ended_and_the_trial_recorded(spec, monkeypatch):
-    monkeypatch.setattr(trials, "SIGN_SECONDS", 0)
+    monkeypatch.setattr(trials, "CHECK_SECONDS", 0)
     trial, workers = make(spec, Workers.report_error)
     assert trial.advance() == {"done": True}
     assert record(spec)["error"] == "out of GPU memory"
@@ -138,7 +138,7 @@ def test_workers_lost_again_and_again_without_progress_make_a_failed_trial(spec)
 
 
 def test_silent_workers_block_the_search_instead_of_failing_the_trial(spec, monkeypatch):
-    monkeypatch.setattr(trials, "SIGN_SECONDS", 0)
+    monkeypatch.setattr(trials, "CHECK_SECONDS", 0)
     durability = spec.config.durability.model_copy(update={"start_timeout": 0.01})
     silent = Spec(**(spec.__dict__ | {"config": spec.config.model_copy(update={"durability": durability})}))
     trial, _ = make(silent, lambda workers: None, lambda workers: time.sleep(0.05))

@@ -52,7 +52,7 @@ def test_trials_that_break_off_one_after_another_end_the_search_and_a_success_be
 
 
 def test_a_request_to_stop_ends_the_search_with_its_reason(monkeypatch):
-    monkeypatch.setattr(ray_tune, "ASK_SECONDS", -1)
+    monkeypatch.setattr(ray_tune, "POLL_SECONDS", -1)
     watch = Watch(lambda: "curlora cancel", proposals())
     assert watch.stop_all()
     assert watch.reason == "curlora cancel"
