@@ -18,6 +18,7 @@ from pipelines.chain.results import build_results
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import ConfigError, Problem, RunDirectoryError, RunFailed, RunStopped, and_then
 from pipelines.lineage.background import Projector
+from pipelines.models.gguf import described
 from pipelines.preflight.data import check_data
 from pipelines.promotion.publish import already_published, publish
 from pipelines.runs.directory import RunDirectory
@@ -95,6 +96,7 @@ def run_chain(
     with contextlib.ExitStack() as stack:
         if not group and not run.is_finished:
             stack.enter_context(early_cluster(verbose, address))
+        described(config.base_model)  # of a GGUF file: what is wrong with it, before any worker starts
         problems = check_data(config, warn=lambda text: on_event(Event("warning", text=text)))
         if problems:
             raise ConfigError(problems)
