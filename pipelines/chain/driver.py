@@ -94,9 +94,9 @@ def run_chain(
     """
     run = RunDirectory(config.run_uri)
     with contextlib.ExitStack() as stack:
+        described(config.base_model)  # says what is wrong with a GGUF file before anything starts
         if not group and not run.is_finished:
             stack.enter_context(early_cluster(verbose, address))
-        described(config.base_model)  # of a GGUF file: what is wrong with it, before any worker starts
         problems = check_data(config, warn=lambda text: on_event(Event("warning", text=text)))
         if problems:
             raise ConfigError(problems)
