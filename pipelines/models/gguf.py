@@ -98,7 +98,9 @@ def write_description(file: Path, folder: Path) -> None:
         raise
     except (ValueError, KeyError, IndexError, OSError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _problem(file, f"cannot be read ({reason}); name a folder with the model's safetensors instead") from error
+        raise _problem(
+            file, f"cannot be read ({reason}); name a folder with the model's safetensors instead"
+        ) from error
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

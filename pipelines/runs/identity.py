@@ -26,7 +26,14 @@ def base_fingerprint(base: BaseModelConfig) -> str:
     if is_gguf(base.path) and folder.is_file():
         return fingerprint({"gguf": file_digest(folder), **numbers})
     if not folder.is_dir():
-        raise ConfigError([Problem("base_model.path", f"'{base.path}': no such {'file' if is_gguf(base.path) else 'folder'}; check the path or hub id")])
+        raise ConfigError(
+            [
+                Problem(
+                    "base_model.path",
+                    f"'{base.path}': no such {'file' if is_gguf(base.path) else 'folder'}; check the path or hub id",
+                )
+            ]
+        )
     names = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
     return fingerprint({"files": {p.name: file_digest(p) for p in names}, **numbers})
 

@@ -13,7 +13,7 @@ from pipelines.errors import Unavailable
 from pipelines.runs.directory import RunDirectory
 
 pytest.importorskip("gguf", reason="pip install 'curlora[gguf]'")
-from tests.gguf_file import write_gguf  # noqa: E402  (needs gguf)
+from tests.gguf_file import write_gguf
 
 
 @pytest.fixture(scope="module")

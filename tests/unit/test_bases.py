@@ -21,7 +21,7 @@ from pipelines.cli.app import main
 from tests.conftest import make_model, make_tokenizer
 
 pytest.importorskip("gguf", reason="pip install 'curlora[gguf]'")
-from tests.gguf_file import write_gguf  # noqa: E402  (needs gguf)
+from tests.gguf_file import write_gguf
 
 FILE = "tiny_base/tiny.gguf"
 

@@ -20,7 +20,7 @@ from pipelines.runs.identity import base_fingerprint
 from tests.conftest import make_model, make_tokenizer, minimal
 
 pytest.importorskip("gguf", reason="pip install 'curlora[gguf]'")
-from tests.gguf_file import rounded, write_gguf  # noqa: E402  (needs gguf)
+from tests.gguf_file import rounded, write_gguf
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
 IDS = torch.arange(3, 35)[None]
