@@ -18,6 +18,7 @@ from pipelines.chain.results import build_results
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import ConfigError, Problem, RunDirectoryError, RunFailed, RunStopped, and_then
 from pipelines.lineage.background import Projector
+from pipelines.models.gguf import described
 from pipelines.preflight.data import check_data
 from pipelines.promotion.publish import already_published, publish
 from pipelines.runs.directory import RunDirectory
@@ -93,6 +94,7 @@ def run_chain(
     """
     run = RunDirectory(config.run_uri)
     with contextlib.ExitStack() as stack:
+        described(config.base_model)  # says what is wrong with a GGUF file before anything starts
         if not group and not run.is_finished:
             stack.enter_context(early_cluster(verbose, address))
         problems = check_data(config, warn=lambda text: on_event(Event("warning", text=text)))

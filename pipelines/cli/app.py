@@ -18,6 +18,7 @@ from pipelines.errors import ConfigError, LeaseHeld, RunDirectoryError, Unavaila
 
 COMMANDS = {
     "demo": "pipelines.cli.training:demo",
+    "base": "pipelines.cli.bases:base",
     "run": "pipelines.cli.training:run",
     "tune": "pipelines.cli.training:tune",
     "compare": "pipelines.cli.training:compare",
@@ -40,7 +41,7 @@ COMMANDS = {
 """Command → "module:function", imported on demand. This table is the only way from here up to `cluster`."""
 
 GROUPS = {
-    "Training": ("demo", "run", "tune", "compare"),
+    "Training": ("demo", "base", "run", "tune", "compare"),
     "Runs and results": ("status", "cancel", "report", "predict", "export", "connectivity", "delete"),
     "MLflow and registry": ("lineage", "sync", "promote", "ui"),
     "Cluster and machine": ("submit", "tick", "schedule", "doctor"),

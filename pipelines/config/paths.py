@@ -13,9 +13,14 @@ def is_uri(value: str) -> bool:
     return "://" in value
 
 
+def is_gguf(value: str) -> bool:
+    """Whether `value` names a GGUF file."""
+    return not is_uri(value) and value.lower().endswith(".gguf")
+
+
 def looks_local(value: str) -> bool:
     """Whether `value` is a path on this machine rather than a hub id: it looks like a path, or exists."""
-    return not is_uri(value) and (value.startswith((".", "/", "~", "$")) or Path(value).exists())
+    return not is_uri(value) and (value.startswith((".", "/", "~", "$")) or is_gguf(value) or Path(value).exists())
 
 
 def absolute_path(value: str) -> str:

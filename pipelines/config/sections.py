@@ -23,7 +23,7 @@ class Section(BaseModel):
 class BaseModelConfig(Section):
     """The base model. Its weights stay frozen throughout the chain."""
 
-    path: str = Field(description="Local folder or hub id of a causal language model.")
+    path: str = Field(description="Local folder, .gguf file or hub id of a causal language model.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub; null: the default branch.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Data type in which the frozen weights are kept and computed with."

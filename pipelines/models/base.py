@@ -1,4 +1,4 @@
-"""Loads the frozen base model, in full precision or quantised by bitsandbytes."""
+"""Loads the frozen base model: in full precision, dequantised from a GGUF file, or quantised by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pipelines.config.sections import BaseModelConfig
+from pipelines.models.gguf import converted, described
 
 # bytes per weight; NF4: half a byte, and per 64 weights a scale that is itself quantised to one byte
 QUANTISED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 1 / 64}
@@ -15,6 +16,7 @@ QUANTISED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 1 / 64}
 
 def load_base(base: BaseModelConfig, device: torch.device | None = None) -> nn.Module:
     """The model on `device`; None: where Transformers puts it, under ZeRO-3 in shards."""
+    base = converted(base)
     options = hub_options(base) | {"dtype": getattr(torch, base.dtype)}
     if base.quantization:
         options |= {"quantization_config": _quantisation(base), "device_map": {"": device or torch.device("cpu")}}
@@ -32,6 +34,7 @@ def context_length(config: transformers.PretrainedConfig) -> int:
 
 
 def load_tokenizer(base: BaseModelConfig):
+    base = described(base)
     return transformers.AutoTokenizer.from_pretrained(base.path, **hub_options(base))
 
 

@@ -22,6 +22,7 @@ from pipelines.data.row_locations import files_of, row_location
 from pipelines.data.sets import scored_length
 from pipelines.data.sources import digest_of, load_split, records
 from pipelines.errors import ConfigError, DataError, Problem, did_you_mean
+from pipelines.models.gguf import described
 
 AT_MOST = 5  # rows named per split; the rest are counted
 SCARCE = 16  # texts up to this many characters are tokenized to see whether any token is left
@@ -63,8 +64,8 @@ def _tokenizer(config: PipelineConfig):
     """The base's tokenizer; None if it cannot be loaded, which the checks of the model report."""
     import transformers  # slow
 
-    base = config.base_model
     try:
+        base = described(config.base_model)
         return transformers.AutoTokenizer.from_pretrained(
             base.path, revision=base.revision, trust_remote_code=base.trust_remote_code
         )
@@ -78,8 +79,8 @@ def _context(config: PipelineConfig) -> int:
 
     from pipelines.models.base import context_length  # imports torch
 
-    base = config.base_model
     try:
+        base = described(config.base_model)
         found = transformers.AutoConfig.from_pretrained(
             base.path, revision=base.revision, trust_remote_code=base.trust_remote_code
         )

@@ -15,14 +15,16 @@ import transformers
 
 from curlora.continual import Strategy, make_strategy
 from curlora.sizes import adapter_file_bytes
-from pipelines.config.paths import looks_local
+from pipelines.config.paths import is_gguf, looks_local
 from pipelines.config.pipeline import PipelineConfig
+from pipelines.config.sections import BaseModelConfig
 from pipelines.data.kinds import kind_of
 from pipelines.distributed.zero_settings import deepspeed_settings, stage_of
 from pipelines.errors import ConfigError, Problem
 from pipelines.models import frozen_lora
 from pipelines.models.adapters import adapter_parameters, attach_adapter, attach_final_form
 from pipelines.models.base import quantised_numbers
+from pipelines.models.gguf import described
 from pipelines.preflight.memory import ModelFacts
 
 
@@ -61,22 +63,23 @@ def base_on_meta(config: PipelineConfig):
     """
     base = config.base_model
     try:
-        if looks_local(base.path) and not Path(base.path).is_dir():
+        if looks_local(base.path) and not is_gguf(base.path) and not Path(base.path).is_dir():
             raise OSError("no such folder")
-        description = _description(config)
+        description = _description(described(base))
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(
                 description, trust_remote_code=base.trust_remote_code, dtype=getattr(torch, base.dtype)
             )
+    except ConfigError:
+        raise  # of a GGUF file, and in words
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         remedy = "check the path or hub id" if looks_local(base.path) else "check the id, the network and HF_TOKEN"
         raise ConfigError([Problem("base_model.path", f"'{base.path}': {reason}; {remedy}")]) from error
 
 
-def _description(config: PipelineConfig):
+def _description(base: BaseModelConfig):
     """The model's config, from its folder, the hub or `base_model.architecture`."""
-    base = config.base_model
     try:
         return transformers.AutoConfig.from_pretrained(
             base.path, revision=base.revision, trust_remote_code=base.trust_remote_code

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.paths import looks_local
+from pipelines.config.paths import is_gguf, looks_local
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.sections import BaseModelConfig
 from pipelines.errors import ConfigError, Problem
@@ -23,10 +23,19 @@ def base_fingerprint(base: BaseModelConfig) -> str:
     if not looks_local(base.path):
         return fingerprint({"hub": base.path, "commit": _hub_commit(base), **numbers})
     folder = Path(base.path)
+    if is_gguf(base.path) and folder.is_file():
+        return fingerprint({"gguf": file_digest(folder), **numbers})
     if not folder.is_dir():
-        raise ConfigError([Problem("base_model.path", f"'{base.path}': no such folder; check the path or hub id")])
+        raise ConfigError(
+            [
+                Problem(
+                    "base_model.path",
+                    f"'{base.path}': no such {'file' if is_gguf(base.path) else 'folder'}; check the path or hub id",
+                )
+            ]
+        )
     names = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
-    return fingerprint({"files": {p.name: _file_digest(p) for p in names}, **numbers})
+    return fingerprint({"files": {p.name: file_digest(p) for p in names}, **numbers})
 
 
 def _hub_commit(base: BaseModelConfig) -> str | None:
@@ -37,7 +46,7 @@ def _hub_commit(base: BaseModelConfig) -> str | None:
     return extract_commit_hash(file, None)
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """SHA-256 of a file; of size, first MiB and 64 spread MiB where it is larger than a GiB."""
     size = path.stat().st_size
     sha = hashlib.sha256(str(size).encode())

@@ -12,7 +12,7 @@ FLOORS = (
     ("distributed", "runs"),
     ("data",),
     ("models",),
-    ("preflight", "lineage", "evaluation", "training"),
+    ("preflight", "bases", "lineage", "evaluation", "training"),
     ("reporting",),
     ("workers", "promotion", "inference"),
     ("search",),

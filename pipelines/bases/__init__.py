@@ -1,0 +1,1 @@
+"""Pretrained models that lie within reach of every machine with a package index."""
