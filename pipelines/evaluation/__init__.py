@@ -1,1 +1,1 @@
-"""Scores of a model on evaluation sets."""
+"""Scores a model on evaluation sets, and samples text from it."""

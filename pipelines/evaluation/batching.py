@@ -1,4 +1,4 @@
-"""Groups sequences into batches of about equal work."""
+"""Groups sequences into batches of roughly equal cost."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pipelines.data.encoding import Encoded
 
 
 def make_batches(items: Sequence[Encoded], batch_tokens: int, new_tokens: int = 0) -> list[list[Encoded]]:
-    """Longest first, as many sequences per batch as `batch_tokens` padded tokens hold (at least one).
+    """Batches of at most `batch_tokens` padded tokens (but at least one sequence), longest sequences first.
 
     Args:
-        new_tokens: how many more each sequence will grow by.
+        new_tokens: tokens that will be generated after each sequence.
     """
     ordered = sorted(items, key=lambda item: (-len(item.input_ids), item.example, item.choice))
     batches: list[list[Encoded]] = []
@@ -24,7 +24,7 @@ def make_batches(items: Sequence[Encoded], batch_tokens: int, new_tokens: int = 
 
 
 def make_question_batches(items: Sequence[Encoded], batch_tokens: int) -> list[list[Encoded]]:
-    """As `make_batches`, but all alternatives of an example stay together, in their order."""
+    """Like `make_batches`, but keeps all alternatives of an example together, in order."""
     questions: dict[int, list[Encoded]] = {}
     for item in sorted(items, key=lambda item: (item.example, item.choice)):
         questions.setdefault(item.example, []).append(item)

@@ -1,9 +1,9 @@
-"""Score a model on encoded sets, whatever their kind: by a head, by likelihood, or by what it writes.
+"""Scores a model on encoded evaluation sets of any kind: by a head, by likelihood, or by generation.
 
-Sharded so that each example counts exactly once whatever the number of workers: batches are cut from the globally
-sorted sequences (their content does not depend on the world size), dealt out in turn, and the per-example outcomes
-are gathered on rank 0. Under ZeRO-3 every rank runs the same number of forward passes, because each one is a
-collective operation. What the scores of sequences mean is the kind's business (`pipelines/data/kinds`).
+Evaluation is sharded so that each example counts exactly once on any number of workers: batches are formed from the
+globally sorted sequences (so their content does not depend on the world size) and assigned to the ranks round-robin;
+rank 0 gathers the outcomes. Under ZeRO-3 every rank runs the same number of forward passes, because each one is a
+collective operation. The task kind turns the scores of sequences into outcomes and metrics (`pipelines/data/kinds`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def evaluate(
 ) -> tuple[Cell, list[dict]] | None:
     """Score `evaluation`; (cell, outcomes in order of example) on rank 0, None on the others.
 
-    An outcome is `{"id", "label", "prediction", "correct"}`; of generation `{"id", "reference", "prediction",
-    "correct", "score", …}`; of text `{"id", "nll", "tokens"}`, summed over the tokens.
+    An outcome is `{"id", "label", "prediction", "correct"}`; for generation `{"id", "reference", "prediction",
+    "correct", "score", …}`; for text `{"id", "nll", "tokens"}`, summed over the tokens.
     """
     begin = time.perf_counter()
     scored = score(model, evaluation, world, batch_tokens)

@@ -1,6 +1,6 @@
 """Unconditional sampling from the model, sharded over the workers.
 
-The samples depend on the seed and the number of the batch only, so they are the same on any number of workers.
+The samples depend only on the seed and the index of the batch, so they are the same on any number of workers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 from pipelines.distributed.world import World
 from pipelines.models.losses import accepts, keep_logits
 
-BATCH = 32  # sequences a forward pass
+BATCH = 32  # sequences per forward pass
 
 
 def sample_text(
@@ -21,11 +21,12 @@ def sample_text(
 ) -> list[tuple[int, ...]]:
     """`rows` sequences of `length` tokens, `start` included, sampled at temperature 1; the same on every rank.
 
-    Every rank must call it, with a model that can run as it is (under ZeRO-3 inside `engine.ready_for_inference`).
+    Every rank must call it, with a model that can run a forward pass (under ZeRO-3: inside
+    `engine.ready_for_inference`).
 
     Args:
-        start: the first token of each.
-        forbidden: tokens that are never written.
+        start: the first token of every sequence.
+        forbidden: tokens that are never sampled.
     """
     sizes = [min(BATCH, rows - first) for first in range(0, rows, BATCH)]
     mine: dict[int, list[tuple[int, ...]]] = {}
@@ -36,15 +37,15 @@ def sample_text(
             batch = number + world.rank
             if batch < len(sizes):
                 mine[batch] = _sample(model, sizes[batch], length, start, [seed, batch], world.device, forbidden)
-            elif world.lockstep:  # all ranks run equally many passes
+            elif world.lockstep:  # every rank runs the same number of forward passes
                 _sample(model, 1, length, start, [seed, 0], world.device, forbidden)
     model.train(was_training)
     parts: list = [mine]
     if world.size > 1:
         parts = [None] * world.size
         torch.distributed.all_gather_object(parts, mine, group=world.group)
-    written = {batch: sequences for part in parts for batch, sequences in part.items()}
-    return [sequence for batch in sorted(written) for sequence in written[batch]]
+    sampled = {batch: sequences for part in parts for batch, sequences in part.items()}
+    return [sequence for batch in sorted(sampled) for sequence in sampled[batch]]
 
 
 def _sample(model, rows: int, length: int, start: int, seed, device, forbidden) -> list[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Scorers: how a model is run on a batch, by head, likelihood, choices or greedy decoding."""
+"""Scorers run a model on a batch: by classifier head, likelihood, choices or greedy decoding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.models.padding import Padded, last_token_features, pad
 
 
 def by_head(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:
-    """The class that the task's head chooses for each sequence."""
+    """The class that the task's head predicts for each sequence."""
     padded = pad([item.input_ids for item in batch], world.device)
     hidden, _ = last_hidden(model, input_ids=padded.ids, attention_mask=padded.mask, **keep_logits(model, 1))
     features = last_token_features(hidden, padded.mask)
@@ -39,9 +39,9 @@ def by_likelihood(model: nn.Module, evaluation: EvaluationSet, batch: list[Encod
 
 
 def by_choice(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:
-    """Summed NLL of each alternative after its prompt, which all alternatives of an example share and which runs once.
+    """Summed NLL of each alternative given its prompt; the prompt runs once for all alternatives of an example.
 
-    Under ZeRO-3 every batch takes the same two passes, whatever the lengths.
+    Under ZeRO-3 every batch takes exactly two forward passes, whatever its lengths.
     """
     if not accepts(model, "past_key_values") or any(item.start < 1 for item in evaluation.items):
         return by_likelihood(model, evaluation, batch, world)
@@ -56,7 +56,7 @@ def by_choice(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded],
     )
     cache = seen.past_key_values
     if not all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None])):
-        return by_likelihood(model, evaluation, batch, world)  # a state that is no list of keys and values
+        return by_likelihood(model, evaluation, batch, world)  # e.g. a recurrent state, which is no key-value cache
     owners = [number for number, group in enumerate(questions) for _ in group]
     owner = torch.tensor(owners, device=world.device)
     answers = pad([item.input_ids[item.start :] for item in batch], world.device)
@@ -82,7 +82,7 @@ def by_choice(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded],
 
 
 def sequence_nll(model: nn.Module, padded: Padded, starts: Sequence[int]) -> list[float]:
-    """Summed NLL of each row's tokens from `starts` on (≥ 1, counted without padding, on whichever side that is)."""
+    """Summed NLL of each row's tokens from position `starts` on (≥ 1; padding on either side is not counted)."""
     counted = padded.mask.bool() & (padded.positions >= torch.tensor(starts, device=padded.ids.device)[:, None])
     targets = torch.where(counted, padded.ids, IGNORE)
     positions = position_ids(model, padded.positions)
@@ -90,20 +90,20 @@ def sequence_nll(model: nn.Module, padded: Padded, starts: Sequence[int]) -> lis
     return found.losses.double().sum(1).tolist()
 
 
-def by_writing(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:
-    """The tokens that the model writes after each prompt, the likeliest one at a time."""
+def by_generation(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:
+    """The tokens that the model generates after each prompt by greedy decoding."""
     padded = pad([item.input_ids for item in batch], world.device, side="left")
-    written = greedy(model, padded, evaluation.max_new_tokens, evaluation.stops, world)
+    generated = greedy(model, padded, evaluation.max_new_tokens, evaluation.stops, world)
     return [
         Scored(item.example, item.choice, tokens=len(tokens), output=tuple(tokens))
-        for item, tokens in zip(batch, written, strict=True)
+        for item, tokens in zip(batch, generated, strict=True)
     ]
 
 
 def greedy(model: nn.Module, padded: Padded, limit: int, stops: Sequence[int], world: World) -> list[list[int]]:
-    """Greedy decoding of left-padded prompts: at most `limit` tokens per row, up to a stop token (left out).
+    """Greedy decoding of left-padded prompts: at most `limit` tokens per row, up to but excluding a stop token.
 
-    In lockstep all ranks go on until every rank is done: each pass is a collective operation under ZeRO-3.
+    In lockstep all ranks continue until every rank is done: under ZeRO-3 each pass is a collective operation.
     """
     stop = torch.tensor(sorted(stops), device=padded.ids.device)
     tokens, mask, positions, cache = padded.ids, padded.mask, padded.positions, None
@@ -131,7 +131,7 @@ def greedy(model: nn.Module, padded: Padded, limit: int, stops: Sequence[int], w
 
 
 def _all_done(here: bool, world: World) -> bool:
-    """Whether this rank may stop writing: in lockstep, only when all may."""
+    """Whether this rank may stop decoding: in lockstep, only when all ranks may."""
     if not world.lockstep or world.size == 1:
         return here
     waiting = torch.tensor(int(not here))
@@ -139,4 +139,4 @@ def _all_done(here: bool, world: World) -> bool:
     return waiting.item() == 0
 
 
-SCORERS = {"head": by_head, "likelihood": by_likelihood, "choices": by_choice, "greedy": by_writing}
+SCORERS = {"head": by_head, "likelihood": by_likelihood, "choices": by_choice, "greedy": by_generation}
