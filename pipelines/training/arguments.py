@@ -22,7 +22,7 @@ def training_arguments(
     world_size: int,
     done: int = 0,
 ) -> transformers.TrainingArguments:
-    """Arguments for Trainer; saving, logging and evaluation are our own. `done` of the `steps` are done."""
+    """Arguments for Trainer, which neither saves, logs nor evaluates. `done` of the `steps` were done before a resume."""
     return transformers.TrainingArguments(
         output_dir=output_dir,
         deepspeed=deepspeed,
@@ -44,13 +44,13 @@ def training_arguments(
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        average_tokens_across_devices=False,  # a message a step, for a number that `compute_loss` has no use for
+        average_tokens_across_devices=False,  # one message per step, for a count that `compute_loss` ignores
     )
 
 
 @contextlib.contextmanager
 def taken_for_adapted(model: nn.Module) -> Iterator[None]:
-    """Inside, a quantised base whose heads are all that trains passes Transformers' check for an adapter."""
+    """Lets a quantised base of which only the heads train pass Transformers' check for an adapter."""
     if not getattr(model, "is_quantized", False) or hasattr(model, "peft_config"):
         yield
         return
@@ -58,11 +58,11 @@ def taken_for_adapted(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        del model._hf_peft_config_loaded  # the class says False
+        del model._hf_peft_config_loaded  # the class attribute is False
 
 
 def optimizer_steps(training: TrainingConfig, examples: int, tasks: int = 1) -> int:
-    """Optimizer steps of a step of the chain: `max_steps` a task, or `epochs` over so many examples."""
+    """Optimizer steps per step of the chain: `max_steps` per task, or `epochs` over that many examples."""
     if training.max_steps:
         return training.max_steps * tasks
     micro_batches = math.ceil(examples / (training.batch_size // training.gradient_accumulation))

@@ -1,4 +1,4 @@
-"""Global batches, the same on every rank, and the tensors of one rank's part."""
+"""Global batches, identical on every rank, and the tensors of one rank's share."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pipelines.models.padding import pad
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One rank's part of a global micro-batch; what it holds of the whole is the same on every rank.
+    """One rank's share of a global micro-batch; `replayed` counts over the whole, so it is the same on every rank.
 
     Attributes:
-        input_ids, attention_mask, labels: (batch, length); `IGNORE` where nothing is predicted.
+        input_ids, attention_mask, labels: (batch, length); labels are `IGNORE` where nothing is predicted.
         position_ids: (batch, length) where documents are packed, else None.
-        examples: those of the rows.
+        examples: the examples behind the rows.
         scale: weight of each row's loss in the mean over the global micro-batch.
-        replayed: examples of the global micro-batch that a strategy replays.
+        replayed: replayed examples in the global micro-batch.
     """
 
     input_ids: torch.Tensor
@@ -36,7 +36,7 @@ class MicroBatch:
     replayed: int
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same with its tensors on `device`."""
+        """A copy with its tensors on `device`."""
         packed = self.position_ids is not None
         return replace(
             self,
@@ -48,13 +48,13 @@ class MicroBatch:
 
 
 class GlobalBatches:
-    """An endless stream of a task's micro-batches: the same global order on every rank, this rank's part of each.
+    """An endless stream of micro-batches: every rank follows the same global order and takes its share of each.
 
     Args:
         examples: the training set.
         batch_size: examples per micro-batch over all ranks; the last one of an epoch may be smaller.
         transform: the strategy's `batch` hook, applied to the global micro-batch.
-        position: micro-batches that were seen before (a resumed step goes on with the next one).
+        position: micro-batches already consumed (a resumed step continues with the next one).
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class GlobalBatches:
 
 
 def collate(batch: list[Example], world: World) -> MicroBatch:
-    """This rank's part of a global micro-batch as tensors.
+    """This rank's share of a global micro-batch as tensors.
 
-    A rank without an example (fewer examples than ranks) carries the first one with weight 0: under ZeRO every rank
-    takes part in every pass.
+    A rank without an example (fewer examples than ranks) runs the first one with weight 0: under ZeRO every rank must
+    take part in every pass.
     """
     part = batch[world.rank :: world.size]
     weight = 1.0 if part else 0.0

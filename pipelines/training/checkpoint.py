@@ -1,8 +1,8 @@
-"""Checkpoints in the middle of a step: one safetensors file and one JSON, below `train/<fp8>/` of the run.
+"""Checkpoints within a step: one safetensors file and one JSON file each, below `train/<fp8>/` of the run.
 
-They hold whole tensors by parameter name, so they fit any number of workers and any ZeRO stage, and they are
-kilobytes, because what trains is. The JSON is written last and carries the digest of the tensors: a checkpoint that
-was cut off is never used, the one before it is.
+They hold unsharded tensors by parameter name, so that they can be resumed with any number of workers and any ZeRO
+stage, and only what trains, so that they stay small. The JSON file is written last and holds the digest of the
+tensors: a truncated checkpoint is never used; training then resumes from the one before it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from safetensors import torch as safetensors
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
 
-KEEP = 2  # newest ones: the last may be cut off
+KEEP = 2  # the newest ones: the last may be truncated
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A step after `step` optimizer steps.
+    """The training state of a step after `step` optimizer steps.
 
     Attributes:
         tensors: `weight/<parameter>`, `exp_avg/…`, `exp_avg_sq/…` (full, fp32), `rng/<rank>`, `strategy/<name>`.
-        values: JSON beside them: `micro_batches` seen, `tokens`, `seconds` and `curve` so far, `scheduler_step`,
+        values: content of the JSON file: `micro_batches` seen, `tokens`, `seconds` and `curve` so far, `scheduler_step`,
             `loss_scale`, `world_size`, `strategy`.
     """
 
@@ -41,7 +41,7 @@ class Checkpoint:
 
 
 def save(run: RunDirectory, plan: StepPlan, checkpoint: Checkpoint) -> int:
-    """Write a checkpoint and forget the oldest; returns its bytes."""
+    """Write a checkpoint and delete all but the newest `KEEP`; returns its size in bytes."""
     name = f"{plan.checkpoints}/{checkpoint.step:08d}"
     data = safetensors.save({key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()})
     values = {
@@ -61,7 +61,7 @@ def save(run: RunDirectory, plan: StepPlan, checkpoint: Checkpoint) -> int:
 
 
 def steps_of(run: RunDirectory, plan: StepPlan) -> list[int]:
-    """Optimizer steps at which there are checkpoints (perhaps bad ones), ascending."""
+    """Optimizer steps that have a checkpoint, valid or not, ascending."""
     names = run.list(plan.checkpoints)
     return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
 
@@ -70,7 +70,7 @@ def load(run: RunDirectory, plan: StepPlan, step: int) -> Checkpoint:
     """Read one checkpoint.
 
     Raises:
-        ValueError: it is cut off, damaged, or of another step of the chain.
+        ValueError: it is truncated, damaged, or belongs to another step of the chain.
     """
     name = f"{plan.checkpoints}/{step:08d}"
     try:
@@ -86,7 +86,7 @@ def load(run: RunDirectory, plan: StepPlan, step: int) -> Checkpoint:
 
 
 def newest(run: RunDirectory, plan: StepPlan) -> tuple[Checkpoint | None, list[str]]:
-    """The newest good checkpoint of a step, and what was wrong with newer ones."""
+    """The newest valid checkpoint of a step, and what is wrong with newer ones."""
     damaged = []
     for step in reversed(steps_of(run, plan)):
         try:

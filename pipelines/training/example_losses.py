@@ -1,4 +1,4 @@
-"""The loss of each example, by the head of its task."""
+"""The training loss of each example: under the language-model head, or under the classifier head of its task."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pipelines.training.batches import MicroBatch, collate
 
 
 def example_losses(model: nn.Module, batch: MicroBatch, held: Iterable[str] = ()) -> tuple[torch.Tensor, StepOutput]:
-    """(batch,) loss of each example: mean cross-entropy of its target tokens, or that of its class under its head.
+    """(batch,) loss of each example: mean cross-entropy of its target tokens, or of its class under its head.
 
     Args:
-        held: tasks whose heads do not train and whose examples may come nevertheless, the same on every rank.
+        held: tasks with frozen heads that may still have examples in the batch; the same on every rank.
     """
     labels, mask, examples = batch.labels, batch.attention_mask, batch.examples
     if batch.position_ids is None:
         seen = {"attention_mask": mask}
     else:
-        # without a mask Transformers takes positions that start anew for documents apart; what pads a row stands
-        # behind it, where no real token looks
+        # without a mask, Transformers separates packed documents where positions restart; padding follows the
+        # real tokens, which never attend to it
         seen = position_ids(model, batch.position_ids)
     found = next_token_losses(model, labels, input_ids=batch.input_ids, **seen)
     hidden = found.hidden
@@ -36,9 +36,9 @@ def example_losses(model: nn.Module, batch: MicroBatch, held: Iterable[str] = ()
     used = heads_of(model, held) | trainable_heads(model)
     headless = {e.task for e in examples if e.labels is None} - used.keys()
     if headless:
-        raise ValueError(f"examples of {', '.join(sorted(headless))} have neither labels nor a head that is used")
+        raise ValueError(f"examples of {', '.join(sorted(headless))} have neither labels nor a head in use")
     for task, head in used.items():
-        # they all run on every rank: under ZeRO a parameter that one rank lacks, or its gradient, is a deadlock
+        # every head runs on every rank: under ZeRO a parameter or gradient missing on one rank is a deadlock
         scores = head(features.to(head.weight.dtype)).float()
         classes = [e.target if e.task == task and e.labels is None else IGNORE for e in examples]
         targets = torch.tensor(classes, device=hidden.device)
@@ -52,5 +52,5 @@ def example_losses(model: nn.Module, batch: MicroBatch, held: Iterable[str] = ()
 
 
 def losses_alone(model: nn.Module, examples: Sequence[Example], device: torch.device) -> torch.Tensor:
-    """(batch,) differentiable losses of examples of this process alone, as a service to strategies."""
+    """(batch,) differentiable losses of examples that only this process has; strategies call it after training."""
     return example_losses(model, collate(list(examples), World(0, 1, device)).to(device))[0]

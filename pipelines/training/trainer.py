@@ -1,8 +1,8 @@
 """`ContinualTrainer`: a `transformers.Trainer` that trains adapter and heads under a strategy's hooks.
 
-Batches are global: every rank walks the same seeded order and takes its slice, so the same examples meet in the same
-optimizer step on any number of workers. The loss is the mean over the global batch of each example's mean token (or
-class) loss, whatever the slices are.
+Batches are global: every rank follows the same seeded order and takes its slice, so an optimizer step sees the same
+examples on any number of workers. The loss is the mean over the global batch of each example's mean token (or class)
+loss, however the batch is sliced.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pipelines.training.batches import GlobalBatches, MicroBatch
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.example_losses import example_losses, losses_alone
 
-SYNCHRONISE_SECONDS = 1.0  # roughly, between two synchronisation points: each waits for the device and for all ranks
-MOST_STEPS_BETWEEN = 50  # of two synchronisation points
+SYNCHRONISE_SECONDS = 1.0  # about the time between synchronisation points: each waits for the device and all ranks
+MOST_STEPS_BETWEEN = 50  # at most so many optimizer steps between two synchronisation points
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,24 @@ class ControlRequests:
 
 
 class ContinualTrainer(transformers.Trainer):
-    """Trains one step of the chain, from its beginning or from a checkpoint.
+    """Trains one step of the chain, from the beginning or from a checkpoint.
 
     Args:
-        model: PeftModel (or bare model with heads); what requires gradients trains. When resuming it must hold the
-            checkpoint's weights.
+        model: PeftModel (or bare model with heads); parameters that require gradients are trained. When resuming, it must
+            hold the checkpoint's weights.
         examples: the step's training set.
-        strategy: its hooks are called as `Strategy` documents; when resuming its state must be loaded.
+        strategy: its hooks are called as documented in `Strategy`; when resuming, its state must be loaded.
         steps: optimizer steps of the whole step.
-        on_points: called on every rank with [(step, loss, learning rate, unix time), …] now and then.
-        requests: asked on every rank at each synchronisation point.
-        on_checkpoint: called on every rank where a checkpoint is to be kept, with the function that takes it.
+        on_points: called on every rank at each synchronisation point with [(step, loss, learning rate, Unix time), …].
+        requests: called on every rank at each synchronisation point.
+        on_checkpoint: called on every rank when a checkpoint is due, with the function that takes it.
         rungs: fractions of the step after which `on_rung` is called on every rank, with the fraction and the
             function that takes a checkpoint; it may raise `Stopped`.
-        resume: the checkpoint to go on from.
+        resume: the checkpoint to resume from.
 
     Raises:
         DivergedError: the loss or a weight became NaN or infinite; names the optimizer step and the batch.
-        Stopped: some rank asked to stop; a checkpoint was handed out before.
+        Stopped: some rank asked to stop; `on_checkpoint` was called before.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ContinualTrainer(transformers.Trainer):
     ):
         with taken_for_adapted(model):
             super().__init__(model=model, args=arguments, train_dataset=None)
-        self.loss_is_scaled_for_ga = True  # `scale` below is over the whole global batch
+        self.loss_is_scaled_for_ga = True  # `compute_loss` scales by the whole global batch
         self.strategy = strategy
         self.training = training
         self.world = world
@@ -90,9 +90,9 @@ class ContinualTrainer(transformers.Trainer):
         self.on_rung = on_rung
         self.resume = resume
         self.first_step = resume.step if resume else 0
-        self.tokens = 0  # of this rank, since this process began
-        self._losses: list[torch.Tensor] = []  # of this step's micro-batches
-        self._step_losses: list[torch.Tensor] = []  # of the steps since the last synchronisation
+        self.tokens = 0  # of this rank, since this process started
+        self._losses: list[torch.Tensor] = []  # one per micro-batch of this optimizer step
+        self._step_losses: list[torch.Tensor] = []  # one per optimizer step since the last synchronisation
         self._pending: list[tuple[int, float, float]] = []
         self._next_synchronisation = self.first_step + 1
         self._last_synchronisation = time.monotonic()
@@ -100,7 +100,7 @@ class ContinualTrainer(transformers.Trainer):
 
     @property
     def step(self) -> int:
-        """Optimizer steps done, those before an interruption included."""
+        """Optimizer steps done, including those before an interruption."""
         return self.first_step + self.state.global_step
 
     def get_train_dataloader(self) -> GlobalBatches:
@@ -116,7 +116,7 @@ class ContinualTrainer(transformers.Trainer):
         return self.batches
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with a learning rate of its own for the heads."""
+        """AdamW with a separate learning rate for the heads."""
         heads = [p for head in trainable_heads(self.model).values() for p in head.parameters()]
         head_ids = {id(p) for p in heads}
         adapter = [p for p in self.model.parameters() if p.requires_grad and id(p) not in head_ids]
@@ -128,7 +128,7 @@ class ContinualTrainer(transformers.Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """The schedule of the whole step, moved on to where a checkpoint was made."""
+        """The schedule of the whole step, advanced to the checkpoint when resuming."""
         if self.lr_scheduler is None:
             scheduler = super().create_scheduler(self.total_steps, optimizer)
             if self.resume:
@@ -139,7 +139,7 @@ class ContinualTrainer(transformers.Trainer):
         return self.lr_scheduler
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The next micro-batches. Their tokens, which Trainer would count, are of no use to `compute_loss`."""
+        """The next micro-batches. Trainer would also count their tokens, which `compute_loss` does not need."""
         return list(itertools.islice(epoch_iterator, num_batches)), None
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
@@ -150,7 +150,7 @@ class ContinualTrainer(transformers.Trainer):
         share = losses.sum() * inputs.scale / self.training.gradient_accumulation
         self._losses.append(share.detach())
         self.tokens += int(inputs.attention_mask.sum()) if inputs.scale else 0
-        # DeepSpeed averages gradients over ranks; times the world size, the average is the global batch's mean
+        # DeepSpeed averages gradients over ranks: multiplied by the world size, that is the mean over the global batch
         output.loss = share * self.world.size
         output.weight = 1 / self.training.gradient_accumulation
         output.replayed, output.present = inputs.replayed, inputs.scale > 0
@@ -168,12 +168,12 @@ class ContinualTrainer(transformers.Trainer):
         return losses_alone(model, examples, self.world.device)
 
     def _release_leftovers(self) -> None:
-        """Under ZeRO-3: shard again what a backward pass outside the engine has left whole."""
+        """Under ZeRO-3: re-partition parameters that a backward pass outside the engine has left gathered."""
         if self.world.lockstep:
             self.model_wrapped.optimizer.empty_partition_cache()
 
     def floating_point_ops(self, inputs) -> int:
-        return 0  # Trainer would count the parameters anew at every step
+        return 0  # Trainer would count the parameters again at every step
 
     # -- around an optimizer step
 
@@ -190,7 +190,7 @@ class ContinualTrainer(transformers.Trainer):
             _set_rng(self.resume.part("rng")[str(self.world.rank)])
 
     def begin_step(self) -> None:
-        self._learning_rate = float(self.lr_scheduler.get_last_lr()[0])  # Trainer moves it on before the step ends
+        self._learning_rate = float(self.lr_scheduler.get_last_lr()[0])  # Trainer advances it before the step ends
 
     def end_step(self) -> None:
         """Book-keeping after an optimizer step; reads the loss only about once per second."""
@@ -208,7 +208,7 @@ class ContinualTrainer(transformers.Trainer):
     def _synchronise(self) -> None:
         """Share the losses so far, and decide on all ranks alike whether to write a checkpoint or to stop."""
         requests = self.requests()
-        # rank 0 chooses the distance to the next one, by its own clock
+        # rank 0 decides by its own clock how many steps to go to the next one
         seconds = max(time.monotonic() - self._last_synchronisation, 1e-6) / len(self._step_losses)
         distance = min(max(round(SYNCHRONISE_SECONDS / seconds), 1), MOST_STEPS_BETWEEN) if self.world.rank == 0 else 0
         losses = torch.stack(self._step_losses)
@@ -231,7 +231,7 @@ class ContinualTrainer(transformers.Trainer):
             raise Stopped(f"stopped after optimizer step {self.step} of {self.total_steps}")
 
     def _where(self, step: int) -> str:
-        """An optimizer step in the words of a user who looks for its rows."""
+        """Describes an optimizer step so that a user can find its rows."""
         first = (step - 1) * self.training.gradient_accumulation
         epoch, batch = divmod(first, self.batches.per_epoch)
         return f"optimizer step {step} of {self.total_steps} (epoch {epoch + 1}, batch {batch + 1})"
@@ -239,7 +239,7 @@ class ContinualTrainer(transformers.Trainer):
     # -- checkpoints
 
     def checkpoint(self) -> Checkpoint:
-        """The state after the current optimizer step. Every rank must call it; all get the same."""
+        """The state after the current optimizer step. Every rank must call it; all get the same result."""
         state = optimizer_state.training_state(self.model_wrapped, self._trainables())
         broken = next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
         if broken:
@@ -273,7 +273,7 @@ _REMEDY = "lower training.learning_rate or training.max_grad_norm"
 
 
 def _rng() -> torch.Tensor:
-    """Bytes: this process's torch generators, the CPU's and then its GPU's."""
+    """States of this process's torch generators as bytes: the CPU's, then the GPU's."""
     states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
     return torch.cat(states)
 
