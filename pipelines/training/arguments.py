@@ -22,7 +22,7 @@ def training_arguments(
     world_size: int,
     done: int = 0,
 ) -> transformers.TrainingArguments:
-    """Arguments for Trainer, which neither saves, logs nor evaluates. `done` of the `steps` were done before a resume."""
+    """Arguments for Trainer, which neither saves, logs nor evaluates; `done` of the `steps` precede a resume."""
     return transformers.TrainingArguments(
         output_dir=output_dir,
         deepspeed=deepspeed,

@@ -27,8 +27,8 @@ class Checkpoint:
 
     Attributes:
         tensors: `weight/<parameter>`, `exp_avg/…`, `exp_avg_sq/…` (full, fp32), `rng/<rank>`, `strategy/<name>`.
-        values: content of the JSON file: `micro_batches` seen, `tokens`, `seconds` and `curve` so far, `scheduler_step`,
-            `loss_scale`, `world_size`, `strategy`.
+        values: content of the JSON file: `micro_batches` seen, `tokens`, `seconds` and `curve` so far,
+            `scheduler_step`, `loss_scale`, `world_size`, `strategy`.
     """
 
     step: int

@@ -44,8 +44,8 @@ class ContinualTrainer(transformers.Trainer):
     """Trains one step of the chain, from the beginning or from a checkpoint.
 
     Args:
-        model: PeftModel (or bare model with heads); parameters that require gradients are trained. When resuming, it must
-            hold the checkpoint's weights.
+        model: PeftModel (or bare model with heads); parameters that require gradients are trained. When resuming, it
+            must hold the checkpoint's weights.
         examples: the step's training set.
         strategy: its hooks are called as documented in `Strategy`; when resuming, its state must be loaded.
         steps: optimizer steps of the whole step.
