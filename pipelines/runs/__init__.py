@@ -1,1 +1,1 @@
-"""The run directory, the only truth about a run."""
+"""The run directory, the only source of truth about a run, and its typed records."""

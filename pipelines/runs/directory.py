@@ -1,15 +1,15 @@
 """The run directory, the only source of truth about a run; MLflow, report and progress are projections of it.
 
-Works on any fsspec URI without append or rename (object stores have neither). A step is done if and only if its
-`metrics.json` exists; it is written last. Layout, below `<storage>/<name>/`:
+Works on any fsspec URI and needs neither append nor rename, which object stores lack. A step is done if and only if
+its `metrics.json` exists, which is written last. Layout, below `<storage>/<name>/`:
 
     config.yaml                      resolved configuration
     steps/<k>-<task>-<fp8>/          adapter/, heads.safetensors, strategy/, predictions/<name>.jsonl, metrics.json
-    steps/0-base-<fp8>/              the untouched base: predictions/ and metrics.json only (row 0); under
-                                     start_from 0-start-<fp8>, the step that the chain continues from
-    start.json                       which step start_from meant
-    train/<fp8>/                     checkpoints in the middle of a step; deleted when it is done
-    search/<k>-<task>-<fp8>/         a search before a step: trials/<fp8>/ (each a run directory), results.json
+    steps/0-base-<fp8>/              row 0, the untouched base: only predictions/ and metrics.json; with
+                                     start_from: 0-start-<fp8>, the step that the chain continues from
+    start.json                       the step that start_from resolved to
+    train/<fp8>/                     checkpoints within a step; deleted when it is done
+    search/<k>-<task>-<fp8>/         the search before a step: trials/<fp8>/ (each a run directory), results.json
     events/<time>-<id>.json          immutable, one file per event
     results.json, report.html, figures/*.png
     lease.json, progress.json, stop.json   its driver, its progress, a request to stop
@@ -42,14 +42,14 @@ FORMAT = 1
 
 
 class RunDirectory:
-    """Read and write one run. Paths are relative to the run, with `/`."""
+    """Reads and writes one run. Paths are relative to the run and use `/`."""
 
     def __init__(self, uri: str):
         self.uri = uri.rstrip("/")
         self.fs, root = fsspec.core.url_to_fs(self.uri)
         self.root = root.rstrip("/")
         self.is_local = not is_uri(uri) or uri.startswith("file://")
-        self._events: dict[str, Event] = {}  # they never change: each is read once
+        self._events: dict[str, Event] = {}  # immutable, so each is read only once
 
     @property
     def name(self) -> str:
@@ -67,7 +67,7 @@ class RunDirectory:
         return self.fs.cat_file(self.path(relative))
 
     def write_bytes(self, relative: str, data: bytes) -> None:
-        """One whole object. On a local disk through a temporary name, so that no reader sees half of it."""
+        """Write an object atomically: on a local disk through a temporary name, so that no reader sees half of it."""
         path = self.path(relative)
         self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
         if not self.is_local:
@@ -81,7 +81,7 @@ class RunDirectory:
             Path(temporary).unlink(missing_ok=True)
 
     def read_json(self, relative: str) -> Any | None:
-        """The parsed file, or None where there is none."""
+        """The parsed file, or None if it does not exist."""
         try:
             return json.loads(self.read_bytes(relative))
         except (FileNotFoundError, NotADirectoryError):
@@ -95,7 +95,7 @@ class RunDirectory:
         return [json.loads(line) for line in self.read_bytes(relative).splitlines() if line]
 
     def list(self, relative: str) -> list[str]:
-        """Names of the entries of a folder, sorted; empty where there is none."""
+        """Sorted names of a folder's entries; empty if there is no such folder."""
         try:
             entries = self.fs.ls(self.path(relative), detail=False, refresh=True)
         except FileNotFoundError:
@@ -103,12 +103,12 @@ class RunDirectory:
         return sorted(posixpath.basename(entry.rstrip("/")) for entry in entries if not entry.endswith(".tmp"))
 
     def upload(self, local: Path, relative: str) -> None:
-        """Copy a local folder's files below `relative`."""
+        """Copy the files of a local folder to `relative`."""
         for file in sorted(path for path in Path(local).rglob("*") if path.is_file()):
             self.write_bytes(posixpath.join(relative, file.relative_to(local).as_posix()), file.read_bytes())
 
     def download(self, relative: str, local: Path) -> Path:
-        """A local copy of a folder (the folder itself where the run is local)."""
+        """A local copy of a folder (the folder itself if the run is local)."""
         if self.is_local:
             return Path(self.path(relative))
         for file in self.fs.find(self.path(relative)):
@@ -118,7 +118,7 @@ class RunDirectory:
         return Path(local)
 
     def remove(self, relative: str) -> None:
-        """Delete a file or folder; nothing happens where there is none."""
+        """Delete a file or folder if it exists."""
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm(self.path(relative), recursive=True)
 
@@ -128,7 +128,7 @@ class RunDirectory:
         """Create the run, or join an existing one of the same format.
 
         Raises:
-            RunDirectoryError: storage not writable, or the run was written in another format.
+            RunDirectoryError: the storage is not writable, or the run was written in another format.
         """
         try:
             marker = self.read_json("format.json")
@@ -136,7 +136,7 @@ class RunDirectory:
                 marker = {"format": 0}
             if marker is not None and marker["format"] != FORMAT:
                 raise RunDirectoryError(
-                    f"{self.uri} has format {marker['format']}, this version writes {FORMAT}; use another name"
+                    f"{self.uri} has format {marker['format']}, but this version writes {FORMAT}; use another name"
                 )
             self.write_json("format.json", {"format": FORMAT})
             self.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
@@ -162,7 +162,7 @@ class RunDirectory:
     # -- steps
 
     def metrics(self, directory: str) -> StepRecord | None:
-        """`metrics.json` of a step directory; None means: this step is not done."""
+        """`metrics.json` of a step directory; None if the step is not done."""
         raw = self.read_json(f"{directory}/metrics.json")
         return None if raw is None else StepRecord.from_json(raw)
 
@@ -172,7 +172,7 @@ class RunDirectory:
         return None if raw is None else TrainedStep.from_json(raw)
 
     def finished_steps(self) -> dict[str, str]:
-        """fingerprint → directory of every step that is done (row 0 included)."""
+        """Fingerprint → directory of every finished step, including row 0."""
         finished = {}
         for entry in self.list("steps"):
             metrics = self.metrics(f"steps/{entry}")
@@ -181,7 +181,7 @@ class RunDirectory:
         return finished
 
     def find_step(self, fingerprint: str) -> str | None:
-        """Directory of the finished step (or row 0) with this fingerprint; only folders whose name fits are opened."""
+        """Directory of the finished step (or row 0) with this fingerprint; reads only folders whose name matches."""
         for entry in self.list("steps"):
             metrics = self.metrics(f"steps/{entry}") if entry.endswith(f"-{fingerprint[:8]}") else None
             if metrics and metrics.fingerprint == fingerprint:
@@ -189,12 +189,12 @@ class RunDirectory:
         return None
 
     def ancestors(self, directory: str) -> Iterator[tuple[RunDirectory, str, StepRecord]]:
-        """(run, directory, metrics.json) of a finished step, of its parent, … and of the base.
+        """(run, directory, metrics.json) of a finished step, its parent, and so on down to the base.
 
-        Goes on in another run where a chain started from that one's adapter (`parent_run` in metrics.json).
+        Continues in another run where a chain started from that run's adapter (`parent_run` in metrics.json).
 
         Raises:
-            RunDirectoryError: a step that it grew from is gone.
+            RunDirectoryError: an ancestor no longer exists.
         """
         run, metrics = self, self.metrics(directory)
         while True:
@@ -205,11 +205,11 @@ class RunDirectory:
             run = RunDirectory(metrics.parent_run) if metrics.parent_run else run
             directory = run.find_step(metrics.parent)
             if directory is None:
-                raise RunDirectoryError(f"{run.uri} has no step {metrics.parent}, which {child} grew from")
+                raise RunDirectoryError(f"{run.uri} has no step {metrics.parent}, which {child} was trained from")
             metrics = run.metrics(directory)
 
     def damaged_files(self, directory: str, files: Mapping[str, PublishedFile]) -> list[str]:
-        """Published files that are missing or of another size (their contents are compared when they are loaded)."""
+        """Published files that are missing or have another size; contents are verified on loading."""
         damaged = []
         for name, published in files.items():
             try:
@@ -229,7 +229,7 @@ class RunDirectory:
         self.write_json(f"events/{name}.json", event)
 
     def read_event(self, relative: str) -> Event | None:
-        """An event, or a progress record; None where there is none."""
+        """An event or progress record; None if it does not exist."""
         raw = self.read_json(relative)
         return None if raw is None else Event.from_json(raw)
 
@@ -238,9 +238,9 @@ class RunDirectory:
         return self.read_event("progress.json")
 
     def events(self, known: Collection[str] = ()) -> Iterator[tuple[str, Event]]:
-        """(name, event) in order of time, without those whose names are `known`.
+        """(name, event) in order of time, except those whose names are `known`.
 
-        Not "later than": after a clock was set back, new events have older names.
+        Filters by name and not by time: after a clock is set back, new events have older names.
         """
         for name in self.list("events"):
             if name in known:
@@ -253,10 +253,10 @@ class RunDirectory:
     # -- a request to stop
 
     def request_stop(self, reason: str) -> None:
-        """Ask driver and workers to write a checkpoint and end."""
+        """Ask the driver and the workers to write a checkpoint and stop."""
         self.write_json("stop.json", {"reason": reason, "time": time.time()})
 
     def stop_requested(self) -> str | None:
-        """The reason, or None."""
+        """The reason of a request to stop, or None."""
         request = self.read_json("stop.json")
         return request["reason"] if request else None

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGES = ("curlora", "torch", "transformers", "peft", "deepspeed", "ray", "datasets")
-
-GIT_SECONDS = 10.0
+GIT_SECONDS = 10.0  # timeout of a git command
 
 
 def describe(world_size: int, deepspeed_stage: int, device: str) -> dict:
-    """Versions of what computes, where it runs, and the commit where this code is a git checkout."""
+    """Package versions, hardware, and the commit if this code is a git checkout."""
     return {
         **versions(),
         "python": sys.version.split()[0],
@@ -31,7 +30,7 @@ def describe(world_size: int, deepspeed_stage: int, device: str) -> dict:
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Versions of the installed packages; a cluster job runs this code from a folder, without a version."""
+    """Versions of those packages that are installed; a cluster job runs this code from a folder, without a version."""
     found = {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -40,14 +39,14 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def hardware(device: str) -> dict:
-    """Processor, cores and memory of this node; the GPU's name, memory and number where the worker has one."""
+    """Processor, cores and memory of this node; name, memory and number of GPUs if the worker has one."""
     found = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
     }
     if device == "cuda":
-        import torch  # this process has it already
+        import torch  # slow, but already imported in a worker
 
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
         found |= {
@@ -69,9 +68,9 @@ def _processor() -> str:
 
 @functools.cache
 def git() -> dict:
-    """`git_commit` and whether tracked files differ from it; nothing where this code is installed as a package.
+    """`git_commit`, and whether tracked files differ from it; empty if this code is installed as a package.
 
-    A package inside somebody's repository (its virtual environment, say) is no checkout: its file is not tracked.
+    A package inside another repository (in its virtual environment, say) is not a checkout: this file is not tracked.
     """
     here = Path(__file__).resolve()
     tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
@@ -82,7 +81,7 @@ def git() -> dict:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Output of a git command; None where it fails, or there is no git."""
+    """Output of a git command; None if it fails or git is not installed."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=GIT_SECONDS

@@ -12,16 +12,16 @@ from pipelines.runs.step_record import Cell
 
 @dataclass(frozen=True)
 class Event(Record):
-    """One event. Which fields it has depends on its kind; those that nothing reads by name are in `other`.
+    """One event. Its kind determines its fields; fields that no code reads by name are in `other`.
 
     Attributes:
         kind: started, step_started, training, checkpoint, published, failed, finished, …
         time: Unix time.
-        fingerprint, task, position: the step that it is about.
+        fingerprint, task, position: the step of the chain that it concerns.
         step, steps: optimizer steps done, and in all (`started`: steps of the chain; `segment_finished`: which).
         done: steps of the chain that are done already.
         seconds: what it took (`published`: the parts of it).
-        worker, serial: who wrote a progress record, and its number.
+        worker, serial: the writer of a progress record, and the record's number.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""Fingerprints: of a base model, of a step, of what makes its training."""
+"""Fingerprints of base models and steps, and the plan of a step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def base_fingerprint(base: BaseModelConfig) -> str:
 
 
 def _hub_commit(base: BaseModelConfig) -> str | None:
-    # slow import, needed for hub models only
+    # slow, and needed only for hub models
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     file = cached_file(base.path, "config.json", revision=base.revision)
@@ -47,7 +47,7 @@ def _hub_commit(base: BaseModelConfig) -> str | None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file; of size, first MiB and 64 spread MiB where it is larger than a GiB."""
+    """SHA-256 of a file; of its size and 65 evenly spread MiB if it is larger than 1 GiB."""
     size = path.stat().st_size
     sha = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -69,10 +69,10 @@ def fingerprint(value: Any) -> str:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step of the chain: what it trains on, what it grows from, where it lies.
+    """One step of the chain: its tasks, its parent and its directory.
 
-    `position` counts from 1 (0 is what the chain grows from); `tasks` has one name, or all of them under `joint`;
-    `earlier` counts the steps of the run that this one continues.
+    `position` counts from 1 (row 0 is the base or the step of `start_from`); `tasks` has one name, or under `joint`
+    all of them; `earlier` is the depth of the step that the chain continues from, 0 for a base.
     """
 
     position: int
@@ -83,7 +83,7 @@ class StepPlan:
 
     @property
     def depth(self) -> int:
-        """Steps between the base and this one, itself included: what seeds count by."""
+        """Steps from the base to this one, inclusive; seeds depend on it."""
         return self.earlier + self.position
 
     @property
@@ -96,12 +96,12 @@ class StepPlan:
 
     @property
     def checkpoints(self) -> str:
-        """The folder of its checkpoints, while it is being trained."""
+        """Folder of its checkpoints during training."""
         return f"train/{self.fingerprint[:8]}"
 
     @property
     def identity(self) -> dict:
-        """How events and progress name this step."""
+        """Fields that identify this step in events and progress records."""
         return {"fingerprint": self.fingerprint, "task": self.label, "position": self.position}
 
     def to_json(self) -> dict:
@@ -119,7 +119,7 @@ class StepPlan:
 
 
 def step_fingerprint(base: str, parent: str, config: PipelineConfig, tasks: list[dict]) -> str:
-    """Identity of a step: what it starts from, how it trains, and on what (`tasks`: their data's identities)."""
+    """Identity of a step: its base, parent, settings and training data (`tasks`: identities of their data)."""
     return fingerprint(
         {
             "base": base,

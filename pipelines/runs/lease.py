@@ -12,15 +12,14 @@ import uuid
 from pipelines.errors import LeaseHeld
 from pipelines.runs.directory import RunDirectory
 
-LEASE_SECONDS = 15.0
-
-BEAT_SECONDS = 3.0
+LEASE_SECONDS = 15.0  # without a new beat, after which a lease may be taken over
+BEAT_SECONDS = 3.0  # between two beats
 
 
 class Lease:
-    """A heartbeat file. Stolen at once from a dead process of this host, else after 15 s without a new beat.
+    """A heartbeat file. It is taken over at once from a dead process of this host, else after 15 s without a new beat.
 
-    Beats are counted and watched, never compared with a clock: clocks of two hosts differ, and clocks are set back.
+    Beats are counted and never compared with a clock, because the clocks of two hosts differ and may be set back.
     """
 
     def __init__(self, run: RunDirectory):
@@ -37,17 +36,17 @@ class Lease:
         holder = driver_of(self.run)
         if holder and self._beats_on(holder):
             raise LeaseHeld(
-                f"run '{self.run.name}' is being worked on by process {holder['pid']} on {holder['host']}; "
-                f"wait for it, or stop it: curlora cancel {self.run.uri}"
+                f"run '{self.run.name}' is in use by process {holder['pid']} on {holder['host']}; "
+                f"wait until it ends, or stop it: curlora cancel {self.run.uri}"
             )
         self._beat()
         if self._holder_token() != self.token:
-            raise LeaseHeld(f"run '{self.run.name}' was taken by another driver at this moment; try again later")
+            raise LeaseHeld(f"run '{self.run.name}' has just been taken over by another driver; try again later")
 
     def _beats_on(self, holder: dict) -> bool:
-        """Watch the lease until it changes (True) or has been silent for long enough (False)."""
+        """Watch the lease: True once it changes, False if it does not within `LEASE_SECONDS`."""
         if holder["host"] == socket.gethostname():
-            return True  # `driver` has seen the process
+            return True  # `driver_of` has found the process alive
         end = time.monotonic() + LEASE_SECONDS
         while time.monotonic() < end:
             time.sleep(0.25)
@@ -71,7 +70,7 @@ class Lease:
                 "pid": os.getpid(),
                 "started": _process_start(os.getpid()),
                 "beats": self._beats,
-                "time": time.time(),  # for people who look at it
+                "time": time.time(),  # for people, and for `run_status`
             },
         )
 
@@ -83,7 +82,7 @@ class Lease:
                     return
                 self._beat()
             except OSError:
-                continue  # a full or absent disk may come back; whoever takes over meanwhile is seen above
+                continue  # the disk may become available again; a takeover in the meantime is noticed above
 
     def release(self) -> None:
         self._stop.set()
@@ -100,11 +99,11 @@ class Lease:
 
 
 def acquire_lease(run: RunDirectory) -> Lease:
-    """Takes the lease of a run.
+    """Take the lease of a run.
 
     Raises:
-        LeaseHeld: another driver is alive (a heartbeat within 15 s; a dead process of this host counts as none).
-        RunDirectoryError: storage not writable.
+        LeaseHeld: another driver is alive (a beat within 15 s; dead processes of this host do not count).
+        RunDirectoryError: the storage is not writable.
     """
     try:
         return Lease(run)
@@ -119,12 +118,12 @@ def driver_of(run: RunDirectory) -> dict | None:
 
 
 def _is_dead(holder: dict) -> bool:
-    """Whether a lease's process was one of this host and is no more."""
+    """Whether a lease belongs to a process of this host that no longer exists."""
     return holder["host"] == socket.gethostname() and not _same_process(holder["pid"], holder["started"])
 
 
 def _process_start(pid: int) -> float | None:
-    """Start time of a process: its pid may have been reused since."""
+    """Start time of a process, which tells it from a later one with the same pid."""
     import psutil  # comes with ray; only a driver needs it
 
     try:

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 if TYPE_CHECKING:
     from typing import Self
 
-OPTIONAL = {"optional": True}  # metadata of a field that is left out where it is None; others are written as null
+OPTIONAL = {"optional": True}  # metadata of fields that are omitted when None; other fields are written as null
 
 
 @dataclass(frozen=True)
 class Record:
-    """A JSON object with named fields; tuples and mappings of records in it are records too.
+    """A JSON object with named fields; nested records in tuples and mappings are converted, too.
 
     Attributes:
-        other: fields that have no name here, as they were read.
+        other: unknown fields, as they were read.
     """
 
     other: dict[str, Any] = field(default_factory=dict, kw_only=True, repr=False)
@@ -45,7 +45,7 @@ class Record:
         return cls(**named, other=other)
 
     def to_json(self) -> dict[str, Any]:
-        """What `json.dumps` takes; the object that `from_json` was given, if it was."""
+        """A JSON object; equal to the one that `from_json` was given."""
         found = {}
         for name, is_optional in _written(type(self)):
             value = getattr(self, name)
@@ -85,7 +85,7 @@ def _reader(hint: Any) -> Callable[[Any], Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """A value without records and tuples. Lists are JSON already: curves are long."""
+    """Converts records and tuples. Lists are returned as they are: they hold plain JSON, and curves are long."""
     if isinstance(value, Record):
         return value.to_json()
     if isinstance(value, tuple):

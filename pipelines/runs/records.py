@@ -13,7 +13,7 @@ def choose_step(run: RunDirectory, step: str | None) -> str:
     """Directory of a finished step by task name, position or fingerprint prefix; None: the last one.
 
     Raises:
-        ConfigError: no such step, or it is not finished.
+        ConfigError: there is no such step, or it is not finished.
     """
     results = run.results()
     steps = results.steps if results else ()
@@ -32,7 +32,7 @@ Steps = Sequence[tuple[str, StepRecord]]  # (directory, metrics.json) by positio
 
 
 def current_steps(run: RunDirectory, chain: Sequence[str] | None = None) -> Steps:
-    """(directory, metrics.json) of the base and of every finished step of one chain, by position."""
+    """(directory, metrics.json) of row 0 and of every finished step of a chain, by position."""
     found = {}
     for entry in run.list("steps"):
         directory = f"steps/{entry}"
@@ -48,7 +48,7 @@ def current_steps(run: RunDirectory, chain: Sequence[str] | None = None) -> Step
         members = sorted(found.values(), key=lambda item: item[1].finished)[-1:]
     if members:
         members = _ancestors(found, members[0][1]) + members
-    if all(metrics.position for _, metrics in members):  # a chain that started from another run's adapter
+    if all(metrics.position for _, metrics in members):  # the chain started from another run's adapter
         bases = [item for item in found.values() if item[1].position == 0]
         members += sorted(bases, key=lambda item: item[1].finished)[-1:]
     return sorted(members, key=lambda item: item[1].position)
@@ -70,7 +70,7 @@ def started_at(run: RunDirectory, steps: Steps) -> float:
 
 
 def ended_at(run: RunDirectory, steps: Steps) -> float:
-    """Unix time at which the chain ended: its last such event, which is among the last files."""
+    """Unix time of the last `finished` or `failed` event; if there is none, of the latest measurement."""
     for name in reversed(run.list("events")):
         event = run.read_event(f"events/{name}")
         if event and event.kind in ("finished", "failed"):
@@ -79,18 +79,17 @@ def ended_at(run: RunDirectory, steps: Steps) -> float:
 
 
 def latest_moment(steps: Steps) -> float:
-    """The newest moment of any measurement."""
+    """Unix time of the latest measurement."""
     moments = [metrics.finished for _, metrics in steps]
     moments += [cell.time for _, metrics in steps for cell in metrics.cells]
     return max(moments, default=0.0)
 
 
-# -- metrics: (key, value, unix seconds, step)
-Point = tuple[str, float | None, float, int]
+Point = tuple[str, float | None, float, int]  # of a metric: (key, value, Unix time, step)
 
 
 def score_points(metrics: StepRecord) -> list[Point]:
-    """One row of the score matrix; its step is the position in the sequence."""
+    """One row of the score matrix; the step of its points is the position in the sequence."""
     points: list[Point] = []
     for cell in newest_cells(metrics):
         name, moment, position = cell.name, cell.time, metrics.position
@@ -105,7 +104,7 @@ def score_points(metrics: StepRecord) -> list[Point]:
 
 
 def newest_cells(metrics: StepRecord) -> list[Cell]:
-    """One cell per name: a test split that was changed leaves the older cell behind."""
+    """The newest cell per name: after a change of the test split there is an older one, too."""
     return list({cell.name: cell for cell in sorted(metrics.cells, key=lambda cell: cell.time)}.values())
 
 
@@ -144,11 +143,11 @@ def lineage(run: RunDirectory, directory: str) -> Iterator[StepRecord]:
 
 
 def _trained(run: RunDirectory) -> dict[str, StepRecord]:
-    """Fingerprint → `metrics.json` of every finished step; row 0 was trained elsewhere or not at all."""
+    """Fingerprint → `metrics.json` of every finished step except row 0, which was not trained in this run."""
     rows = [run.metrics(f"steps/{entry}") for entry in run.list("steps")]
     return {row.fingerprint: row for row in rows if row and row.position > 0}
 
 
 def trained_on(metrics: StepRecord) -> dict[str, str]:
-    """Task → digest of the training data of one step."""
+    """Task → digest of its training data in this step."""
     return {task: data.train.digest for task, data in metrics.data.items()}

@@ -13,7 +13,7 @@ Series = list[float | None]  # one value per row of the score matrix
 
 @dataclass(frozen=True)
 class StepSummary(Record):
-    """A step of the chain in `results.json`; without seconds it is not done."""
+    """A step of the chain in `results.json`; `seconds` is empty until the step is done."""
 
     task: str
     fingerprint: str
@@ -30,16 +30,16 @@ class StepSummary(Record):
 
 @dataclass(frozen=True)
 class SearchSummary(Record):
-    """What was chosen before a step, and why.
+    """Outcome of the search before a step.
 
     Attributes:
-        pareto: numbers of the trials that none beats in learning and retention together.
-        steps: optimizer steps `spent`, and `whole` if no trial had ended early.
-        values: the chosen setting.
+        pareto: numbers of the trials on the Pareto front of learning and retention.
+        steps: optimizer steps `spent`, and the `whole` that running every trial to its end would take.
+        values: the chosen settings.
         directory: the search's folder.
-        trials: how many there were.
-        adopted: whether the winning trial's adapter was taken over.
-        until: position of the last step that is trained under it.
+        trials: number of trials.
+        adopted: whether the adapter of the winning trial became the step's adapter.
+        until: position of the last step trained with these settings.
     """
 
     task: str
@@ -57,21 +57,21 @@ class SearchSummary(Record):
 
 @dataclass(frozen=True)
 class Results(Record):
-    """A run; one that is a trial of a search has no score matrix. Metrics are defined in `metrics/score_matrix.py`.
+    """Results of a run; a trial of a search has no score matrix. `metrics/score_matrix.py` defines the metrics.
 
     Attributes:
         status: running, finished, failed or stopped.
         adapter: `type` and `r`.
-        start_from: `run` and `step` that the chain continues.
-        learned_at: task → row of the matrix that is the first after its training.
-        metric: task → name of its metric.
-        scores: `scores[t][i]` is the score on task i after step t; row 0 is what the chain begins with.
-        perplexity, nll: retained corpus → its value in every row.
-        majority: task → what always answering the commonest class scores.
+        start_from: `run` and `step` that the chain continues from.
+        learned_at: task → first row of the matrix after its training.
+        metric: task → its metric.
+        scores: `scores[t][i]` is the score on task i after step t; row 0 is before training.
+        perplexity, nll: retention corpus → its value in every row.
+        majority: task → score of always answering the most frequent class.
         extras: task → its other metrics in every row.
         gate: the verdict, `{"passed", "reasons", …}`.
         registry: the registered version, `{"name", "version", "uri", "promoted", …}`.
-        ran: of the call that returns it: whether anything was missing. Not in the file.
+        ran: whether the call that returned this had anything to do. Not in the file.
     """
 
     run: str

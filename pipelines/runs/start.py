@@ -14,12 +14,12 @@ class Start:
     """A finished step of another run.
 
     Attributes:
-        named: `start_from` as it was written.
-        depth: steps between the base and this step, itself included.
-        digests: task → digest of the data it was trained on last, over the whole lineage; oldest first.
+        named: `start_from` as written in the configuration.
+        depth: steps from the base to this one, inclusive.
+        digests: task → digest of its latest training data in the lineage; oldest first.
         base: `path`, `dtype` and `quantization` of its base model.
         adapter: its `adapter:` section.
-        strategy: name of the strategy whose state it carries; None if there is none.
+        strategy: name of the strategy whose state it holds; None if there is none.
     """
 
     named: str
@@ -41,11 +41,11 @@ class Start:
         return asdict(self)
 
     def knows(self, task: str, digest: str) -> bool:
-        """Whether this step, or one it grew from, was trained on exactly this data under this name."""
+        """Whether this step or an ancestor was trained on exactly this data under this task name."""
         return self.digests.get(task) == digest
 
 
 def record_start(run: RunDirectory, start: Start | None) -> None:
-    """Remember in the run what its `start_from` meant."""
+    """Record in the run what its `start_from` resolved to."""
     if start is not None and run.read_json(RECORD) != start.to_json():
         run.write_json(RECORD, start.to_json())

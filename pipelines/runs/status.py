@@ -8,7 +8,7 @@ from pipelines.runs.directory import RunDirectory
 from pipelines.runs.event import Event
 from pipelines.runs.lease import driver_of
 
-SILENT_SECONDS = 60.0  # a driver of another host that has not written for so long is taken for gone
+SILENT_SECONDS = 60.0  # after which a driver that has not written its lease is considered gone
 
 
 def run_status(run: RunDirectory) -> dict:
@@ -31,7 +31,7 @@ def run_status(run: RunDirectory) -> dict:
 
 
 def cancel_run(run: RunDirectory, wait: float) -> bool | None:
-    """Ask a run to stop. True: it has ended within `wait` seconds; None: nobody was working on it."""
+    """Ask a run to stop. True if it ends within `wait` seconds, False if not, None if it had no driver."""
     if driver_of(run) is None:
         return None
     run.request_stop("curlora cancel")
@@ -44,7 +44,7 @@ def cancel_run(run: RunDirectory, wait: float) -> bool | None:
 
 
 def _last_event(run: RunDirectory) -> Event | None:
-    """The latest of events and progress, by their own times."""
+    """The later of the last event and the progress record."""
     names = run.list("events")[-1:]
     found = [run.read_event(f"events/{name}") for name in names] + [run.progress()]
     return max((event for event in found if event), key=lambda event: event.time, default=None)

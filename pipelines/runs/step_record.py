@@ -5,7 +5,7 @@
      "training": {"steps": 100, "curve": [[1, 2.3, 0.003, 1.76e9], …], …},
      "cells": [{"name": "sst2", "value": 0.91, …}, …], "seconds": {"train": 70.2, …}, …}
 
-Row 0, what a chain begins with, has cells but nothing that training makes.
+Row 0, the state before the first step, has cells but none of the fields that training produces.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ def step_label(tasks: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Cell(Record):
-    """One cell of the score matrix, or one retention figure.
+    """One cell of the score matrix, or a measurement on a retention corpus.
 
     Attributes:
         role: `task` or `retention`.
         value: score in the unit of `metric`.
-        nll: nats per token, where there are any.
-        count: examples.
+        nll: nats per token; None if the task has none.
+        count: number of examples.
         majority: score of always answering the most frequent class.
-        digest: of the test data.
+        digest: digest of the test data.
         key: identity of the score: test data, metric, and how it is measured.
         time: Unix time of the measurement.
         extras: other metrics of the same outcomes.
-        loss: cross-entropy of the right class, where there are classes.
+        loss: cross-entropy of the correct class; None if there are no classes.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Cell(Record):
 
 @dataclass(frozen=True)
 class Seconds(Record):
-    """Where the time of a step or a run went; None for what is not done yet."""
+    """Time spent by a step or a run, by phase; None for phases that are not done."""
 
     train: float | None = field(default=None, metadata=OPTIONAL)
     evaluate: float | None = field(default=None, metadata=OPTIONAL)
@@ -83,7 +83,7 @@ class Setting(Record):
 
 @dataclass(frozen=True)
 class Split(Record):
-    """The rows of a split, by their digest."""
+    """Digest and number of the rows of a split."""
 
     digest: str
     rows: int
@@ -91,14 +91,14 @@ class Split(Record):
 
 @dataclass(frozen=True)
 class TaskData(Record):
-    """What a task was trained on."""
+    """Training data of a task."""
 
     train: Split
 
 
 @dataclass(frozen=True)
 class PublishedFile(Record):
-    """A file of a step as it was published."""
+    """Size and digest of a published file of a step."""
 
     bytes: int
     sha256: str | None = field(default=None, metadata=OPTIONAL)
@@ -106,12 +106,12 @@ class PublishedFile(Record):
 
 @dataclass(frozen=True)
 class Training(Record):
-    """How the training of a step went.
+    """Outcome of a step's training.
 
     Attributes:
         steps: optimizer steps.
         curve: [optimizer step, loss, learning rate, Unix time] of every step.
-        resumed_at: optimizer steps at which it went on from a checkpoint.
+        resumed_at: optimizer steps at which it resumed from a checkpoint.
     """
 
     steps: int
@@ -124,7 +124,7 @@ class Training(Record):
 
 @dataclass(frozen=True)
 class SelfTest(Record):
-    """A few logits as the worker computed them: whoever loads the adapter can check that it is the same."""
+    """A few logits that the worker computed, against which anyone who loads the adapter can check it."""
 
     input_ids: list[int]
     last_logits: list[float]
@@ -132,7 +132,7 @@ class SelfTest(Record):
 
 @dataclass(frozen=True)
 class TrainedStep(Record):
-    """`trained.json`: a step that is trained and saved, but not scored yet.
+    """`trained.json`: a step that is trained and saved but not yet scored.
 
     Attributes:
         files: path below the step directory → what was published.
@@ -150,15 +150,15 @@ class TrainedStep(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord(Record):
-    """`metrics.json` of a step. What only training makes is None in row 0.
+    """`metrics.json` of a step. Fields that training produces are None in row 0.
 
     Attributes:
-        parent: fingerprint of the step that it grew from; None at the base.
-        parent_run: the run of the parent where that is another one.
-        depth: steps between the base and this one, itself included.
-        data: task → what it was trained on.
-        classes: class names of its classifications.
-        peak_memory_bytes: of the worker that wrote it.
+        parent: fingerprint of the step that it was trained from; None for the base.
+        parent_run: URI of the parent's run if that is another one.
+        depth: steps from the base to this one, inclusive.
+        data: task → its training data.
+        classes: classification task → its class names.
+        peak_memory_bytes: peak of the worker that wrote this record.
         started, finished: Unix time.
         environment: versions, hardware, commit.
     """
