@@ -28,8 +28,8 @@ def evaluate(
 ) -> tuple[Cell, list[dict]] | None:
     """Score `evaluation`; (cell, outcomes in order of example) on rank 0, None on the others.
 
-    An outcome is `{"id", "label", "prediction", "correct"}`; for generation `{"id", "reference", "prediction",
-    "correct", "score", …}`; for text `{"id", "nll", "tokens"}`, summed over the tokens.
+    An outcome is `{"id", "label", "prediction", "correct"}`; of generation `{"id", "reference", "prediction",
+    "correct", "score", …}`; of text `{"id", "nll", "tokens"}`, summed over the tokens.
     """
     begin = time.perf_counter()
     scored = score(model, evaluation, world, batch_tokens)

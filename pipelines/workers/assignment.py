@@ -11,21 +11,21 @@ from pipelines.runs.step_record import Cell
 
 
 def rung_file(rung: float) -> str:
-    """Where a trial's scores at a rung (a fraction of its training) lie in its run directory."""
+    """Path, in a trial's run directory, of its scores at a rung (a fraction of its training)."""
     return f"rungs/{rung:.4f}.json"
 
 
 def verdict_file(rung: float) -> str:
-    """Where the driver writes whether a trial continues after a rung."""
+    """Path, in a trial's run directory, of the driver's verdict on whether it continues after a rung."""
     return f"verdicts/{rung:.4f}.json"
 
 
 @dataclass(frozen=True)
 class RungScores(Record):
-    """What a trial scored at a rung.
+    """Scores of a trial at a rung.
 
     Attributes:
-        step, steps: optimizer steps done, and in all.
+        step, steps: optimizer steps done, and in total.
         train_loss: mean training loss of the second half of the steps so far.
     """
 
@@ -44,7 +44,7 @@ class RungScores(Record):
 
 
 class Queue:
-    """Assignments by number, and the result of each: `<number>.json`, `<number>.done.json`; `end.json` ends it."""
+    """Numbered assignments and their results: `<number>.json`, `<number>.done.json`; `end.json` ends the queue."""
 
     def __init__(self, uri: str):
         self.uri = uri
@@ -63,7 +63,7 @@ class Queue:
         return self._files.read_json(f"{number:06d}.done.json")
 
     def place(self, placement_group: str) -> None:
-        """Record the placement group of the workers, for whoever has to end them."""
+        """Record the placement group of the workers, so that the driver can release it."""
         self._files.write_json("place.json", {"placement_group": placement_group})
 
     @property
@@ -80,7 +80,7 @@ class Queue:
 
 @dataclass(frozen=True)
 class Assignment:
-    """One segment, as the driver hands it to the workers (plain JSON on the way)."""
+    """One segment of the chain, sent by the driver to the workers as JSON."""
 
     run_uri: str
     config: dict
@@ -89,11 +89,11 @@ class Assignment:
     base_fingerprint: str
     missing: dict[str, list[str]]  # step directory → names of the cells to evaluate
     cell_keys: dict[str, str]
-    start: dict | None = None  # the step of another run that the chain grows from (`start.Start`)
-    lease: str = ""  # token of the driver that sent this; another one in charge means: stop
+    start: dict | None = None  # the step of another run that the chain continues from (`runs.start.Start`)
+    lease: str = ""  # token of the driver that sent this; the workers stop once another driver holds the lease
     lease_uri: str = ""  # the run whose lease counts; default: this one
-    rungs: tuple[float, ...] = ()  # of a trial: fractions of the step at which it is scored and waits for a verdict
-    trial: bool = False  # what cannot succeed is told and ends this assignment only
+    rungs: tuple[float, ...] = ()  # for a trial: fractions of the step at which it is scored and awaits a verdict
+    trial: bool = False  # if it cannot succeed, the workers report that and stay alive
     verbose: bool = False
 
     def to_json(self) -> dict:

@@ -1,4 +1,4 @@
-"""One assignment as all parts of a worker see it."""
+"""The context that all parts of a worker share during one assignment."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pipelines.workers.heartbeat import Heartbeat
 
 @dataclass
 class WorkContext:
-    """What the parts of a worker share while they work on one assignment.
+    """An assignment with everything that is derived from it once.
 
     Attributes:
-        run: the run directory that is written to.
+        run: the run directory that the worker writes to.
         settings: the complete DeepSpeed settings.
         start: the step of another run that the chain continues from.
-        finished: fingerprint → (run, step directory) of every finished step, that of `start` included.
-        begun: Unix time.
+        finished: fingerprint → (run, step directory) of every finished step, including that of `start`.
+        begun: Unix time at which the assignment began.
     """
 
     assignment: Assignment
@@ -51,7 +51,7 @@ class WorkContext:
 
     @property
     def is_writer(self) -> bool:
-        """Whether this is rank 0, which alone writes to the run directory."""
+        """Whether this is rank 0, the only one that writes to the run directory."""
         return self.world.rank == 0
 
     def event(self, kind: str, plan: StepPlan | None = None, **fields) -> None:

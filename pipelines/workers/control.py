@@ -1,4 +1,4 @@
-"""Requests to stop, leases and preemption notices, as a worker checks them."""
+"""A worker's checks for requests to stop, a lost lease and preemption notices."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pipelines.runs.directory import RunDirectory
 from pipelines.training.trainer import ControlRequests
 from pipelines.workers.context import WorkContext
 
-STOP_CHECK_SECONDS = 2.0  # between two reads of the run directory for a request to stop
-SYNCHRONISATIONS_PER_NOTICE = 5  # synchronisation points between two questions to Ray about preemption
+STOP_CHECK_SECONDS = 2.0  # between two checks of the run directory for a request to stop
+SYNCHRONISATIONS_PER_NOTICE = 5  # synchronisation points per query to Ray about preemption
 
 
 class Control:
-    """What may end or interrupt the work on an assignment."""
+    """Decides when training writes a checkpoint and when an assignment stops."""
 
     def __init__(self, work: WorkContext):
         self.work = work
@@ -25,7 +25,7 @@ class Control:
         self._checked = self._checkpointed = time.monotonic()
 
     def requests(self) -> ControlRequests:
-        """What this rank asks for at a synchronisation point of the trainer; every rank must call it."""
+        """Requests of this rank at a synchronisation point of the trainer; every rank must call it."""
         self._synchronisations += 1
         notice = self._synchronisations % SYNCHRONISATIONS_PER_NOTICE == 0 and node_is_leaving(self.work.world)
         if not self.work.is_writer:
@@ -34,23 +34,23 @@ class Control:
         return ControlRequests(checkpoint=due or notice, stop=self.stop_requested())
 
     def checkpoint_written(self) -> None:
-        """The next checkpoint is due `durability.checkpoint_seconds` from now."""
+        """Makes the next checkpoint due `durability.checkpoint_seconds` from now."""
         self._checkpointed = time.monotonic()
 
     def stop_requested(self) -> bool:
-        """Whether somebody wants the run to stop, or another driver has taken over (rank 0; reads at intervals)."""
+        """Whether a stop was requested or another driver has taken over (rank 0; checked at intervals)."""
         if time.monotonic() - self._checked < STOP_CHECK_SECONDS:
             return False
         self._checked = time.monotonic()
         return self._must_stop()
 
     def stop_if_requested(self) -> None:
-        """Between two parts of the work; every rank must call it."""
+        """Raises Stopped on every rank if a stop was requested; every rank must call it."""
         if self.work.world.sum(int(self.work.is_writer and self._must_stop())):
             raise Stopped("stopped between two steps")
 
     def check_lease(self) -> None:
-        """Raises Stopped on every rank if another driver has taken over: this one must not publish any more."""
+        """Raises Stopped on every rank if another driver has taken over: this one must publish nothing more."""
         if self.work.world.sum(int(self.work.is_writer and not self._lease_is_ours())):
             raise Stopped("another driver has taken over this run")
 
@@ -64,7 +64,7 @@ class Control:
 
 
 def node_is_leaving(world: World) -> bool:
-    """Whether Ray was told that a node of this worker group will be taken away (all ranks must ask together)."""
+    """Whether a node of this worker group is about to be preempted; every rank must call it."""
     if world.size == 1 and not torch.distributed.is_initialized():
         return False
     import ray.train  # slow, and absent where a worker runs without Ray

@@ -16,7 +16,7 @@ class WorkersFailed(RuntimeError):
 
 
 class WorkersSilent(RuntimeError):
-    """The workers gave no sign of life for too long."""
+    """The workers have shown no sign of life for too long."""
 
 
 def root_cause(error: BaseException) -> str:
@@ -28,16 +28,16 @@ def root_cause(error: BaseException) -> str:
 
 
 class DamagedStepError(RuntimeError):
-    """A finished step lacks a file, or holds another one than it published."""
+    """A finished step lacks a file, or a file differs from the published one."""
 
 
-CONCERTED = (DivergedError, ConfigError)  # raised by all ranks alike: none is left waiting for the others
+CONCERTED = (DivergedError, ConfigError)  # raised by all ranks alike, so that none is left waiting for the others
 
 PERMANENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether trying again cannot help. A lost peer shows as a RuntimeError of the collective operation it left."""
+    """Whether another start would fail, too. A RuntimeError may be a lost peer, seen from a collective operation."""
     if isinstance(error, DivergedError | DamagedStepError) or _is_out_of_memory(error):
         return True
     if isinstance(error, OSError) and error.errno in PERMANENT_ERRNOS:
@@ -46,7 +46,7 @@ def is_permanent(error: Exception) -> bool:
 
 
 def explain(error: Exception) -> str:
-    """The error as a user should read it, with what to do."""
+    """The error as a message for the user, with a remedy."""
     text = f"{type(error).__name__}: {error}"
     if _is_out_of_memory(error):
         first = str(error).splitlines()[0]

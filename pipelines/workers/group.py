@@ -1,7 +1,7 @@
-"""A warm worker group: one Ray Train job whose workers take one assignment after another from a queue of files.
+"""A warm worker group: one Ray Train job whose workers process assignments from a queue of files, one after another.
 
-Starting workers costs far more than a short step, so segments, compared methods and trials of a search share a group.
-The queue lies in the storage: workers that Ray Train started again find their place by what is marked as done.
+Starting workers takes far longer than a short step, so segments, compared methods and trials of a search share a
+group. The queue lies in the storage: workers that Ray Train restarts skip the assignments that are marked as done.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from pipelines.workers.assignment import Assignment, Queue
 from pipelines.workers.failures import GroupLost, root_cause
 
 POLL_SECONDS = 0.25
-
-END_SECONDS = 20.0  # for a group to leave by itself
+END_SECONDS = 20.0  # for workers to exit by themselves
 
 
 class WorkerGroup:
-    """The driver's end of the queue. Starts the Ray Train job with the first assignment, and again after a loss.
+    """The driver's side of the queue. Starts the Ray Train job with the first assignment, and again after a loss.
 
     Args:
-        config: its `resources` and `durability` make the group.
-        uri: where the queue and Ray Train's own files lie (below `train/`).
+        config: its `resources` and `durability` determine the group.
+        uri: storage of the queue and of Ray Train's own files (below `train/`).
     """
 
     def __init__(self, config: PipelineConfig, uri: str, gpus_per_worker: float, verbose: bool = False):
@@ -43,10 +42,10 @@ class WorkerGroup:
         return number
 
     def wait(self, number: int, seconds: float = POLL_SECONDS) -> dict | None:
-        """What became of an assignment, or None if it is not done within `seconds`.
+        """The result of an assignment, or None if it is not done within `seconds`.
 
         Raises:
-            GroupLost: nobody works on it any more.
+            GroupLost: no worker is working on it any more.
         """
         import ray  # slow
 
@@ -65,7 +64,7 @@ class WorkerGroup:
                 return None
 
     def close(self) -> None:
-        """Let the workers leave."""
+        """Let the workers exit."""
         import ray  # slow
 
         if self._reference is None:
@@ -73,18 +72,18 @@ class WorkerGroup:
         with contextlib.suppress(OSError):
             self.queue.end()
             if ray.wait([self._reference], timeout=END_SECONDS)[0]:
-                self._reference = None  # nothing to end: to cancel a task as it completes makes Ray abort the driver
+                self._reference = None  # done: cancelling a task that is completing makes Ray abort the driver
         self.kill()
 
     def end(self, seconds: float) -> None:
-        """Give the last assignment a moment to come to an end, then end the workers."""
+        """Wait up to `seconds` for the last assignment, then kill the workers."""
         if self._reference is not None and self._number:
             with contextlib.suppress(OSError, GroupLost):
                 self.wait(self._number - 1, seconds)
         self.kill()
 
     def kill(self) -> None:
-        """End the workers now."""
+        """Kill the workers now."""
         import ray  # slow
 
         reference, self._reference = self._reference, None
@@ -94,7 +93,7 @@ class WorkerGroup:
             self._give_back()
 
     def _give_back(self) -> None:
-        """Free what the workers hold: Ray Train's own cleaner asks a dashboard for it, and ours is off."""
+        """Release the workers' resources: Ray Train's own cleaner needs a dashboard, which is off."""
         import ray  # slow
         from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -103,10 +102,10 @@ class WorkerGroup:
                 remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(place))))
 
     def start(self) -> None:
-        """Start the workers, if there are none; they wait for the first assignment."""
+        """Start the workers unless they are running; they wait for the first assignment."""
         if self._reference is not None:
             return
-        # a name of its own for every start: Ray Train would restore the state of an earlier one of the same name
+        # a new name per start: Ray Train would restore the state of an earlier start with the same name
         name = f"group-{uuid.uuid4().hex[:8]}"
         self.queue, self._number = Queue(f"{self.uri}/train/{name}-queue"), 0
         settings = {"queue": self.queue.uri, "verbose": self.verbose, "gpus": self.gpus}
@@ -120,16 +119,16 @@ class WorkerGroup:
             ray.get(reference)
         except ray.exceptions.RayError as error:
             raise GroupLost(root_cause(error)) from error
-        raise GroupLost("the workers left before their work was done")
+        raise GroupLost("the workers exited before their work was done")
 
 
 class RemoteGroup:
-    """A `WorkerGroup` in an actor of its own, with the same methods: several processes use it, one after another."""
+    """A `WorkerGroup` in its own actor, with the same methods, for several processes that take turns."""
 
     def __init__(self, config: PipelineConfig, uri: str, gpus_per_worker: float, verbose: bool = False):
         import ray  # slow
 
-        # starts anew, without workers, if its node is lost
+        # restarts, without workers, if its node is lost
         remote = ray.remote(num_cpus=0, max_restarts=-1)(WorkerGroup)
         self._actor = remote.remote(config, uri, gpus_per_worker, verbose)
 
@@ -162,14 +161,14 @@ class RemoteGroup:
 
 
 def groups_that_fit(config: PipelineConfig, resources: dict, gpus_per_worker: float) -> int:
-    """How many groups of `config.resources.workers` a cluster with these resources holds at once; at least one."""
+    """Number of groups of `config.resources.workers` that fit on a cluster with these resources; at least one."""
     workers = config.resources.workers
     needs = {"CPU": workers * config.resources.cpus_per_worker, "GPU": workers * gpus_per_worker}
     return max(1, min(int(resources.get(kind, 0) / need + 1e-6) for kind, need in needs.items() if need))
 
 
 def _here(function: Callable):
-    """A Ray task on this node, which outlives the others."""
+    """A Ray task on this node, which stays when other nodes leave."""
     import ray  # slow
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -178,7 +177,7 @@ def _here(function: Callable):
 
 
 def fit_group(raw_config: dict, storage: str, name: str, settings: dict) -> None:
-    """One `TorchTrainer.fit`, as a Ray task."""
+    """Run `TorchTrainer.fit`, as a Ray task."""
     import ray.train  # slow
 
     from pipelines.workers.lean_trainer import LeanTorchTrainer
@@ -204,7 +203,7 @@ def fit_group(raw_config: dict, storage: str, name: str, settings: dict) -> None
 
 
 def work(settings: dict) -> None:
-    """What Ray Train calls in a worker. Imports there, so that the processes around it stay small."""
+    """Entry point of a worker under Ray Train. Imports lazily, so that the processes around it stay small."""
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     import ray.train  # slow
     from ray.util import get_current_placement_group

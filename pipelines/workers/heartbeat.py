@@ -1,8 +1,8 @@
-"""A worker's signs of life: `progress.json` for those who look on, and a watchdog for when nothing moves.
+"""A worker's heartbeat: `progress.json` for observers, and a watchdog against hangs.
 
-A rank that waits for a lost peer, a dead disk or a deadlocked kernel waits for ever and raises nothing. So every
-forward pass is a beat, and where beats must come and do not, the process says where it hangs and ends itself: Ray
-Train then starts the worker group again, which goes on from the last checkpoint.
+A rank that waits for a lost peer, a dead disk or a deadlocked kernel waits for ever without raising an error.
+Therefore every forward pass counts as a beat. If beats are due but missing, the process reports where it hangs and
+exits; Ray Train then restarts the worker group, which resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -22,19 +22,17 @@ from torch import nn
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.event import Event
 
-WRITE_SECONDS = 1.0  # at most one write of progress.json in so long
-
-SILENCE_SECONDS = 5.0  # and at least one in so long
-
+WRITE_SECONDS = 1.0  # least time between two writes of progress.json
+SILENCE_SECONDS = 5.0  # the most time between two writes
 EXIT_CODE = 70
 
 
 class Heartbeat:
-    """The heartbeat of one worker process; `close` ends it.
+    """The heartbeat thread of one worker process; `close` ends it.
 
     Args:
         writes: whether this rank writes progress.json.
-        hang_timeout: seconds without a forward pass, inside `guard`, after which the process ends itself.
+        hang_timeout: seconds without a forward pass, inside `guard`, after which the process exits.
     """
 
     def __init__(self, run: RunDirectory, writes: bool, hang_timeout: float):
@@ -51,11 +49,11 @@ class Heartbeat:
         self._thread.start()
 
     def report(self, kind: str, **details) -> None:
-        """What is going on now; reaches progress.json within a second."""
+        """Set the current activity; it reaches progress.json within a second."""
         self._news = Event.of(kind, **details)
 
     def watch(self, base: nn.Module) -> None:
-        """Every forward pass of this model is a beat, until `close`."""
+        """Count every forward pass of this model as a beat, until `close`."""
         self._hook = base.get_input_embeddings().register_forward_pre_hook(lambda *_: self.beat())
 
     def beat(self) -> None:
@@ -91,13 +89,13 @@ class Heartbeat:
 
     def _write(self, news: Event) -> None:
         self._serial += 1
-        with contextlib.suppress(OSError):  # a full disk is reported by what must be written
+        with contextlib.suppress(OSError):  # a full disk surfaces where a write is required
             progress = replace(news, worker=self._identity, serial=self._serial, time=time.time())
             self.run.write_json("progress.json", progress)
         self._written = news
 
     def _hang(self) -> None:
-        text = f"no forward pass for {self.hang_timeout:g} s (durability.hang_timeout); the worker ends itself"
+        text = f"no forward pass for {self.hang_timeout:g} s (durability.hang_timeout); the worker exits"
         stacks = "\n".join("".join(traceback.format_stack(frame)) for frame in sys._current_frames().values())
         print(f"{text}\n{stacks}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):

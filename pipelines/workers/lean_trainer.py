@@ -1,14 +1,14 @@
-"""Ray Train's `TorchTrainer` without helper processes that a chain has no use for.
+"""Ray Train's `TorchTrainer` without the helper processes that a chain does not need.
 
-Each helper is an actor, a Python process that imports Ray: 1.5 to 2 s of a core before the first optimizer step
-(`tests/benchmarks/startup.py`). Left out are
+Each helper is an actor, i.e. a Python process that imports Ray, and costs 1.5 to 2 core seconds before the first
+optimizer step (`tests/benchmarks/startup.py`). Left out are
 
-- Ray Data's manager: no Ray Data set is ever handed over;
-- the cleaner of placement groups: it asks a dashboard for the controller, `WorkerGroup` gives back what it holds;
-- on a local cluster, which never grows, the requests to the autoscaler. (The watch for preempted nodes is left out
-  there by `RAY_TRAIN_ENABLE_PREEMPTION_WATCHER`, see `ray_cluster.connect`.)
+- the manager of Ray Data: workers never receive a Ray Data set;
+- the cleaner of placement groups: it needs a dashboard, and `WorkerGroup` releases its placement group itself;
+- on a local cluster, which never grows, the requests to the autoscaler. (`RAY_TRAIN_ENABLE_PREEMPTION_WATCHER` turns
+  off the watcher for preempted nodes there, see `ray_cluster.connect`.)
 
-They are told by name: a Ray in which they are named otherwise starts all of them, and works.
+The helpers are recognised by name: a version of Ray that names them differently starts all of them and still works.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 
 
 class LeanTorchTrainer(TorchTrainer):
-    """A `TorchTrainer` for workers that read their data themselves."""
+    """A `TorchTrainer` for workers that load their own data."""
 
     def _create_default_callbacks(self) -> list:
         return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in UNUSED]
@@ -36,7 +36,7 @@ class LeanTorchTrainer(TorchTrainer):
 
 
 def _without_requests(policy: type) -> type:
-    """`policy`, but it asks no autoscaler for nodes."""
+    """`policy` without requests to the autoscaler."""
 
     class Still(policy):
         def after_controller_start(self, train_run_context) -> None:

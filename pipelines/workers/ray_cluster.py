@@ -1,6 +1,6 @@
-"""The Ray cluster that a command works on: the given one, or a local one that ends with the command.
+"""The Ray cluster that a command runs on: the given one, or a local one that ends with the command.
 
-A local one starts in the background while the driver still looks at its input (`early_cluster`).
+A local cluster starts in the background while the driver validates its input (`early_cluster`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipelines.errors import ConfigError, Problem
 
 LOCAL = "CURLORA_LOCAL_CLUSTER"  # set in the processes of a cluster that was started for one command
 
-# one node, which nobody takes away and nobody adds to
+# a single node that is neither preempted nor joined by others
 LOCAL_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", LOCAL: "1"}
 
 _early: Future | None = None
@@ -25,7 +25,7 @@ _early: Future | None = None
 
 @contextlib.contextmanager
 def early_cluster(verbose: bool = False, address: str | None = None) -> Iterator[None]:
-    """Start a local cluster in the background for the `cluster` that is asked for within; end it if none is."""
+    """Start a local cluster in the background for a `cluster` entered inside; end it if none is entered."""
     global _early
     import ray  # slow
 
@@ -45,7 +45,7 @@ def early_cluster(verbose: bool = False, address: str | None = None) -> Iterator
 
 @contextlib.contextmanager
 def cluster(config: PipelineConfig, verbose: bool = False, address: str | None = None) -> Iterator[None]:
-    """A Ray cluster: the one this process is connected to, the given one, RAY_ADDRESS, or a local one for the time.
+    """A Ray cluster: the connected one, else `address`, else RAY_ADDRESS, else a local one that ends with the context.
 
     Raises:
         ConfigError: the workers can never be placed there.
@@ -69,7 +69,7 @@ def cluster(config: PipelineConfig, verbose: bool = False, address: str | None =
 
 
 def connect(verbose: bool = False, address: str | None = None) -> None:
-    """`ray.init`, without its plumbing on the user's terminal."""
+    """`ray.init`, without Ray's log messages on the user's terminal."""
     local = not (address or os.environ.get("RAY_ADDRESS"))
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -77,12 +77,12 @@ def connect(verbose: bool = False, address: str | None = None) -> None:
 
     settings = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if local:
-        # "local": without it Ray joins whatever cluster was last started here, or waits for one that is dead
+        # otherwise Ray joins the cluster that was last started on this machine, or waits for one that is dead
         settings |= {"address": "local", "include_dashboard": False}
     else:
         settings |= {"address": address or os.environ["RAY_ADDRESS"]}
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with _environment(LOCAL_SETTINGS if local else {}):  # what Ray starts inherits it
+    with _environment(LOCAL_SETTINGS if local else {}):  # inherited by Ray's processes
         ray.init(**settings)
     _set_sigterm(on_sigterm)
 
@@ -126,7 +126,7 @@ def check_cluster(config: PipelineConfig, resources: dict) -> None:
 
 
 def gpus_per_worker(config: PipelineConfig, resources: dict | None = None) -> float:
-    """`auto` means one each where the cluster has any."""
+    """GPUs per worker; `auto` means one if the cluster has any, else none."""
     value = config.resources.gpus_per_worker
     if value != "auto":
         return value

@@ -1,4 +1,4 @@
-"""The base model that stays in a worker's memory, with adapters and heads on and off."""
+"""The base model that stays in a worker's memory while adapters and heads are attached and detached."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from pipelines.workers.failures import DamagedStepError
 
 
 class ResidentModel:
-    """The base stays loaded from one assignment to the next where it is the same.
+    """A base model that stays loaded across assignments with the same base.
 
     Attributes:
         base: the frozen base; None before the first assignment.
         learned: tasks with a trained head in the step that was attached last.
-        context: tokens that the base can take in.
+        context: context length of the base in tokens.
     """
 
     def __init__(self) -> None:
@@ -45,13 +45,13 @@ class ResidentModel:
         self.learned: frozenset[str] = frozenset()
         self.work: WorkContext | None = None
         self._loaded: str | None = None  # identity of the base that is loaded
-        self._adapted: nn.Module | None = None  # the base with an adapter around it, until that is taken off
+        self._adapted: nn.Module | None = None  # the base with an adapter attached
         self._classes: dict[str, int] = {}  # task → classes of its head
-        self._encoded: dict[str, EvaluationSet] = {}  # by cell key, of all assignments with this base
+        self._encoded: dict[str, EvaluationSet] = {}  # by cell key, kept across assignments with this base
         self._partitioning = None
 
     def prepare(self, work: WorkContext) -> None:
-        """Load the base of an assignment unless it is there already."""
+        """Load the base of an assignment unless it is already loaded."""
         self.work = work
         identity = fingerprint([work.config.base_model.model_dump(), work.world.lockstep])
         if self._loaded != identity:
@@ -71,7 +71,7 @@ class ResidentModel:
             self._classes = self._inherited_heads() | self._classes
 
     def forget(self) -> None:
-        """Drop the base, whatever state it is in: the next assignment loads it anew."""
+        """Drop the base, whatever its state: the next assignment reloads it."""
         self.base = self._loaded = self._adapted = None
         gc.collect()
 
@@ -79,16 +79,16 @@ class ResidentModel:
         """End of an assignment: forget an adapted model that an error left behind."""
         self._adapted = None
 
-    # -- adapters on and off
+    # -- attaching and detaching adapters
 
     def attach(self, step: str | None, extend: bool = False, adapter: AdapterConfig | None = None) -> nn.Module:
-        """Base, adapter and heads: those of a step (its fingerprint), or new ones; `extend` them for the next task."""
+        """Base with adapter and heads: of a step (its fingerprint), or new ones; `extend` prepares the next task."""
         work, seed = self.work, self.work.config.training.seed
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.step_files(step, Path(scratch)) if step else None
             carried = folder / "adapter" if folder else None
             if carried is not None and not carried.exists():
-                carried = None  # adapter: none has no file
+                carried = None  # `adapter: none` saves no file
             model = adapters.attach_adapter(self.base, adapter or work.config.adapter, seed, carried, extend)
             self._adapted = model
             heads.attach_heads(model, self._classes, seed)
@@ -100,25 +100,25 @@ class ResidentModel:
         return model if engine.is_partitioned(model) else model.to(work.world.device)
 
     def detach(self, model: nn.Module | None = None) -> None:
-        """Take the adapter off `model`, or off whatever is adapted now: the bare base stays."""
+        """Remove the adapter from `model` (default: the model attached last); the bare base stays."""
         model = self._adapted if model is None else model
         self._adapted = None
         if model is not None:
             self.base = adapters.detach_adapter(model)
 
     def of_step(self, metrics: StepRecord) -> nn.Module:
-        """The model as a finished step left it (row 0: what the chain starts from, or the bare base)."""
+        """The model after a finished step (row 0: the step that the chain starts from, or the bare base)."""
         if metrics.position == 0 and self.work.start is None:
             heads.attach_heads(self.base, self._classes, self.work.config.training.seed)
             return self.base
-        # a search may change the adapter on the way; what a chain starts from has no setting
+        # a search may have changed the adapter between steps; row 0 has no setting
         trained_as = AdapterConfig.model_validate(metrics.setting.adapter) if metrics.setting else None
         return self.attach(metrics.fingerprint, adapter=trained_as)
 
-    # -- what it works with
+    # -- evaluation sets and step files
 
     def evaluation_set(self, name: str) -> EvaluationSet:
-        """The encoded evaluation set of a task or corpus, kept from one step to the next."""
+        """The encoded evaluation set of a task or corpus, cached across steps."""
         work = self.work
         key = work.assignment.cell_keys[name]
         if key not in self._encoded:
@@ -127,7 +127,7 @@ class ResidentModel:
         return self._encoded[key]
 
     def _inherited_heads(self) -> dict[str, int]:
-        """Task → classes of the heads that the chain starts with: they stay, whether the tasks are listed or not."""
+        """Task → number of classes of the heads that the chain starts with, even of tasks not in the configuration."""
         with tempfile.TemporaryDirectory() as scratch:
             file = self.step_files(self.work.start.fingerprint, Path(scratch)) / "heads.safetensors"
             if not file.exists():
@@ -137,10 +137,10 @@ class ResidentModel:
                 return {name.removesuffix(".weight"): saved.get_slice(name).get_shape()[0] for name in names}
 
     def step_files(self, step: str, scratch: Path) -> Path:
-        """A local folder with the files of a step (its fingerprint), each the one that was published.
+        """A local folder with the verified files of a step, given by fingerprint.
 
         Raises:
-            DamagedStepError: a file is missing or another one.
+            DamagedStepError: a file is missing or differs from the published one.
         """
         run, directory = self.work.finished[step]
         folder = run.download(directory, scratch)
@@ -152,7 +152,7 @@ class ResidentModel:
             if not file.exists() or sha256(file) != published.sha256:
                 state = "differs from what was published" if file.exists() else "is missing"
                 raise DamagedStepError(
-                    f"{directory}/{name} {state}; restore it, or train that step again: curlora run … --redo "
+                    f"{directory}/{name} {state}; restore it, or train the step again: curlora run … --redo "
                     f"{directory.split('/')[-1].split('-')[0]}"
                 )
         return folder
@@ -164,7 +164,7 @@ def load_frozen_base(base: BaseModelConfig, settings: dict, world: World) -> tup
     from transformers.integrations import HfDeepSpeedConfig  # imports DeepSpeed, after its environment is set
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    unset_hf_deepspeed_config()  # of an earlier base under ZeRO-3: Transformers would partition this one too
+    unset_hf_deepspeed_config()  # left by an earlier base under ZeRO-3: Transformers would partition this one, too
     with stdout_to_stderr():
         base = converted(base)
     partitioning = HfDeepSpeedConfig(settings) if world.lockstep else None
@@ -182,6 +182,6 @@ def sha256(file: Path) -> str:
 
 @contextlib.contextmanager
 def stdout_to_stderr():
-    """Some libraries print progress to stdout, which belongs to the user's own pipes."""
+    """Redirects the progress that some libraries print to stdout: that is for the command's own output."""
     with contextlib.redirect_stdout(sys.stderr):
         yield

@@ -1,4 +1,4 @@
-"""Scores the cells of a step on a worker."""
+"""Scores the cells of a step, on a worker."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ SELF_TEST_LOGITS = 64
 
 
 class StepScoring:
-    """Evaluates a model on the sets of an assignment; predictions go to the run directory."""
+    """Evaluates models on the evaluation sets of an assignment; writes predictions to the run directory."""
 
     def __init__(self, work: WorkContext, resident: ResidentModel):
         self.work, self.resident = work, resident
 
     def score(self, model: nn.Module, directory: str, names: list[str], training: bool = False) -> list[Cell]:
-        """Score the named sets and write their predictions; the cells on rank 0, nothing elsewhere.
+        """Score the named sets and write their predictions; returns the cells on rank 0, an empty list elsewhere.
 
         Args:
-            training: the model is in its training engine, through which it can be called.
+            training: the model is inside its training engine and can be called through it.
 
         Raises:
-            DivergedError: a score is not a number.
+            DivergedError: a score is not finite.
         """
         work = self.work
         cells: list[Cell] = []
@@ -45,7 +45,7 @@ class StepScoring:
                 work.heartbeat.report("evaluating", directory=directory, name=name)
                 cells += self._cell(model, directory, name)
         bad = [cell.name for cell in cells if not _is_finite(cell)]
-        if work.world.sum(len(bad)):  # rank 0 knows, all must hear
+        if work.world.sum(len(bad)):  # only rank 0 has the cells, but all ranks must raise
             raise DivergedError(
                 f"the score of {', '.join(bad) or 'a set'} is not finite; lower training.learning_rate or "
                 "training.max_grad_norm"
@@ -70,7 +70,7 @@ class StepScoring:
         return [cell]
 
     def self_test(self, model: nn.Module) -> SelfTest:
-        """A few logits as this worker computes them: whoever loads the adapter later can check that it is the same."""
+        """A few logits that this worker computes, against which anyone who loads the adapter can check it."""
         work = self.work
         text = (work.config.retention or work.config.tasks)[0]
         ids = next(iter(self.resident.evaluation_set(text.name).items)).input_ids[:SELF_TEST_TOKENS]

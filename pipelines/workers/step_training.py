@@ -35,12 +35,12 @@ from pipelines.workers.resident_model import ResidentModel, sha256, stdout_to_st
 from pipelines.workers.step_scoring import StepScoring
 from pipelines.workers.training_log import TrainingLog
 
-VERDICT_SECONDS = 0.1  # between two looks for a trial's verdict
+VERDICT_SECONDS = 0.1  # between two checks for a trial's verdict
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What training a step gives: its record, the full trained weights, and the seconds it took."""
+    """Outcome of training a step: its record, the full trained weights and the seconds it took."""
 
     training: Training
     weights: dict[str, torch.Tensor]
@@ -48,13 +48,13 @@ class Fitted:
 
 
 class StepTraining:
-    """Trains steps of one assignment."""
+    """Trains the steps of one assignment."""
 
     def __init__(self, work: WorkContext, resident: ResidentModel, scoring: StepScoring, control: Control):
         self.work, self.resident, self.scoring, self.control = work, resident, scoring, control
 
     def learn(self, plan: StepPlan) -> tuple[nn.Module, TrainedStep]:
-        """Train a step and save what it trained; (model, what metrics.json will say of it)."""
+        """Train and save a step; returns the model and the content of `trained.json`."""
         work, begun = self.work, time.time()
         parent = plan.parent if plan.parent != work.assignment.base_fingerprint else None
         model = self.resident.attach(parent, extend=True)
@@ -82,7 +82,7 @@ class StepTraining:
         return model, trained
 
     def _newest_checkpoint(self, plan: StepPlan) -> Checkpoint | None:
-        """The checkpoint to go on from: rank 0 chooses, all load it."""
+        """The checkpoint to resume from: rank 0 chooses it, all ranks load it."""
         work = self.work
         found, damaged = checkpoint.newest(work.run, plan) if work.is_writer else (None, [])
         for reason in damaged:
@@ -94,7 +94,7 @@ class StepTraining:
         return found or checkpoint.load(work.run, plan, step)
 
     def _strategy(self, parent: str | None) -> Strategy:
-        """The strategy, with the state that it had after the parent step."""
+        """The strategy, with its state after the parent step."""
         strategy = make_strategy(self.work.config.strategy.name, **self.work.config.strategy.options)
         if parent is not None:
             with tempfile.TemporaryDirectory() as scratch:
@@ -141,7 +141,7 @@ class StepTraining:
             started = time.perf_counter()
             try:
                 trainer.train()
-            except (Stopped, DivergedError):  # on all ranks: the engine can end, and the base live on
+            except (Stopped, DivergedError):  # raised on all ranks: ending the engine is safe and keeps the base
                 end_engine(trainer)
                 raise
             log.trained += time.perf_counter() - started - log.scored
@@ -189,7 +189,7 @@ class StepTraining:
     ) -> ContinualTrainer:
         from accelerate.state import AcceleratorState  # only after DeepSpeed's environment is set
 
-        AcceleratorState._reset_state()  # a process-wide singleton: a second step brings its own DeepSpeed plugin
+        AcceleratorState._reset_state()  # a process-wide singleton: every step brings its own DeepSpeed plugin
         work, training = self.work, self.work.config.training
         arguments = training_arguments(
             training,
@@ -220,10 +220,10 @@ class StepTraining:
     # -- a trial's rungs
 
     def _rung(self, model: nn.Module, strategy: Strategy, log: TrainingLog, rung: float, state: Checkpoint) -> None:
-        """Score a trial in the middle of its training, keep its state, and wait for the verdict.
+        """Score a trial in the middle of its training, write a checkpoint, and wait for the verdict.
 
         Raises:
-            Stopped: the trial ends here.
+            Stopped: the trial ends at this rung.
         """
         work, begun = self.work, time.perf_counter()
         path, directory = rung_file(rung), log.plan.directory
@@ -240,7 +240,7 @@ class StepTraining:
             raise Stopped(f"the trial ends at {rung:.0%} of its training")
 
     def _wait_for_verdict(self, rung: float) -> bool:
-        """Whether the trial goes on. Rank 0 waits for the driver; the others wait for rank 0 in their collective."""
+        """Whether the trial continues. Rank 0 waits for the driver, the other ranks for rank 0."""
         while True:
             self.work.heartbeat.beat()
             verdict = self.work.run.read_json(verdict_file(rung))
@@ -255,7 +255,7 @@ class StepTraining:
     def _save(
         self, model: nn.Module, strategy: Strategy, weights: dict[str, torch.Tensor], scratch: Path, plan: StepPlan
     ) -> tuple[int, dict[str, PublishedFile]]:
-        """Upload adapter, heads and strategy state; the adapter's bytes and every file's digest (rank 0)."""
+        """Upload adapter, heads and strategy state; returns the adapter's size in bytes and the files (rank 0)."""
         work, adapter_bytes, files = self.work, 0, {}
         tensors, values = strategy.state()
         self.control.check_lease()
@@ -276,7 +276,7 @@ class StepTraining:
 
 @contextlib.contextmanager
 def weights_to_evaluate(model: nn.Module, strategy: Strategy) -> Iterator[None]:
-    """Inside, the model has the weights that the strategy evaluates; training goes on with its own."""
+    """Inside, the model has the strategy's evaluation weights; afterwards, its training weights again."""
     evaluated = strategy.evaluation_weights(model) or {}
     with swapped({name: p for name, p in model.named_parameters() if name in evaluated}, evaluated):
         yield
@@ -285,8 +285,8 @@ def weights_to_evaluate(model: nn.Module, strategy: Strategy) -> Iterator[None]:
 def trained_weights(model: nn.Module, strategy: Strategy, learned: Collection[str]) -> dict[str, torch.Tensor]:
     """Full fp32 weights to publish, by parameter name, the adapter's buffers included.
 
-    Of the heads only those of the tasks `learned` so far: the others are drawn by their names, wherever they are
-    needed. Where a strategy evaluates other weights than it trained, those are put into the model too.
+    Includes only the heads of the tasks `learned` so far: the others are initialised from their names when needed. If
+    a strategy evaluates with other weights than it trains, those are also written into the model.
     """
     prefix = adapters.adapter_prefix(model)
     chosen = {
@@ -301,7 +301,7 @@ def trained_weights(model: nn.Module, strategy: Strategy, learned: Collection[st
 
 
 def _put_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Write whole weights into a model's parameters, partitioned or not."""
+    """Write full weights into a model's parameters, whether partitioned or not."""
     parameters = dict(model.named_parameters())
     for name, tensor in weights.items():
         with writable(parameters[name]):
@@ -309,7 +309,7 @@ def _put_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 
 
 def end_engine(trainer: ContinualTrainer) -> None:
-    """Give back what the engine holds; the model stays."""
+    """Free the engine's memory; the model stays."""
     trainer.model_wrapped.destroy()
     trainer.accelerator.free_memory()
     trainer.model.zero_grad(set_to_none=True)

@@ -18,7 +18,7 @@ from pipelines.runs.event import Event
 from pipelines.workers.assignment import Assignment
 from pipelines.workers.failures import GroupLost, WorkersFailed, WorkersSilent
 
-STOP_SECONDS = 4.0  # for workers to write a checkpoint after a request to stop, before they are ended
+STOP_SECONDS = 4.0  # for workers to write a checkpoint after a request to stop, before they are killed
 LOOK_SECONDS = 0.25
 
 
@@ -28,7 +28,7 @@ class Supervisor:
     Args:
         group: a `WorkerGroup`, or a `RemoteGroup`.
         run: the run directory that the workers write to.
-        progress: what of the work is done, in a form to compare; a lost group that has changed it may start again.
+        progress: comparable state of the work; a lost group may always start again if it has changed this.
         on_event: called with each new event and progress record.
         sign_seconds: least time between two reads of events and progress.
     """
@@ -47,13 +47,13 @@ class Supervisor:
         self.failures = 0  # starts in a row that ended without progress
         self._known = {name for name, _ in run.events()}
         self._number: int | None = None
-        self._before: Any = None  # the progress when the assignment was handed out
+        self._before: Any = None  # progress when the assignment was submitted
         self._alive = self._looked = 0.0
-        self._mark: tuple | None = None  # of the last progress record
+        self._mark: tuple | None = None  # identifies the last progress record
 
     @property
     def is_idle(self) -> bool:
-        """Whether the workers have nothing to do."""
+        """Whether no assignment is being worked on."""
         return self._number is None
 
     def ignore_errors_so_far(self) -> None:
@@ -62,7 +62,7 @@ class Supervisor:
             self.on_event(event)
 
     def submit(self, assignment: Assignment) -> None:
-        """Hand out an assignment. Events written before it are not about it."""
+        """Submit an assignment. Errors in events written before are ignored: they are not about it."""
         self.ignore_errors_so_far()
         self._before = self.progress()
         self._alive = self._looked = time.monotonic()
@@ -79,7 +79,7 @@ class Supervisor:
         Raises:
             WorkersFailed: an error that another start would meet again, or too many starts without progress.
             WorkersSilent: no sign of life for `durability.start_timeout` seconds.
-            GroupLost: the workers broke off; hand the assignment out again.
+            GroupLost: the workers were lost; submit the assignment again.
         """
         try:
             result = self.group.wait(self._number, seconds)
@@ -97,7 +97,7 @@ class Supervisor:
         return result
 
     def end(self, reason: str) -> None:
-        """Give the workers a moment to write a checkpoint, then end them."""
+        """Give the workers a moment to write a checkpoint, then kill them."""
         self._number = None
         with contextlib.suppress(OSError, GroupLost):
             if self.run.stop_requested() is None:
@@ -131,7 +131,7 @@ class Supervisor:
             raise WorkersSilent(f"no sign of life from the workers for {limit:g} s (durability.start_timeout)")
 
     def _give_up(self) -> None:
-        """End workers that have raised, or that are silent."""
+        """Kill workers that have raised an error or are silent."""
         self._number = None
         self.group.kill()
 

@@ -1,4 +1,4 @@
-"""Loss curve, progress and checkpoint cadence of one step, over interruptions."""
+"""Loss curve, progress and checkpoints of one step, across interruptions."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pipelines.workers.control import Control
 
 
 class TrainingLog:
-    """What is recorded while a step trains.
+    """Records the training of a step.
 
     Args:
-        history: what the checkpoint that training goes on from says of the time before it.
-        first_step: optimizer steps done before this process began.
+        history: values of the checkpoint that training resumes from, or initial ones.
+        first_step: optimizer steps done before this process started.
 
     Attributes:
         points: [optimizer step, loss, learning rate, Unix time] of every step.
         trained: seconds inside the training loop.
-        scored: of these, seconds at rungs, since this process began.
-        tokens: gives the tokens that this rank has trained on since this process began.
+        scored: seconds of these spent at rungs, since this process started.
+        tokens: returns the tokens that this rank has trained on since this process started.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""What one Ray Train worker does, in order: take an assignment; load the base; score what is missing; for each step
+"""The work of one Ray Train worker, in order: take an assignment; load the base; score missing cells; for each step,
 attach the parent's adapter, train, save, score, publish.
 
-The base is loaded once for the whole segment. A step starts from its parent's *published* adapter, so that a segment
-of one step and a segment of ten give the same bits. Everything that leaves a worker goes into the run directory; rank
-0 writes it, `metrics.json` last.
+The base is loaded once per segment. A step starts from its parent's *published* adapter, so that the results are
+bitwise the same however the steps are split into segments. All output of a worker goes to the run directory; rank 0
+writes it, `metrics.json` last.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from pipelines.workers.resident_model import ResidentModel
 from pipelines.workers.step_scoring import StepScoring
 from pipelines.workers.step_training import StepTraining
 
-QUEUE_SECONDS = 0.1  # between two looks for the next assignment
-IDLE_SECONDS = 60.0  # after which all ranks meet, so that no collective times out
+QUEUE_SECONDS = 0.1  # between two checks for the next assignment
+IDLE_SECONDS = 60.0  # after which all ranks synchronise, so that no collective operation times out
 
 
 def serve(queue: Queue, verbose: bool) -> None:
@@ -68,7 +68,7 @@ def _next(queue: Queue, number: int, world: World) -> tuple[str, dict | None]:
 
 def _ask(queue: Queue, number: int) -> tuple[str, dict | None]:
     """("task", assignment), ("done", None) if an earlier start of this group did it, ("end", None), or
-    ("wait", None) after a while, so that no collective times out."""
+    ("wait", None) after `IDLE_SECONDS`."""
     end = time.monotonic() + IDLE_SECONDS
     while time.monotonic() < end:
         if queue.result(number):
@@ -82,7 +82,7 @@ def _ask(queue: Queue, number: int) -> tuple[str, dict | None]:
 
 
 def _quiet(verbose: bool) -> None:
-    """Silences the libraries: what a user should see goes through the run directory."""
+    """Silence the libraries: messages for the user go through the run directory."""
     if verbose:
         return
     warnings.filterwarnings("ignore")
@@ -93,14 +93,14 @@ def _quiet(verbose: bool) -> None:
 
 
 class Worker:
-    """One process of a worker group; its resident model outlives the assignments."""
+    """One process of a worker group; its resident model is kept across assignments."""
 
     def __init__(self, world: World):
         self.world = world
         self.resident = ResidentModel()
 
     def work(self, assignment: Assignment) -> dict:
-        """Do an assignment; `{"stopped"}`, and of a trial that cannot succeed its `"error"`."""
+        """Do an assignment; returns `{"stopped"}`, plus `"error"` for a trial that cannot succeed."""
         run = RunDirectory(assignment.run_uri)
         config = PipelineConfig.model_validate(assignment.config)
         heartbeat = Heartbeat(run, self.world.rank == 0, config.durability.hang_timeout)
@@ -119,8 +119,8 @@ class Worker:
                 self.resident.forget()
                 return {"stopped": False, "error": explain(error)}
             if is_permanent(error):
-                # Ray would start the worker group again, for the same error
-                with contextlib.suppress(OSError):  # a full disk takes no event either; the error itself arrives
+                # tells the driver: Ray would only restart the workers into the same error
+                with contextlib.suppress(OSError):  # a full disk cannot take the event; the error itself still arrives
                     run.event("worker_error", error=explain(error), traceback=traceback.format_exc())
             raise
         finally:
@@ -129,7 +129,7 @@ class Worker:
 
 
 class Segment:
-    """The work of one assignment: score what finished steps lack, then train, score and publish its steps."""
+    """The work of one assignment: score missing cells of finished steps, then train, score and publish its steps."""
 
     def __init__(self, work: WorkContext, resident: ResidentModel):
         self.work, self.resident = work, resident
@@ -148,7 +148,7 @@ class Segment:
             work.finished[plan.fingerprint] = (work.run, plan.directory)
 
     def _score_finished_steps(self) -> None:
-        """Row 0, and cells that finished steps lack (a task or a corpus was added later)."""
+        """Score row 0, and cells that finished steps lack because a task or corpus was added later."""
         work = self.work
         for directory, names in work.assignment.missing.items():
             self.control.stop_if_requested()
@@ -157,7 +157,7 @@ class Segment:
             if metrics is None and directory == work.assignment.base_directory:
                 metrics = self._row_zero()
             if metrics is None or not names:
-                continue  # a step that is still to be trained brings its own row
+                continue  # a step that is still to be trained scores its own row
             model = self.resident.of_step(metrics)
             cells = self.scoring.score(model, directory, names)
             self.resident.detach(model)
@@ -167,7 +167,7 @@ class Segment:
             work.world.barrier()
 
     def _row_zero(self) -> StepRecord:
-        """`metrics.json` of what the chain begins with, before its cells."""
+        """`metrics.json` of row 0, without cells."""
         work = self.work
         return StepRecord(
             fingerprint=work.start.fingerprint if work.start else work.assignment.base_fingerprint,
@@ -184,14 +184,14 @@ class Segment:
         )
 
     def _step(self, plan: StepPlan) -> None:
-        """Train, save, score, publish; what an earlier worker group did of it is not done again."""
+        """Train, save, score and publish a step; a step that an earlier start trained is only scored and published."""
         work = self.work
         trained = work.run.trained(plan.directory)
         if trained is None:
             work.event("step_started", plan)
             model, trained = self.training.learn(plan)
         else:
-            work.world.barrier()  # all ranks have read it
+            work.world.barrier()  # until all ranks have read it
             work.finished[plan.fingerprint] = (work.run, plan.directory)
             model = self.resident.attach(plan.fingerprint)
         self.control.stop_if_requested()
@@ -214,7 +214,7 @@ class Segment:
         self._publish(plan, record)
 
     def _record(self, plan: StepPlan, trained: TrainedStep) -> StepRecord:
-        """`metrics.json` of a step before anything was measured."""
+        """`metrics.json` of a trained step, without cells and timings of evaluation."""
         work = self.work
         return StepRecord(
             fingerprint=plan.fingerprint,
@@ -241,7 +241,7 @@ class Segment:
         )
 
     def _publish(self, plan: StepPlan, metrics: StepRecord) -> None:
-        """Write `metrics.json`: from here on the step is done."""
+        """Write `metrics.json`, which marks the step as done."""
         work = self.work
         self.control.check_lease()
         if work.is_writer:
@@ -252,7 +252,7 @@ class Segment:
 
 
 def _with_cells(metrics: StepRecord, cells: Sequence[Cell], took: float) -> StepRecord:
-    """The record of a step on which more was scored just now."""
+    """The record of a step with further cells."""
     before = metrics.seconds
     seconds = replace(before, evaluate=before.evaluate + took, total=before.total + took)
     return replace(metrics, cells=(*metrics.cells, *cells), seconds=seconds, finished=time.time())
@@ -264,13 +264,13 @@ def _training_data(config: PipelineConfig, name: str) -> TaskData:
 
 
 def _class_names(config: PipelineConfig, names: Sequence[str]) -> dict[str, list[str]]:
-    """Class names of the step's classifications: who uses the adapter elsewhere has no data to read them from."""
+    """Class names of the step's classification tasks, for use of the adapter where their data is not available."""
     classes = {name: kind_of(config.task(name)).classes(config.task(name)) for name in names}
     return {name: list(found) for name, found in classes.items() if found}
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: this process's peak resident set, or the peak allocated on its GPU."""
+    """Peak memory in bytes: allocated on this process's GPU, or else its resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
