@@ -1,4 +1,4 @@
-"""Draws the ancestry of an adapter: from the base model through every step that led to it."""
+"""Draws the ancestry of an adapter, from the base model through every step that led to it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CARDS = 12  # more adapters than this are drawn as a dense grid
-
-GRID_ROWS, GRID_COLUMNS = 25, 4  # at least, at most
-
-LINE = 0.2  # inches
-
+CARDS = 12  # a chain with more adapters is drawn as a dense grid
+GRID_ROWS, GRID_COLUMNS = 25, 4  # at least so many rows, at most so many columns
+LINE = 0.2  # line height in inches
 SHOWN_SETTINGS = ("adapter.type", "adapter.r", "strategy.name", "training.learning_rate")
 
 
@@ -28,23 +25,23 @@ def write_ancestry(ancestry: Ancestry, path: Path) -> None:
     """Draw an ancestry to a .png, .svg or .pdf file.
 
     Raises:
-        ConfigError: another kind of file.
+        ConfigError: another file format.
     """
     kind = path.suffix.lstrip(".").lower()
     if kind not in ("png", "svg", "pdf"):
-        raise ConfigError([Problem("--figure", f"'{path.name}' is no .png, .svg or .pdf file; choose one of them")])
+        raise ConfigError([Problem("--figure", f"'{path.name}' is not a .png, .svg or .pdf file; choose one of them")])
     path.write_bytes(render(draw_ancestry(ancestry), kind))
 
 
 def draw_ancestry(ancestry: Ancestry) -> Figure:
-    """From the base down to one adapter: cards with data and scores, or a dense grid for a long chain."""
+    """Draw the ancestry as cards with data and scores, or a long one as a dense grid."""
     if len(ancestry.links) <= CARDS + 1:
         return _draw_cards(ancestry)
     return _draw_grid(ancestry)
 
 
 def _empty(width: float, height: float) -> tuple[Figure, Axes]:
-    """Axes in inches from the upper left corner, without anything in them."""
+    """Empty axes, in inches from the upper left corner."""
     figure, (ax,) = new_figure(width, height)
     ax.grid(False)
     ax.set_axis_off()
@@ -67,7 +64,7 @@ def _draw_cards(ancestry: Ancestry) -> Figure:
 
 
 def _card(ancestry: Ancestry, index: int) -> list[str]:
-    """The lines under a link's name: run, data, settings where they change, scores of its own tasks."""
+    """Lines below a link's name: its run, data, changed settings and the scores of its own tasks."""
     link, above = ancestry.links[index], ancestry.links[max(index - 1, 0)]
     lines = [ancestry.base_model] if link.is_base else []
     if index and link.run_uri != above.run_uri and not above.is_base:
@@ -85,14 +82,14 @@ def _short(line: str, limit: int = 88) -> str:
 
 
 def own_scores(link: Link) -> dict[str, float]:
-    """Scores of what a step learned, and the perplexity on retained text after it."""
+    """Scores of a step on its own tasks, and the perplexity on retention corpora after it."""
     wanted = [f"score/{task}" for task in link.tasks]
     wanted += [name for name in link.scores if name.startswith("perplexity/")]
     return {name: link.scores[name] for name in wanted if name in link.scores}
 
 
 def _dot(ancestry: Ancestry, link: Link, size: float) -> dict:
-    """A square for the base, a circle for a step; steps of an earlier run differ in colour and shape."""
+    """A square for the base, a circle for a step; a diamond in another colour for a step of an earlier run."""
     if link.is_base:
         return {"marker": "s", "color": "#55606e", "markersize": size}
     if link.run_uri != ancestry.links[-1].run_uri:
@@ -101,17 +98,17 @@ def _dot(ancestry: Ancestry, link: Link, size: float) -> dict:
 
 
 def _draw_grid(ancestry: Ancestry) -> Figure:
-    """One line per step, column by column; the number is the step's position in the whole ancestry."""
+    """One line per step, column by column, numbered by its position in the whole ancestry."""
     from matplotlib.collections import LineCollection  # slow
 
     count = len(ancestry.links)
     rows = max(GRID_ROWS, math.ceil(count / GRID_COLUMNS))
     figure, ax = _empty(6.6, LINE * min(rows, count) + 0.3)
-    places = [(1.65 * (k // rows) + 0.15, LINE * (k % rows) + 0.2) for k in range(count)]
-    lines = [places[start : start + rows] for start in range(0, count, rows)]
+    positions = [(1.65 * (k // rows) + 0.15, LINE * (k % rows) + 0.2) for k in range(count)]
+    lines = [positions[start : start + rows] for start in range(0, count, rows)]
     ax.add_collection(LineCollection(lines, colors="#9aa5b1", linewidths=1.2, zorder=1))
-    for place, (link, (x, y)) in enumerate(zip(ancestry.links, places, strict=True)):
+    for index, (link, (x, y)) in enumerate(zip(ancestry.links, positions, strict=True)):
         ax.plot(x, y, zorder=2, **_dot(ancestry, link, 4.5))
         own = next((f"  {number(v)}" for name, v in own_scores(link).items() if name.startswith("score/")), "")
-        ax.text(x + 0.12, y, f"{place} {_short(link.label, 16)}{own}", va="center", fontsize=7)
+        ax.text(x + 0.12, y, f"{index} {_short(link.label, 16)}{own}", va="center", fontsize=7)
     return figure

@@ -1,4 +1,4 @@
-"""Every figure is made and written here, in one style."""
+"""Creates and renders every figure, in one style."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe & Ito's colours (told apart with any colour vision), without the yellow that vanishes on white.
+# The palette of Okabe & Ito, safe for any colour vision, without its yellow, which is invisible on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-
 MARKERS = "osD^vPX"
-
-
 LINES = ("-", "--", ":")
 
 
 def series_style(index: int) -> dict:
-    """Colour, marker and line of a chart's series; the first 21 all differ."""
+    """Colour, marker and line style of a series; the first 21 series differ."""
     line = LINES[index // len(COLORS) % len(LINES)]
     return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)], "linestyle": line}
 
@@ -28,9 +25,8 @@ def series_style(index: int) -> dict:
 def new_figure(
     width: float, height: float, rows: int = 1, columns: int = 1, share_y: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of so many inches with its panels, row by row."""
-    # Imported here: matplotlib takes half a second. Figure alone needs no backend and no global state.
-    from matplotlib.figure import Figure
+    """A figure of the given size in inches, and its panels, row by row."""
+    from matplotlib.figure import Figure  # slow; needs neither a backend nor global state
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=share_y)
@@ -44,11 +40,11 @@ def new_figure(
 
 
 def render(figure: Figure, kind: str = "png") -> bytes:
-    """The figure as a file of that kind: png, svg or pdf."""
-    buffer = io.BytesIO()
-    # Without a date and with fixed ids the same run gives the same file.
-    from matplotlib import rc_context
+    """The figure as a file in the format `kind`: png, svg or pdf."""
+    from matplotlib import rc_context  # slow
 
+    buffer = io.BytesIO()
+    # without a date and with fixed ids, the same run always gives the same file
     with rc_context({"svg.hashsalt": "curlora"}):
         metadata = {"Date": None} if kind == "svg" else None
         figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
@@ -56,9 +52,9 @@ def render(figure: Figure, kind: str = "png") -> bytes:
 
 
 def colors(values: Iterable[float]) -> list[tuple[str, str]]:
-    """(background, text) for values in 0 … 1: viridis, whose order shows with any colour vision and in grey.
+    """(background, text) colours of values in [0, 1]: viridis, whose order shows with any colour vision and in grey.
 
-    Black or white text, whichever has the higher contrast (at least 4.6 : 1; WCAG 2 luminance).
+    The text is black or white, whichever has the higher contrast (at least 4.6 : 1; WCAG 2 luminance).
     """
     from matplotlib import colormaps  # slow
     from matplotlib.colors import to_hex
@@ -73,7 +69,7 @@ def colors(values: Iterable[float]) -> list[tuple[str, str]]:
 
 
 def axis_limits(ax: Axes, values: Sequence[float], least: float) -> None:
-    """From bottom to top at least `least`: a flat line should look flat."""
+    """Fit the y axis to the values, but let it span at least `least`, so that a flat line looks flat."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     margin = max(0.1 * (high - low), (least - (high - low)) / 2)
     ax.set_ylim(low - margin, high + margin)

@@ -1,7 +1,7 @@
 """The figures of a run, for files and for the report page, drawn from its results and steps.
 
-Colours are safe for any colour vision, and every series has its own marker; heat maps use viridis, whose order shows
-in grey as well.
+Colours are safe for any colour vision, and every series has its own marker. Heat maps use viridis, whose order is
+also visible in grey.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _write_numbers(ax: Axes, results: Results, shades: list[list[float | None]])
 
 
 def draw_perplexity(results: Results, _steps: Sequence[StepRecord]) -> Figure | None:
-    """Perplexity on each retained corpus along the sequence, one panel per corpus."""
+    """Perplexity on each retention corpus along the sequence, one panel per corpus."""
     series = {name: values for name, values in results.perplexity.items() if any(v is not None for v in values)}
     if not series:
         return None
@@ -123,7 +123,7 @@ def draw_tasks(results: Results, _steps: Sequence[StepRecord]) -> Figure | None:
 
 
 def _draw_task(ax: Axes, results: Results, column: int, name: str) -> None:
-    """Dashed until the task's own training (a large marker), solid from there on."""
+    """Draw a task's line: dashed up to its own training (a large marker), solid afterwards."""
     points = [(k, row[column]) for k, row in enumerate(results.scores) if row[column] is not None]
     own = trained_row(results, column)
     style = {
@@ -143,7 +143,7 @@ def _draw_task(ax: Axes, results: Results, column: int, name: str) -> None:
 
 
 def draw_training(results: Results, steps: Sequence[StepRecord]) -> Figure | None:
-    """Training loss of every step (of the last few of a long chain), one panel per step."""
+    """Training loss of every step, or of the last `MANY`, one panel per step."""
     trained = [step for step in steps if step.curve][-MANY:]
     if not trained:
         return None

@@ -12,7 +12,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """With a sign; a real minus sign, and no negative zero."""
+    """With a sign (a typographic minus), and without negative zero."""
     if value is None:
         return NONE
     text = f"{value:+.{digits}f}"
@@ -28,12 +28,12 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def compact(value: float) -> str:
-    """As short as it can be said, as in a configuration: a limit, a learning rate."""
+    """The shortest form, as in a configuration: for limits and learning rates."""
     return f"{value:g}"
 
 
 def with_error(mean: float | None, error: float | None, digits: int) -> str:
-    """A mean with its standard error; without it for one run, and for whole numbers such as bytes."""
+    """A mean and its standard error, which is omitted for a single run and for whole numbers such as bytes."""
     if mean is None:
         return NONE
     text = f"{mean:,.{digits}f}"
@@ -41,12 +41,12 @@ def with_error(mean: float | None, error: float | None, digits: int) -> str:
 
 
 def interval(value: dict[str, float] | None) -> str:
-    """`mean`, `low` and `high` of an interval."""
+    """Text of an interval with `mean`, `low` and `high`."""
     return NONE if value is None else f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
 
 
 def size(count: float | None) -> str:
-    """Bytes for people, decimal units."""
+    """Bytes in decimal units."""
     if count is None:
         return NONE
     for unit in ("B", "kB", "MB", "GB"):
@@ -67,7 +67,7 @@ def duration(seconds: float | None) -> str:
 
 
 def probability(value: float | None) -> str:
-    """Two significant digits: a p-value may be very small."""
+    """A p-value, which may be very small, to two significant digits."""
     return NONE if value is None else f"{value:.2g}"
 
 

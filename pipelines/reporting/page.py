@@ -1,8 +1,8 @@
-"""The report of a run: figures, and one self-contained page.
+"""Writes the report of a run: figures, and one self-contained page.
 
-Everything is read from the run directory (`results.json`, the steps' `metrics.json`, `config.yaml`) and can be written
-again at any time. The page loads nothing: styles are in it, charts are inline SVG data. Jinja2 escapes whatever the
-templates print.
+It is generated from the run directory (`results.json`, the steps' `metrics.json`, `config.yaml`) and can be
+regenerated at any time. The page loads nothing: styles and charts (SVG) are inline. Jinja2 escapes every value that
+the templates print.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ FILTERS = ("number", "signed", "whole", "size", "duration", "probability", "mome
 
 
 class ReportError(RuntimeError):
-    """There is nothing to report yet."""
+    """The run has no results yet."""
 
 
 def write_figures(run: RunDirectory) -> list[str]:
-    """Write `figures/*.png`; returns their paths in the run. What a run has no data for is not drawn.
+    """Write `figures/*.png`; returns their paths in the run. Figures without data are left out.
 
     Raises:
         ReportError: no results yet.
@@ -45,7 +45,7 @@ def write_figures(run: RunDirectory) -> list[str]:
 
 
 def write_report(run: RunDirectory) -> str:
-    """Write `report.html`, one page that needs no network; returns its path in the run.
+    """Write `report.html`, which needs no network; returns its path in the run.
 
     Raises:
         ReportError: no results yet.
@@ -64,7 +64,7 @@ def _load(run: RunDirectory) -> tuple[Results, list[StepRecord]]:
 
 
 def environment() -> Environment:
-    """The templates, with escaping in every file and an error for a value that nobody gave."""
+    """The Jinja2 environment, with escaping in every template and an error for undefined values."""
     found = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -1,6 +1,6 @@
 """Shows the progress of a chain from the run's events: one bar for the chain, one for the running task.
 
-Without a terminal (a log file, a job's output) it prints a line every few seconds instead.
+Without a terminal (in a log file or a job's output) it prints a line every few seconds instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LINE_SECONDS = 5.0
 
 
 class ChainProgress:
-    """Context manager; call it with each event."""
+    """Context manager; call it with each event of the run."""
 
     def __init__(self, console: Console, steps: int, title: str):
         self.console, self.steps, self.title = console, steps, title

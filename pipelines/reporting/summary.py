@@ -1,6 +1,6 @@
 """Summary of a run: headline numbers, the history of each task, and the tables for the terminal.
 
-Everything is computed from `results.json`; figures and report page use the same words and numbers.
+Everything is computed from `results.json`; the figures and the report page use the same terms and values.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pipelines.runs.verdict import Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table  # slow
+    from rich.table import Table
 
-MANY = 12  # with more tasks a matrix has no room for numbers and a chart none for names
+MANY = 12  # with more tasks, a matrix has no room for values and a chart none for names
 
 
 @dataclass(frozen=True)
 class Headline:
-    """One number of a run with a sentence that explains it."""
+    """A headline number of a run and a sentence that explains it."""
 
     group: str
     label: str
@@ -155,7 +155,7 @@ def _kept(transfer: float | None, who: str, unit: str) -> str:
 
 
 def row_labels(results: Results) -> list[str]:
-    """Labels of the score matrix' rows: `base`, then one per step."""
+    """Labels of the rows of the score matrix: `base` or `start`, then one per step."""
     first = "start" if results.start_from else "base"
     return [first, *(f"{k} {step.task}" for k, step in enumerate(results.steps, start=1))][: len(results.scores)]
 
@@ -181,7 +181,7 @@ def arrow(metric: str) -> str:
 def goodness(column: Sequence[float | None], metric: str) -> list[float | None]:
     """A column mapped to 0 … 1, where 1 is best, on a scale that does not inflate small differences.
 
-    Scores in [0, 1] stay what they are. An NLL becomes exp(best − value): 1 for the column's best, 0.37 one nat above.
+    Scores in [0, 1] are kept. An NLL becomes exp(best − value): 1 for the best of the column, 0.37 one nat above it.
     """
     if higher_is_better(metric):
         return list(column)
@@ -193,8 +193,8 @@ def goodness(column: Sequence[float | None], metric: str) -> list[float | None]:
 class TaskHistory:
     """Scores of one task: before training, right after its own training, at its best and at the end.
 
-    `change` is final minus learned, negative = forgetting for either direction of the metric; None for the last task,
-    which nothing was trained after.
+    `change` is the gain from learned to final: negative = forgetting, whatever the metric's direction; None for the
+    last task, after which nothing was trained.
     """
 
     name: str
@@ -232,9 +232,11 @@ def histories(results: Results) -> list[TaskHistory]:
     return rows
 
 
-# -- the terminal
+# -- tables for the terminal
+
+
 def summary_table(results: Results) -> Table:
-    """The score matrix; for a long sequence one line per task, which fits any terminal."""
+    """The score matrix; for a long sequence, one line per task, so that it fits any terminal."""
     from rich.table import Table  # slow
 
     if len(results.tasks) > MANY // 2:
@@ -287,7 +289,7 @@ def print_summary(results: Results, console: Console) -> None:
 
 
 def print_verdict(results: Results, console: Console) -> None:
-    """Print the gate's verdict and the registered version; nothing without either."""
+    """Print the gate's verdict and the registered version, if there are any."""
     gate, registered = results.gate, results.registry
     if gate:
         console.print(f"gate: {Verdict.of(gate)}", style="bold", highlight=False)

@@ -1,4 +1,4 @@
-"""Prepares what the report page shows as plain values; the templates only lay them out and format numbers."""
+"""Prepares the values of the report page; the templates only lay them out and format numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEADLINE_GROUPS = {"learned": "What was learned", "forgotten": "What was forgott
 
 @dataclass(frozen=True)
 class Image:
-    """`source` is a data URI: the page loads nothing."""
+    """An inline image; `source` is a data URI, so that the page loads nothing."""
 
     source: str
     alt: str
@@ -73,9 +73,11 @@ def _image(figure: Any, alt: str) -> Image:
 
 
 # -- score matrix
+
+
 @dataclass(frozen=True)
 class MatrixCell:
-    """A score with its colours; `own`: right after the task's own training."""
+    """A score with its colours; `own` marks the score right after the task's own training."""
 
     value: float | None
     own: bool
@@ -84,7 +86,7 @@ class MatrixCell:
 
 
 def _matrix(results: Results) -> dict[str, Any]:
-    """The matrix as a table, or as a heat map where it has too many columns to read."""
+    """The matrix as a table, or as a heat map if it has too many columns to read."""
     tasks, metric = results.tasks, results.metric
     if len(tasks) > 4 * MANY:
         alt = f"Heat map of {len(results.scores)} rows by {len(tasks)} tasks; all numbers are in results.json."
@@ -125,6 +127,8 @@ def _extras(results: Results) -> list[dict[str, Any]]:
 
 
 # -- curves
+
+
 def _curves(results: Results, steps: Sequence[StepRecord]) -> dict[str, Any]:
     perplexity, training = draw_perplexity(results, steps), draw_training(results, steps)
     return {
@@ -158,6 +162,8 @@ def _training_alt(steps: Sequence[StepRecord]) -> str:
 
 
 # -- cost
+
+
 @dataclass(frozen=True)
 class StepCost:
     label: str
@@ -190,9 +196,11 @@ def _title(step: StepRecord, first: str) -> str:
 
 
 # -- ancestry
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """What a step was trained from; `data`: (task, its training split)."""
+    """Settings and origin of a step; `data` holds (task, its training split)."""
 
     position: int
     label: str
@@ -205,7 +213,7 @@ class Recipe:
 
 
 def _ancestry(run: RunDirectory, results: Results, steps: Sequence[StepRecord]) -> dict[str, Any]:
-    """The last finished step's ancestors; no figure before the first step, or where an earlier run was deleted."""
+    """Ancestry of the last finished step; no figure before the first step, or if an earlier run was deleted."""
     values = {
         "ancestry_image": None,
         "ancestry_missing": None,

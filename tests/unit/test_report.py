@@ -313,7 +313,7 @@ def test_written_answers_are_shown_in_every_metric(tmp_path):
     run.write_json("results.json", replace(results, extras={name: rows}, metric=metric))
     write_report(run)
     page = run.read_bytes("report.html").decode()
-    assert "<h2>Written answers</h2>" in page
+    assert "<h2>Generated answers</h2>" in page
     assert "rouge_l, the task&#x27;s metric" in page or "rouge_l, the task's metric" in page
     assert "<td>0.375</td>" in page
     assert "<td>0.188</td>" in page
