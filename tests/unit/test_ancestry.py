@@ -119,7 +119,7 @@ def test_command_prints_text_json_and_a_figure(chain, tmp_path):
 
 
 def test_a_figure_of_another_kind_is_refused(chain, tmp_path):
-    with pytest.raises(ConfigError, match=r"'x\.doc' is no \.png"):
+    with pytest.raises(ConfigError, match=r"'x\.doc' is not a \.png"):
         write_ancestry(from_run(chain, last(chain)), tmp_path / "x.doc")
 
 
