@@ -13,7 +13,7 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready$(if $(WHEEL),-wheel)
 
-# tests run in a folder that holds nothing else: they import what is installed, not what lies beside them
+# unit tests run in a folder that holds nothing else: they import what is installed, not what lies beside them
 ALONE := build/alone
 PYTEST := cd $(ALONE) && $(BIN)/python -m pytest --rootdir .
 export CURLORA_WHEEL := $(WHEEL)
@@ -48,8 +48,9 @@ unit: export OMP_NUM_THREADS := 1
 unit: $(READY) $(ALONE)
 	$(PYTEST) tests/unit -n auto --dist loadfile
 
-heavy: $(READY) $(ALONE)
-	$(PYTEST) tests --ignore=tests/unit --durations=20
+# on the checkout, from its root: they start drivers, jobs and nodes of their own, which run its code
+heavy: $(READY)
+	$(BIN)/python -m pytest tests --ignore=tests/unit --durations=20
 
 $(ALONE):
 	mkdir -p $(ALONE)

@@ -9,16 +9,20 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from pipelines.config.paths import is_gguf
 from pipelines.config.sections import BaseModelConfig
 from pipelines.data.node_cache import cache_folder, node_lock, published
-from pipelines.errors import ConfigError, Problem
+from pipelines.errors import ConfigError, Problem, Unavailable
 from pipelines.runs.identity import file_digest
 
+BAD_FILE = 3  # exit code of the process that converts
 FORMAT = 1  # of the folders; count up when they are written in another way
 EXTRA = "pip install 'curlora[gguf]'"
 PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
@@ -36,10 +40,9 @@ def described(base: BaseModelConfig) -> BaseModelConfig:
 def converted(base: BaseModelConfig) -> BaseModelConfig:
     """The base with the path of a folder that holds its dequantised weights in `base.dtype` as well.
 
-    Under ZeRO-3, call it before Transformers is told to partition what it loads.
-
     Raises:
-        ConfigError: as `described`.
+        ConfigError: as `described`, or the file lacks weights.
+        Unavailable: there is not enough memory or disk.
     """
     if not is_gguf(base.path):
         return base
@@ -50,8 +53,21 @@ def converted(base: BaseModelConfig) -> BaseModelConfig:
         if not target.exists():
             with published(target) as folder:
                 shutil.copytree(described_in, folder)
-                write_weights(file, folder, base.dtype)
+                _convert(file, folder, base.dtype)
     return _at(base, target)
+
+
+def _convert(file: Path, folder: Path, dtype: str) -> None:
+    """`write_weights` in a process of its own: in a worker, Transformers saves on rank 0 alone, and this node may have
+    none; nothing is partitioned there, and the memory is given back."""
+    command = [sys.executable, "-m", __name__, str(file), str(folder), dtype]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TQDM_DISABLE": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode == BAD_FILE:
+        raise _problem(file, done.stdout.strip())
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"])[-1]
+        raise Unavailable(f"'{file}' could not be dequantised ({last}); check memory and the disk of {folder.parent}")
 
 
 def _at(base: BaseModelConfig, folder: Path) -> BaseModelConfig:
@@ -61,6 +77,8 @@ def _at(base: BaseModelConfig, folder: Path) -> BaseModelConfig:
 def _description(file: Path) -> Path:
     if not file.is_file():
         raise _problem(file, "no such file; check the path")
+    if PART.search(file.name):
+        raise _problem(file, "is one part of a split file; join the parts with llama-gguf-split --merge")
     stat = file.stat()
     target = cache_folder("gguf") / _key(str(file), stat.st_size, stat.st_mtime_ns) / "description"
     with node_lock(str(target)):
@@ -84,8 +102,6 @@ def write_description(file: Path, folder: Path) -> None:
     """
     if importlib.util.find_spec("gguf") is None:
         raise _problem(file, f"reading a GGUF file needs the package gguf; {EXTRA} on every node")
-    if PART.search(file.name):
-        raise _problem(file, "is one part of a split file; join the parts with llama-gguf-split --merge")
     import gguf  # an extra
     import transformers  # slow
 
@@ -147,3 +163,11 @@ def write_weights(file: Path, folder: Path, dtype: str) -> int:
 
 def _problem(file: Path, message: str) -> ConfigError:
     return ConfigError([Problem("base_model.path", f"'{file}': {message}")])
+
+
+if __name__ == "__main__":
+    try:
+        write_weights(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    except ConfigError as error:
+        print(error.problems[0].message.removeprefix(f"'{sys.argv[1]}': "))
+        sys.exit(BAD_FILE)

@@ -22,7 +22,6 @@ from pipelines.distributed import engine
 from pipelines.distributed.world import World
 from pipelines.models import adapters, heads
 from pipelines.models.base import context_length, load_base, load_tokenizer
-from pipelines.models.gguf import converted
 from pipelines.runs.identity import fingerprint
 from pipelines.runs.step_record import StepRecord
 from pipelines.workers.context import WorkContext
@@ -165,8 +164,6 @@ def load_frozen_base(base: BaseModelConfig, settings: dict, world: World) -> tup
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # left by an earlier base under ZeRO-3: Transformers would partition this one, too
-    with stdout_to_stderr():
-        base = converted(base)
     partitioning = HfDeepSpeedConfig(settings) if world.lockstep else None
     returned = engine.freed_memory_returned() if partitioning else contextlib.nullcontext()
     with stdout_to_stderr(), returned:

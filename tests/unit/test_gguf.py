@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from pipelines.cli.app import main
 from pipelines.config.sections import BaseModelConfig
-from pipelines.errors import ConfigError
+from pipelines.errors import ConfigError, Unavailable
 from pipelines.inference.predict import load_folder
 from pipelines.models.base import load_base, load_tokenizer
 from pipelines.models.gguf import converted, described
@@ -26,8 +26,17 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{
 IDS = torch.arange(3, 35)[None]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
+def shared_cache(tmp_path_factory):
+    """One cache for all tests: what is the same file is converted once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CURLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
+    """A cache for one test alone."""
     monkeypatch.setenv("CURLORA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -144,7 +153,7 @@ def fails(config: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize("arguments", [["--dry-run"], []], ids=["dry-run", "run"])
 def test_without_the_extra_its_name_is_said_before_workers_start(
-    tmp_path, reviews, wide, tokenizer, monkeypatch, arguments
+    tmp_path, reviews, wide, tokenizer, monkeypatch, arguments, cache
 ):
     file = write_gguf(tmp_path / "m.gguf", wide, tokenizer)
     config = configuration(tmp_path, reviews, file)
@@ -176,3 +185,25 @@ def test_what_cannot_be_read_is_said_with_a_remedy(tmp_path, reviews, wide, toke
     for arguments in ([], ["--dry-run"]):
         said = fails(configuration(tmp_path, reviews, "elsewhere.gguf"), *arguments)
         assert said.count("elsewhere.gguf': no such file; check the path") == 1
+
+
+def test_a_worker_of_another_rank_than_0_converts_as_well(tmp_path, wide, tokenizer, cache, monkeypatch):
+    """Where Transformers saves on rank 0 alone: a node that has no rank 0, or whose rank 0 came second."""
+    monkeypatch.setattr("transformers.distributed.mixin._is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr("transformers.distributed.mixin._get_torch_distributed_rank", lambda: 1)
+    wide.save_pretrained(tmp_path / "nothing")
+    assert not (tmp_path / "nothing" / "model.safetensors").exists()
+    file = write_gguf(tmp_path / "m.gguf", wide, tokenizer)
+    assert Path(converted(BaseModelConfig(path=str(file))).path, "model.safetensors").exists()
+
+
+def test_a_conversion_that_fails_is_one_line(tmp_path, wide, tokenizer, cache, monkeypatch):
+    file = write_gguf(tmp_path / "m.gguf", wide, tokenizer)
+    base = BaseModelConfig(path=str(file))
+    described(base)
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(
+        Unavailable, match=r"m.gguf' could not be dequantised \(its process ended with 1\); check memory"
+    ):
+        converted(base)
+    assert [path.name for path in next((cache / "gguf").iterdir()).iterdir()] == ["description"]
