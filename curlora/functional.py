@@ -43,7 +43,8 @@ def cur_linear(
     middle (k, k), columns (m, k) = C = W[:, J], mask (..., k) multiplies z (dropout). Returns (..., m).
     x and kernel share one dtype.
     """
-    return _CurLinear.apply(x, kernel, bias, rows, cols, bias_rows, middle, columns, mask)
+    y = _CurLinear.apply(_flat(x), kernel, bias, rows, cols, bias_rows, middle, columns, _flat(mask))
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def cur_residual(
@@ -55,7 +56,15 @@ def cur_residual(
     mask: Tensor | None = None,
 ) -> Tensor:
     """y plus the update, where y (..., m) is the base layer's output; other arguments as in ``cur_linear``."""
-    return _CurResidual.apply(y, rows, bias_rows, middle, columns, mask)
+    return _CurResidual.apply(_flat(y), rows, bias_rows, middle, columns, _flat(mask)).view(y.shape)
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    """(..., n) as (tokens, n).
+
+    Shapes change outside the autograd functions: autograd refuses in-place operations on a view that one returns.
+    """
+    return None if x is None else x.reshape(-1, x.shape[-1])
 
 
 def _gather(y: Tensor, rows: Tensor, bias_rows: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -68,9 +77,9 @@ def _gather(y: Tensor, rows: Tensor, bias_rows: Tensor | None, mask: Tensor | No
     return z
 
 
-def _flat_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The mask as (tokens, k) in the dtype of the output, which differs from that of the input under autocast."""
-    return None if mask is None else mask.reshape(-1, mask.shape[-1]).to(dtype)
+def _in_dtype(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Cast to the dtype of the output, which differs from that of the input under autocast."""
+    return None if tensor is None else tensor.to(dtype)
 
 
 def _through(z: Tensor, middle: Tensor) -> Tensor:
@@ -97,48 +106,41 @@ def _rows_of(kernel: Tensor, rows: Tensor) -> Tensor:
 class _CurLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, kernel, bias, rows, cols, bias_rows, middle, columns, mask):
-        flat = x.reshape(-1, x.shape[-1])
-        y = flat @ kernel if bias is None else torch.addmm(bias, flat, kernel)
-        mask = _flat_mask(mask, y.dtype)
+        y = x @ kernel if bias is None else torch.addmm(bias, x, kernel)
+        mask = _in_dtype(mask, y.dtype)
         z = _gather(y, rows, bias_rows, mask)
         y.addmm_(_through(z, middle), columns.t())
         ctx.save_for_backward(kernel, rows, cols, middle, columns, z, mask)
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         kernel, rows, cols, middle, columns, z, mask = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = flat @ kernel.t()
-            grad_middle, grad_z = _gradients(grad_x.index_select(1, cols), z, middle, mask, flat.dtype)
+            grad_x = grad @ kernel.t()
+            grad_middle, grad_z = _gradients(grad_x.index_select(1, cols), z, middle, mask, grad.dtype)
             # Scattering ∂z into ∂y would copy all of ∂y; R is k gathered rows of W, which is much less to read.
             grad_x.addmm_(grad_z, _rows_of(kernel, rows))
-            grad_x = grad_x.view(*grad.shape[:-1], -1)
         else:
-            grad_middle, _ = _gradients(flat @ columns, z, middle, mask, flat.dtype)
+            grad_middle, _ = _gradients(grad @ columns, z, middle, mask, grad.dtype)
         return grad_x, None, None, None, None, None, grad_middle, None, None
 
 
 class _CurResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, rows, bias_rows, middle, columns, mask):
-        flat = y.reshape(-1, y.shape[-1])
-        mask = _flat_mask(mask, y.dtype)
+        mask = _in_dtype(mask, y.dtype)
         columns = columns.to(y.dtype)
-        z = _gather(flat, rows, bias_rows if bias_rows is None else bias_rows.to(y.dtype), mask)
+        z = _gather(y, rows, _in_dtype(bias_rows, y.dtype), mask)
         ctx.save_for_backward(rows, middle, columns, z, mask)
-        return torch.addmm(flat, _through(z, middle), columns.t()).view(y.shape)
+        return torch.addmm(y, _through(z, middle), columns.t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         rows, middle, columns, z, mask = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        grad_middle, grad_z = _gradients(flat @ columns, z, middle, mask, flat.dtype)
-        grad_y = None
-        if ctx.needs_input_grad[0]:
-            grad_y = flat.index_add(1, rows, grad_z).view(grad.shape)
+        grad_middle, grad_z = _gradients(grad @ columns, z, middle, mask, grad.dtype)
+        grad_y = grad.index_add(1, rows, grad_z) if ctx.needs_input_grad[0] else None
         return grad_y, None, None, grad_middle, None, None

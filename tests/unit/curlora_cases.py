@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DebertaConfig,
+    DebertaForMaskedLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 from curlora import CurloraConfig, CurloraCore, Linear
@@ -105,6 +114,20 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32, bos_token_id=1, eos_token_id=1)
     return GPT2LMHeadModel(config).eval()
+
+
+def tiny_falcon(seed: int = 0) -> FalconForCausalLM:
+    """Attention and feedforward in parallel: one layer's output is added to another's in place."""
+    torch.manual_seed(seed)
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    return FalconForCausalLM(FalconConfig(**settings, bias=True, bos_token_id=1, eos_token_id=2)).eval()
+
+
+def tiny_deberta(seed: int = 0) -> DebertaForMaskedLM:
+    torch.manual_seed(seed)
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    attention = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 16}
+    return DebertaForMaskedLM(DebertaConfig(**settings, **attention, vocab_size=64, max_position_embeddings=32)).eval()
 
 
 def tokens(seed: int = 0) -> Tensor:

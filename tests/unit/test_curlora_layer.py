@@ -271,6 +271,38 @@ def test_a_second_backward_through_the_layer_is_refused_not_wrong():
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("shape", [(6,), (3, 5), (2, 1, 3)])
+def test_the_output_can_be_changed_in_place(hooked, shape):
+    """An output that were a view of what the autograd function computed would be refused."""
+    model = adapted(one_layer(16, 8), r=4)
+    if hooked:
+        layer_of(model).get_base_layer().register_forward_hook(lambda *_: None)
+    x, gradients = torch.randn(*shape, 8, requires_grad=True), []
+    for inplace in (False, True):
+        y = model(x)
+        nn.functional.relu(y, inplace=inplace).square().sum().backward()
+        assert (y.min() == 0) == inplace
+        gradients.append((x.grad, core_of(model).U.grad))
+        x.grad = core_of(model).U.grad = None
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 5)])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(hooked, shape, dropout):
+    """Such as an expert receives to which no token is routed."""
+    model = adapted(one_layer(16, 8), r=4, dropout=dropout).train()
+    if hooked:
+        layer_of(model).get_base_layer().register_forward_hook(lambda *_: None)
+    x = torch.randn(*shape, 8, requires_grad=True)
+    y = model(x)
+    y.sum().backward()
+    assert y.shape == (*shape, 16) and x.grad.shape == x.shape
+    assert torch.equal(core_of(model).U.grad, torch.zeros(4, 4))
+
+
 # ------------------------------------------------------------------------------------------------------- bound
 
 

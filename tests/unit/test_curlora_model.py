@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from curlora_cases import logits, randomise, tiny_gpt2, tiny_llama, tokens
+from curlora_cases import logits, randomise, tiny_deberta, tiny_falcon, tiny_gpt2, tiny_llama, tokens
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save, save_file
 from transformers import MistralConfig, MistralForCausalLM
@@ -189,6 +189,13 @@ def test_gradient_checkpointing_of_a_whole_model_reaches_every_u():
     model = wrapped().train()
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
+    model(tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("make", [tiny_falcon, tiny_deberta])
+def test_models_that_change_outputs_in_place_train(make):
+    model = wrapped(make(), trained=False, task_type=None).train()
     model(tokens(), labels=tokens()).loss.backward()
     assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
 
