@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import enum
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -13,7 +15,19 @@ from safetensors import SafetensorError, safe_open
 
 from curlora.names import CARRY_MODES, SCALES, SELECTION_RULES
 
-PEFT_TYPE = "CURLORA"
+from . import record
+
+
+class CurloraType(str, enum.Enum):  # noqa: UP042  PEFT reads the name from str(member), which StrEnum shortens
+    """The adapter type, with what PEFT and Transformers expect of a member of ``peft.PeftType``.
+
+    That enum cannot be extended from outside. This one is equal to its name and hashes like it, as PEFT's members do.
+    """
+
+    CURLORA = "CURLORA"
+
+
+PEFT_TYPE = CurloraType.CURLORA
 
 
 @dataclass
@@ -142,6 +156,12 @@ class CurloraConfig(PeftConfig):
 
     load_only = False
     """Indices come from a file, so that no selection runs. Not a field, because it is never saved."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write adapter_config.json, and the checksums into the adapter's file, which PEFT has written before."""
+        super().save_pretrained(save_directory, **kwargs)
+        if (Path(save_directory) / SAFETENSORS_WEIGHTS_NAME).is_file():
+            record.seal(save_directory, replace=False)
 
 
 def _check_readable(directory: str) -> None:

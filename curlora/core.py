@@ -32,6 +32,9 @@ class CoreSettings:
 class CurloraCore(nn.Module):
     """One adapter on one layer: the trainable U, its record, and tensors derived from the base.
 
+    ``stale``: the record has been loaded, but the factors are not derived from it yet. ``assigned``: it was loaded in
+    a way that has not compared it with the file's configuration and checksum.
+
     Saved: ``U`` (r, r) float32, trained; ``frozen`` (blocks−1, r, r), only in a stack; ``record`` int32 (see
     `record`).
 
@@ -57,6 +60,13 @@ class CurloraCore(nn.Module):
             self.register_buffer(name, None, persistent=False)
         self.weight_norm = math.nan
         self.stale = False
+        self.assigned = False
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        # Transformers' own load_adapter assigns tensors one by one; there is no load_state_dict whose end to wait for.
+        if name == "record":
+            self.stale = self.assigned = True
 
     @property
     def size(self) -> int:
@@ -82,6 +92,12 @@ class CurloraCore(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.stale = self.stale or prefix + "record" in state_dict
 
+    def accept(self) -> None:
+        """Take a loaded record for this adapter's own, after everything has been checked."""
+        self.stale = self.assigned = False
+        if not self.record.is_meta:
+            self.record[-1] = 0  # from here on U may change
+
     # ---------------------------------------------------------------------------------------------- factors
 
     def derive(self, rows: cur.Factor, columns: cur.Factor, weight: Tensor, bias: Tensor | None) -> None:
@@ -105,7 +121,6 @@ class CurloraCore(nn.Module):
         self.norms = {"rows": rows.norm, "columns": columns.norm}
         if self.settings.config.max_update_norm is not None:
             self.weight_norm = float(torch.linalg.vector_norm(weight, dtype=self.left.dtype))
-        self.stale = False
 
     def derive_on_meta(self, weight: Tensor, bias: Tensor | None) -> None:
         """Set shapes only, for a model on the meta device; the indices are meaningless."""
@@ -115,7 +130,6 @@ class CurloraCore(nn.Module):
         self.bias_rows = None if bias is None else torch.empty(k, dtype=bias.dtype, device="meta")
         for name in self.EXACT:
             setattr(self, name, torch.empty(k, k, device="meta"))
-        self.stale = False
 
     def _set_exact(self, name: str, matrix: Tensor, device: torch.device) -> None:
         setattr(self, name, matrix.to(device=device, dtype=torch.float32).contiguous())
@@ -217,6 +231,11 @@ class CurloraCore(nn.Module):
 
 
 def _not_ready(settings: CoreSettings) -> str:
+    if settings.blocks > 1:
+        return (
+            f"{settings.key}: a stack of {settings.blocks} blocks can only be loaded; start with blocks=1 and call "
+            "add_block() before each further task."
+        )
     if settings.config.selection == "activation" and not settings.config.load_only:
         return (
             f"{settings.key}: selection='activation' needs a calibration batch before the first forward; call "

@@ -109,7 +109,8 @@ class CurloraLayer(BaseTunerLayer):
             if base.weight.is_meta and not hasattr(base.weight, "ds_id"):
                 core.derive_on_meta(_meta_like(self), getattr(base, "bias", None))
             return  # otherwise PEFT's low_cpu_mem_usage: the indices come from the file
-        if core.settings.config.load_only or core.settings.config.selection == "activation":
+        config = core.settings.config
+        if config.load_only or config.selection == "activation" or core.settings.blocks > 1:
             return  # indices come from the file, or from `calibrate`
         self.choose(core)
 
@@ -190,6 +191,9 @@ class CurloraLayer(BaseTunerLayer):
         settings = core.settings
         if self.merged:
             raise RuntimeError(f"{settings.key}: unmerge the adapters before loading one.")
+        if core.assigned:
+            with gathered(core.U):
+                records.check_sum(settings.key, core.record, core.U, getattr(core, "frozen", None))
         row_indices, column_indices, expected = core.read_record()
         records.check_indices(settings.key, "row", row_indices, self.out_features)
         records.check_indices(settings.key, "column", column_indices, self.in_features)
@@ -197,6 +201,7 @@ class CurloraLayer(BaseTunerLayer):
             weight = _floating(weight)
             if weight.is_meta:
                 core.derive_on_meta(weight, bias)
+                core.accept()
                 return
             device = weight.device
             rows = cur.Factor(row_indices, cur.triangle_of(weight[row_indices.to(device)].t()))
@@ -206,6 +211,13 @@ class CurloraLayer(BaseTunerLayer):
             quantised = self.quantization_backend is not None
             records.check_base(settings.key, expected, found, block_norms, quantised)
             core.derive(rows, columns, weight, bias)
+        core.accept()
+
+    def refresh(self) -> None:
+        """Derive the factors of every core whose record was loaded since; raises as `rebuild` does."""
+        for core in self.curlora_core.values():
+            if core.stale:
+                self.rebuild(core)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own version also casts to the dtype of the base, which would round a trained U to bf16.
@@ -227,8 +239,13 @@ class Linear(nn.Module, CurloraLayer):
         super().__init__()
         CurloraLayer.__init__(self, base_layer, settings.config.fan_in_fan_out, **kwargs)
         self._active_adapter = adapter_name
-        self.register_load_state_dict_post_hook(_rebuild_loaded)
+        self.register_load_state_dict_post_hook(_refresh_loaded)
         self.update_layer(adapter_name, settings, inference_mode=settings.config.inference_mode)
+
+    def train(self, mode: bool = True) -> Linear:
+        """Transformers' own `load_adapter` ends with a call of `eval`: an adapter of another base fails here."""
+        self.refresh()
+        return super().train(mode)
 
     # ----------------------------------------------------------------------------------------------- forward
 
@@ -240,6 +257,8 @@ class Linear(nn.Module, CurloraLayer):
         cores = [self.curlora_core[name] for name in self.active_adapters if name in self.curlora_core]
         if self.merged or not cores:
             return self.base_layer(x, *args, **kwargs)
+        if any(core.stale for core in cores):
+            self.refresh()
         # Before the base layer, and through __call__, so that ZeRO-3's hooks gather each U.
         middles = [core() for core in cores]
         rows, cols, bias_rows, middle, columns = _joined(cores, middles)
@@ -264,6 +283,7 @@ class Linear(nn.Module, CurloraLayer):
         """C (m, k), M (k, k), R (k, n) of an adapter, at least fp32; other adapters may be merged into the base."""
         if adapter in self._merged_factors:
             return self._merged_factors[adapter]
+        self.refresh()
         core = self.curlora_core[adapter]
         with gathered(core.U):
             middle = core()
@@ -328,11 +348,8 @@ class Linear(nn.Module, CurloraLayer):
 # ------------------------------------------------------------------------------------------------------- helpers
 
 
-def _rebuild_loaded(layer: Linear, incompatible_keys) -> None:
-    """After `load_state_dict`: derive the factors of each core whose indices were loaded."""
-    for core in layer.curlora_core.values():
-        if core.stale:
-            layer.rebuild(core)
+def _refresh_loaded(layer: Linear, incompatible_keys) -> None:
+    layer.refresh()
 
 
 def _features(base: nn.Module) -> tuple[int, int]:

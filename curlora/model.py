@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import CurloraConfig
 from .core import CoreSettings, CurloraCore
 from .layer import CurloraLayer, Linear
-from .record import check_state, seal
+from .record import check_state, check_whole
 from .zero import gathered, set_master_copy
 
 
@@ -37,7 +37,7 @@ class CurloraModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: CurloraConfig) -> None:
         super()._check_new_adapter_config(config)
-        merged = next((name for name, layer in self.layers() if layer.merged), None)
+        merged = next((name for name, layer in self.adapted_layers() if layer.merged), None)
         if merged is not None:
             raise RuntimeError(
                 f"{merged}: an adapter is merged into the weight, but a new one must choose its rows and columns from "
@@ -82,7 +82,7 @@ class CurloraModel(BaseTuner):
             )
         return Linear(target, adapter_name, settings, **kwargs)
 
-    def layers(self) -> list[tuple[str, Linear]]:
+    def adapted_layers(self) -> list[tuple[str, Linear]]:
         """Name in the base model and layer, for all adapted layers."""
         return [(name, module) for name, module in self.model.named_modules() if isinstance(module, Linear)]
 
@@ -90,7 +90,7 @@ class CurloraModel(BaseTuner):
         """Name, layer and core of each layer that has the adapter."""
         return [
             (name, layer, layer.curlora_core[adapter_name])
-            for name, layer in self.layers()
+            for name, layer in self.adapted_layers()
             if adapter_name in layer.curlora_core
         ]
 
@@ -168,6 +168,8 @@ class CurloraModel(BaseTuner):
 
     def _ready_cores(self, adapter_name: str | None) -> list[tuple[str, Linear, CurloraCore]]:
         cores = self.cores(adapter_name or self.active_adapters[0])
+        for _, layer, _ in cores:
+            layer.refresh()
         pending = next((name for name, _, core in cores if not core.ready), None)
         if pending is not None:
             raise RuntimeError(f"{pending}: rows and columns are not chosen yet; load the adapter or calibrate it.")
@@ -214,7 +216,7 @@ class CurloraModel(BaseTuner):
         users = Counter(
             id(parameter) for module in self.model.modules() for parameter in module.parameters(recurse=False)
         )
-        for _, layer in self.layers():
+        for _, layer in self.adapted_layers():
             layer.shares_weight = users[id(layer.get_base_layer().weight)] > 1
 
     # ------------------------------------------------------------------------------------------ save and load
@@ -222,7 +224,8 @@ class CurloraModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         state = super()._get_adapter_state_dict(*args, **kwargs)
-        return seal(state)
+        check_whole(state)
+        return state
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -1,17 +1,24 @@
 """The record that every adapted layer saves: its rows and columns, a fingerprint of its base, and a checksum of U.
 
-On disk it is one int32 tensor with rows (k), columns (k), fingerprint (blocks, 3) as float bits and the checksum,
-k = blocks·r. It is a single tensor because a header entry takes more bytes than its content, and an integer one
-because casting a model to bf16 leaves integers unchanged.
+It is one int32 tensor with rows (k), columns (k), fingerprint (blocks, 3) as float bits and the checksum, k =
+blocks·r: a single tensor because a header entry takes more bytes than its content, and an integer one because casting
+a model to bf16 leaves integers unchanged. Only a file holds a checksum; in memory it is 0.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import struct
 import warnings
 import zlib
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch import Tensor
 
 from . import cur
@@ -33,7 +40,7 @@ def length(k: int, blocks: int) -> int:
 
 
 def pack(rows: Tensor, columns: Tensor, fingerprint: Tensor) -> Tensor:
-    """Indices (k) int64 and fingerprint (blocks, 3) float32 as one record; `seal` adds the checksum when saving."""
+    """Indices (k) int64 and fingerprint (blocks, 3) float32 as one record, without a checksum."""
     bits = fingerprint.float().contiguous().view(torch.int32).flatten()
     return torch.cat([rows.int(), columns.int(), bits, torch.zeros(1, dtype=torch.int32)])
 
@@ -132,28 +139,56 @@ def checksum(*tensors: Tensor | None) -> int:
     return (crc or 1) - (1 << 32) * (crc >= 1 << 31)
 
 
-def seal(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of an adapter's state dict, ready to be saved: each record includes a checksum of its U.
+def seal(directory: str | os.PathLike, replace: bool = True) -> None:
+    """Write the checksum of each U into the adapter file of a directory; after editing that file on purpose.
 
-    Raises ValueError if U is an empty shard of ZeRO-3: such a file would look valid and contain nothing.
+    ``replace=False`` leaves the checksums that are there. Saving an adapter does this by itself. Only the file holds
+    checksums: in memory U changes, is averaged and cast.
     """
-    sealed = dict(state)
+    path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    with safe_open(path, framework="pt") as file:
+        found = {
+            8 + length + header[key]["data_offsets"][1] - 4: _checksum_of(file, key, header)
+            for key in header
+            if key.endswith(".record") and (replace or not int(file.get_tensor(key)[-1]))
+        }
+    with open(path, "r+b") as file:
+        for place, value in found.items():
+            file.seek(place)
+            file.write(struct.pack("<i", value))
+
+
+def _checksum_of(file: safe_open, key: str, names: Iterable[str]) -> int:
+    stem = key.removesuffix("record")
+    return checksum(*(file.get_tensor(stem + name) for name in ("U", "frozen") if stem + name in names))
+
+
+def check_whole(state: dict[str, Tensor]) -> None:
+    """Raise ValueError if a U is an empty shard of ZeRO-3: the file would look valid and contain nothing."""
     for key in state:
         if not key.endswith(".record"):
             continue
         stem = key.removesuffix("record")
-        current, frozen = state.get(stem + "U"), state.get(stem + "frozen")
+        current = state.get(stem + "U")
         if current is None or current.dim() != 2 or current.numel() == 0:
             shape = None if current is None else tuple(current.shape)
             raise ValueError(
                 f"{stem}U has shape {shape}: ZeRO-3 has partitioned or dropped it. Save through Trainer.save_model, "
                 "or pass a state_dict with the gathered parameters to save_pretrained."
             )
-        record = state[key].clone()
-        if not record.is_meta:
-            record[-1] = checksum(current, frozen)
-        sealed[key] = record
-    return sealed
+
+
+def check_sum(key: str, record: Tensor, current: Tensor, frozen: Tensor | None) -> None:
+    """Raise ValueError if a record holds a checksum, as a file does, and U is not what it was computed from."""
+    if record.is_meta or current.is_meta or int(record[-1]) in (0, checksum(current, frozen)):
+        return
+    raise ValueError(
+        f"{key}: U does not match the checksum that was saved with it: the adapter file is damaged. Restore it from a "
+        "copy (or, if you changed the file on purpose, call curlora.seal(directory))."
+    )
 
 
 def check_state(adapter_name: str, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
@@ -170,14 +205,9 @@ def check_state(adapter_name: str, expected: dict[str, Tensor], found: dict[str,
                 f"{tuple(expected[key].shape)}: the file was saved with another r, rank_pattern or number of blocks."
             )
     for key, record in found.items():
-        if not key.endswith(".record") or record.is_meta or record[-1] == 0:
-            continue
-        stem = key.removesuffix("record")
-        if int(record[-1]) != checksum(found[stem + "U"], found.get(stem + "frozen")):
-            raise ValueError(
-                f"{stem}U does not match the checksum that was saved with it: the adapter file is damaged. Restore it "
-                "from a copy (or, if you changed U on purpose, pass the state dict through curlora.seal)."
-            )
+        if key.endswith(".record"):
+            stem = key.removesuffix("record")
+            check_sum(stem.removesuffix("."), record, found[stem + "U"], found.get(stem + "frozen"))
 
 
 def _refuse(adapter_name: str, problem: str, keys: list[str]) -> None:

@@ -13,8 +13,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from safetensors.torch import load_file, save, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
-import curlora
 from curlora import BaseMismatchError, CurloraConfig
+from curlora.record import check_whole
 from curlora.sizes import adapter_file_bytes, safetensors_bytes
 
 QKV = ["q_proj", "k_proj", "v_proj"]
@@ -29,7 +29,7 @@ def wrapped(base=None, trained=True, **config):
 
 
 def names(model):
-    return {name for name, _ in model.base_model.layers()}
+    return {name for name, _ in model.base_model.adapted_layers()}
 
 
 # --------------------------------------------------------------------------------------------------- which layers
@@ -53,7 +53,7 @@ def test_all_linear_takes_every_dense_layer_but_the_output_head():
 
 def test_gpt2_with_conv1d_layers_including_square_ones():
     model = wrapped(tiny_gpt2())
-    square = [n for n, layer in model.base_model.layers() if layer.in_features == layer.out_features]
+    square = [n for n, layer in model.base_model.adapted_layers() if layer.in_features == layer.out_features]
     assert len(names(model)) == 2 * 4 and len(square) == 2
     expected = logits(model)
     assert not torch.allclose(expected, logits(tiny_gpt2()), atol=1e-3)
@@ -153,7 +153,7 @@ def test_an_adapter_cannot_be_added_while_another_is_merged():
 
 def test_safe_merge_of_a_broken_adapter_changes_nothing():
     model = wrapped(target_modules=["q_proj"])
-    layer = model.base_model.layers()[0][1]
+    layer = model.base_model.adapted_layers()[0][1]
     before = layer.weight.clone()
     with torch.no_grad():
         layer.curlora_core["default"].U[0, 0] = float("nan")
@@ -418,16 +418,61 @@ def test_a_configuration_without_its_weights_never_computes(tmp_path):
 def test_empty_zero3_shards_are_never_saved():
     state = {"x.curlora_core.U": torch.zeros(0), "x.curlora_core.record": torch.zeros(12, dtype=torch.int32)}
     with pytest.raises(ValueError, match="ZeRO-3 has partitioned or dropped it"):
-        curlora.seal(state)
+        check_whole(state)
     state.pop("x.curlora_core.U")
     with pytest.raises(ValueError, match="ZeRO-3 has partitioned or dropped it"):
-        curlora.seal(state)
+        check_whole(state)
 
 
-def test_a_state_dict_that_was_changed_on_purpose_can_be_sealed_again():
+# ------------------------------------------------------------------------------------------- states in memory
+
+
+def doubled(state):
+    return {key: value * 2 if key.endswith(".U") else value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_state_dict_may_be_averaged_cast_and_trained_on(tmp_path, loaded):
+    """Of a new adapter and of one that came from a file, which holds checksums."""
     model = wrapped()
+    model.save_pretrained(tmp_path)
+    if loaded:
+        model = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True).eval()
     state = get_peft_model_state_dict(model)
-    doubled = {k: v * 2 if k.endswith(".U") else v for k, v in state.items()}
-    with pytest.raises(ValueError, match=r"curlora\.seal"):
-        set_peft_model_state_dict(wrapped(), doubled)
-    set_peft_model_state_dict(wrapped(), curlora.seal(doubled))
+    fresh = wrapped(trained=False)
+    for changed in (
+        doubled(state),
+        {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in state.items()},
+    ):
+        set_peft_model_state_dict(fresh, changed)
+        assert not torch.equal(logits(fresh), logits(model))
+    randomise(model, seed=9)
+    set_peft_model_state_dict(fresh, get_peft_model_state_dict(model))
+    assert torch.equal(logits(fresh), logits(model))
+    fresh.load_state_dict(doubled(model.state_dict()))
+    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    averaged.update_parameters(model)
+    assert torch.equal(logits(averaged.module), logits(model))
+    fresh.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "again").eval()), logits(fresh))
+
+
+def test_only_the_file_holds_checksums(tmp_path):
+    model = wrapped(target_modules=QKV)
+    model.save_pretrained(tmp_path)
+
+    def checksums(state):
+        return {int(value[-1]) for key, value in state.items() if key.endswith(".record")}
+
+    assert 0 not in checksums(load_file(tmp_path / "adapter_model.safetensors"))
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert checksums(get_peft_model_state_dict(model)) == checksums(get_peft_model_state_dict(loaded)) == {0}
+
+
+def test_an_adapter_that_is_still_on_the_meta_device_has_a_state_dict_and_takes_one():
+    model = wrapped()
+    empty = get_peft_model(tiny_llama(), CurloraConfig(r=4, task_type="CAUSAL_LM"), low_cpu_mem_usage=True).eval()
+    state = get_peft_model_state_dict(empty)
+    assert state.keys() == get_peft_model_state_dict(model).keys()
+    set_peft_model_state_dict(empty, get_peft_model_state_dict(model), low_cpu_mem_usage=True)
+    assert torch.equal(logits(empty), logits(model))

@@ -79,7 +79,7 @@ def test_merge_is_within_the_rounding_of_the_quantised_weight(directory, quantis
     model = get_peft_model(load(directory, quantised), CurloraConfig(r=8)).eval()
     randomise(model, std=1.0)
     logits(model)  # bitsandbytes repacks 4 bit weights in the first evaluation
-    layers = dict(model.base_model.layers())
+    layers = dict(model.base_model.adapted_layers())
     before = {name: layer.get_base_weight().clone() for name, layer in layers.items()}
     deltas = {name: layer.get_delta_weight("default") for name, layer in layers.items()}
     model.merge_adapter()
