@@ -105,7 +105,7 @@ def minimal(tmp_path, data, **changes) -> dict:
     task = {"name": "reviews", "kind": "classification", "data": str(data), "text": "sentence"}
     return {
         "name": "unit",
-        "base_model": {"path": str(tmp_path)},
+        "base_model": {"path": str(tmp_path), "dtype": "float32"},
         "storage": str(tmp_path / "runs"),
         "tasks": [task],
         **changes,
@@ -160,7 +160,7 @@ def bench(demo_assets, warm_workers, tmp_path_factory) -> Bench:
     text = next(path for path in demo_assets.tasks.values() if not (path / "labels.json").exists())
     first = {"name": "part", "kind": "classification", "data": str(classification)}
     raw = {
-        "base_model": {"path": str(demo_assets.base_model)},
+        "base_model": {"path": str(demo_assets.base_model), "dtype": "float32"},
         "adapter": {"type": "curlora", "r": 8},
         "training": {"max_steps": 24, "max_length": 48, "learning_rate": 1e-2},
         "resources": {"workers": 2},

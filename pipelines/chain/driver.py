@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pipelines.chain.base_dtype import with_dtype
 from pipelines.chain.plan import Plan, make_plan, planned
 from pipelines.chain.results import build_results
 from pipelines.config.pipeline import PipelineConfig
@@ -100,7 +101,7 @@ def run_chain(
         problems = check_data(config, warn=lambda text: on_event(Event("warning", text=text)))
         if problems:
             raise ConfigError(problems)
-        config, plan = planned(config, run)
+        config, plan = planned(with_dtype(config, run, address), run)
         lease = stack.enter_context(acquire_lease(run))
         run.open_for_writing(config)
         record_start(run, plan.start)

@@ -40,6 +40,15 @@ def find_start(config: PipelineConfig, run: RunDirectory | None = None) -> Start
     return start
 
 
+def dtype_of_start(config: PipelineConfig) -> str | None:
+    """Data type of the base that the step of `start_from` was trained on; None if the chain starts from the base.
+
+    Raises:
+        ConfigError: no such run, step, model or alias.
+    """
+    return _read(config, *_run_and_step(config)).base["dtype"] if config.start_from else None
+
+
 # -- resolution
 def _fault(message: str) -> ConfigError:
     return ConfigError([Problem("start_from", message)])

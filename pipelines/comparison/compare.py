@@ -13,8 +13,10 @@ import math
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pipelines.chain.base_dtype import with_dtype
 from pipelines.chain.driver import run_chain
 from pipelines.chain.plan import make_plan
 from pipelines.comparison.figures import examples_figure, tradeoff_figure
@@ -57,6 +59,7 @@ def compare(
     """
     import ray  # slow
 
+    comparison = _with_dtype(comparison, address)
     configs = {m.name: _parsed(m, comparison.configuration(m)) for m in comparison.methods}
     first = next(iter(configs.values()))
     folder = RunDirectory(f"{first.storage}")
@@ -71,6 +74,15 @@ def compare(
         finally:
             pool.close()
     return summarise(comparison, folder, rates)
+
+
+def _with_dtype(comparison: Comparison, address: str | None) -> Comparison:
+    """The comparison with one explicit `base_model.dtype` for all runs: that of runs that exist, if it says auto."""
+    first = parse_config(comparison.configuration(comparison.methods[0]))
+    runs = (RunDirectory(f"{first.storage}/{name}") for name in RunDirectory(first.storage).list(""))
+    begun = next((run for run in runs if run.exists("config.yaml")), None)
+    base = comparison.raw["base_model"] | {"dtype": with_dtype(first, begun, address).base_model.dtype}
+    return replace(comparison, raw=comparison.raw | {"base_model": base})
 
 
 class GroupPool:
@@ -173,7 +185,7 @@ def validation_loss(results: Results) -> float:
 
 def _run(config: PipelineConfig, group: WorkerGroup, on_event) -> Results | None:
     """Train what a run is missing; its results.json, or None if training failed."""
-    _reuse_base_scores(config, make_plan(config))
+    reuse_base_scores(config, make_plan(config))
     on_event(Event("run", name=config.name))
     try:
         return run_chain(config, on_event, group=group)
@@ -182,7 +194,7 @@ def _run(config: PipelineConfig, group: WorkerGroup, on_event) -> Results | None
         return None
 
 
-def _reuse_base_scores(config: PipelineConfig, plan: Plan) -> None:
+def reuse_base_scores(config: PipelineConfig, plan: Plan) -> None:
     """Copy the scores of the base model from another run; what this run needs in addition is evaluated as usual."""
     run, base_directory = RunDirectory(config.run_uri), plan.base_directory
     if run.metrics(base_directory) or not plan.missing_cells(run)[base_directory]:

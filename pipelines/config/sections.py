@@ -25,8 +25,10 @@ class BaseModelConfig(Section):
 
     path: str = Field(description="Local folder, .gguf file or hub id of a causal language model.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub; null: the default branch.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Data type in which the frozen weights are kept and computed with."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Data type in which the frozen weights are kept and computed with; auto: bfloat16 where the "
+        "workers' device computes in it, else float32. A run keeps what it was begun with.",
     )
     quantization: Literal["8bit", "4bit"] | None = Field(
         None,

@@ -73,7 +73,7 @@ def extract(folder: Path, library: Library) -> list[Passage]:
     """Cleaned docstrings of the package in `folder`, in the order of relative path and line."""
     passages = []
     files = sorted(path.relative_to(folder).parts for path in folder.rglob("*.py"))
-    with _quiet_parser():
+    with quiet_parser():
         for parts in files:
             names = [*parts[:-1], parts[-1].removesuffix(".py")]
             if names[0] in library.skip or _is_private(names[0]) or NOT_TEXT.intersection(names):
@@ -91,7 +91,7 @@ def _is_private(name: str) -> bool:
 
 
 @contextmanager
-def _quiet_parser() -> Iterator[None]:
+def quiet_parser() -> Iterator[None]:
     """Without garbage collection, parsing is a third faster; warnings about other people's escapes are not ours."""
     enabled = gc.isenabled()
     gc.disable()

@@ -120,16 +120,25 @@ def _example_key(example: dict[str, Any]) -> bytes:
 
 def write_language_modeling(folder: Path, passages: list[Passage], preset: Preset) -> dict[str, Any]:
     """Whole passages in three parts of at most the preset's numbers of characters."""
-    train, validation, test = preset.language_modeling_characters
+    return {"kind": "language-modeling", **write_passages(folder, passages, preset.language_modeling_characters)}
+
+
+def write_passages(folder: Path, passages: list[Passage], characters: tuple[int, int, int]) -> dict[str, int]:
+    """Three splits of whole passages, each of at most about so many characters (train, validation, test); their sizes.
+
+    Raises:
+        DemoError: there are too few passages.
+    """
+    train, validation, test = characters
     remaining = by_hash(passages)
     counts = {}
-    for split, characters in (("test", test), ("validation", validation), ("train", train)):
-        chosen, remaining = take_characters(remaining, characters)
+    for split, most in (("test", test), ("validation", validation), ("train", train)):
+        chosen, remaining = take_characters(remaining, most)
         if not chosen:
-            raise DemoError(f"the documentation of {preset.language_modeling.package} has no text for {split}")
+            raise DemoError(f"the documentation that {folder.name} is made of has no text for {split}")
         write_jsonl(folder / f"{split}.jsonl", [{"text": passage.text} for passage in chosen])
         counts[split] = len(chosen)
-    return {"kind": "language-modeling", **counts}
+    return counts
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:

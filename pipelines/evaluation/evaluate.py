@@ -9,6 +9,7 @@ collective operation. The task kind turns the scores of sequences into outcomes 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -22,9 +23,19 @@ from pipelines.metrics import score_matrix
 from pipelines.metrics.answers import majority_rate
 from pipelines.runs.step_record import Cell
 
+Progress = Callable[[int, int, float], None]
+"""Called after every batch with the number of examples scored so far on all ranks, the number of all of them, and the
+share of the tokens that has been computed (long sequences come first, so it is ahead of the share of the examples)."""
+
 
 def evaluate(
-    model: nn.Module, evaluation: EvaluationSet, world: World, batch_tokens: int, role: str, key: str
+    model: nn.Module,
+    evaluation: EvaluationSet,
+    world: World,
+    batch_tokens: int,
+    role: str,
+    key: str,
+    progress: Progress = lambda *_: None,
 ) -> tuple[Cell, list[dict]] | None:
     """Score `evaluation`; (cell, outcomes in order of example) on rank 0, None on the others.
 
@@ -32,7 +43,7 @@ def evaluate(
     "correct", "score", …}`; of text `{"id", "nll", "tokens"}`, summed over the tokens.
     """
     begin = time.perf_counter()
-    scored = score(model, evaluation, world, batch_tokens)
+    scored = score(model, evaluation, world, batch_tokens, progress)
     if scored is None:
         return None
     kind = KINDS[evaluation.kind]
@@ -59,12 +70,24 @@ def evaluate(
     return cell, outcomes
 
 
-def score(model: nn.Module, evaluation: EvaluationSet, world: World, batch_tokens: int) -> list[Scored] | None:
+def score(
+    model: nn.Module,
+    evaluation: EvaluationSet,
+    world: World,
+    batch_tokens: int,
+    progress: Progress = lambda *_: None,
+) -> list[Scored] | None:
     """Scored sequences, unordered, on rank 0; None on the others."""
-    return gather(score_part(model, evaluation, world, batch_tokens), world)
+    return gather(score_part(model, evaluation, world, batch_tokens, progress), world)
 
 
-def score_part(model: nn.Module, evaluation: EvaluationSet, world: World, batch_tokens: int) -> list[Scored]:
+def score_part(
+    model: nn.Module,
+    evaluation: EvaluationSet,
+    world: World,
+    batch_tokens: int,
+    progress: Progress = lambda *_: None,
+) -> list[Scored]:
     """Scored sequences of this rank's share."""
     scorer = KINDS[evaluation.kind].scorer
     if scorer == "choices":
@@ -72,6 +95,9 @@ def score_part(model: nn.Module, evaluation: EvaluationSet, world: World, batch_
     else:
         batches = make_batches(evaluation.items, batch_tokens, evaluation.max_new_tokens)
     run = SCORERS[scorer]
+    tokens = [sum(len(item.input_ids) for item in batch) for batch in batches]
+    examples = len({item.example for item in evaluation.items})
+    seen: set[int] = set()
     was_training = model.training
     model.eval()
     local: list[Scored] = []
@@ -82,5 +108,8 @@ def score_part(model: nn.Module, evaluation: EvaluationSet, world: World, batch_
                 local += run(model, evaluation, batches[mine], world)
             elif world.lockstep:
                 run(model, evaluation, batches[-1], world)
+            done = batches[number : number + world.size]
+            seen.update(item.example for batch in done for item in batch)
+            progress(len(seen), examples, sum(tokens[: number + world.size]) / sum(tokens))
     model.train(was_training)
     return local

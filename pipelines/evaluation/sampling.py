@@ -5,7 +5,7 @@ The samples depend only on the seed and the index of the batch, so they are the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -17,7 +17,14 @@ BATCH = 32  # sequences per forward pass
 
 
 def sample_text(
-    model: nn.Module, rows: int, length: int, start: int, seed: int, world: World, forbidden: Sequence[int] = ()
+    model: nn.Module,
+    rows: int,
+    length: int,
+    start: int,
+    seed: int,
+    world: World,
+    forbidden: Sequence[int] = (),
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> list[tuple[int, ...]]:
     """`rows` sequences of `length` tokens, `start` included, sampled at temperature 1; the same on every rank.
 
@@ -27,6 +34,7 @@ def sample_text(
     Args:
         start: the first token of every sequence.
         forbidden: tokens that are never sampled.
+        progress: called after every batch with the number of rows written so far on all ranks.
     """
     sizes = [min(BATCH, rows - first) for first in range(0, rows, BATCH)]
     mine: dict[int, list[tuple[int, ...]]] = {}
@@ -39,6 +47,7 @@ def sample_text(
                 mine[batch] = _sample(model, sizes[batch], length, start, [seed, batch], world.device, forbidden)
             elif world.lockstep:  # every rank runs the same number of forward passes
                 _sample(model, 1, length, start, [seed, 0], world.device, forbidden)
+            progress(sum(sizes[: number + world.size]))
     model.train(was_training)
     parts: list = [mine]
     if world.size > 1:

@@ -69,8 +69,17 @@ class ChainProgress:
         elif time.time() - self.last_line > LINE_SECONDS:
             self._line(f"{event.task}: {text}")
 
+    def _on_loading(self, event: Event) -> None:
+        self._activity("loading the base model")
+
+    def _on_preparing(self, event: Event) -> None:
+        self._activity(f"preparing {event.task}")
+
+    def _on_writing(self, event: Event) -> None:
+        self._activity("the base writes text to be kept", event)
+
     def _on_evaluating(self, event: Event) -> None:
-        self._chain(f"evaluating {event.name}")
+        self._activity(f"evaluating {event.name}", event)
 
     def _on_resumed(self, event: Event) -> None:
         self._line(f"{event.task}: goes on from the checkpoint after step {event.step}", always=True)
@@ -95,6 +104,20 @@ class ChainProgress:
 
     def _on_warning(self, event: Event) -> None:
         self.console.print(f"[yellow]warning:[/] {escape(event.text)}", highlight=False)
+
+    def _activity(self, what: str, event: Event | None = None) -> None:
+        """Show what the workers do, and how much of it is done: a second bar, or a line now and then."""
+        counted = event is not None and event.count
+        text = f"{whole(event.done)} of {whole(event.count)}" if counted else ""
+        if counted and event.seconds_left is not None:
+            text += f" · {number(event.seconds_left, 0)} s left"
+        self._chain(what)
+        if self.bars and counted:
+            self.bars.update(
+                self.task, description=what, completed=event.done, total=event.count, text=text, visible=True
+            )
+        elif not self.bars and time.time() - self.last_line > LINE_SECONDS:
+            self._line(f"{what}: {text}" if text else what)
 
     def _chain(self, text: str) -> None:
         if self.bars:

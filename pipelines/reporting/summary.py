@@ -270,6 +270,27 @@ def _history_table(results: Results) -> Table:
     return table
 
 
+def side_by_side_table(chains: dict[str, Results]) -> Table:
+    """What each of several chains over the same tasks learned and kept; keys name the chains."""
+    from rich.table import Table  # slow
+
+    table = Table(title="The chains side by side", title_justify="left")
+    table.add_column("task", no_wrap=True)
+    table.add_column("base", justify="right", no_wrap=True)
+    for name in chains:
+        for when in ("learned", "final"):
+            table.add_column(f"{name}\n{when}", justify="right", no_wrap=True)
+    for rows in zip(*(histories(results) for results in chains.values()), strict=True):
+        cells = [number(value) for row in rows for value in (row.learned, row.final)]
+        table.add_row(f"{rows[0].name}, {rows[0].metric} {arrow(rows[0].metric)}", number(rows[0].base), *cells)
+    for label, value_of in (
+        ("perplexity ratio", lambda results: number(results.perplexity_ratio)),
+        ("time", lambda results: duration(results.seconds.total)),
+    ):
+        table.add_row(label, "", *(cell for results in chains.values() for cell in ("", value_of(results))))
+    return table
+
+
 def headline_table(results: Results) -> Table:
     from rich.table import Table  # slow
 

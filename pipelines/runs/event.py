@@ -19,7 +19,8 @@ class Event(Record):
         time: Unix time.
         fingerprint, task, position: the step of the chain that it concerns.
         step, steps: optimizer steps done, and in all (`started`: steps of the chain; `segment_finished`: which).
-        done: steps of the chain that are done already.
+        done: steps of the chain that are done already (`evaluating`: examples; `writing`: rows).
+        count: number of all of what `done` counts.
         seconds: what it took (`published`: the parts of it).
         worker, serial: the writer of a progress record, and the record's number.
     """
@@ -35,6 +36,7 @@ class Event(Record):
     seconds_left: float | None = field(default=None, metadata=OPTIONAL)
     tokens_per_second: float | None = field(default=None, metadata=OPTIONAL)
     done: int | None = field(default=None, metadata=OPTIONAL)
+    count: int | None = field(default=None, metadata=OPTIONAL)
     name: str | None = field(default=None, metadata=OPTIONAL)
     text: str | None = field(default=None, metadata=OPTIONAL)
     error: str | None = field(default=None, metadata=OPTIONAL)

@@ -18,7 +18,14 @@ WHOLE_FILE = 1 << 30  # larger weight files are fingerprinted by samples
 
 
 def base_fingerprint(base: BaseModelConfig) -> str:
-    """Identity of a base: its files' content (samples of very large files), or hub id and commit; dtype; bits."""
+    """Identity of a base: its files' content (samples of very large files), or hub id and commit; dtype; bits.
+
+    Raises:
+        ConfigError: there is no such file or folder.
+        ValueError: the dtype is still auto.
+    """
+    if base.dtype == "auto":
+        raise ValueError("base_model.dtype: auto has no identity; chain/base_dtype.py resolves it first")
     numbers = {"dtype": base.dtype} | ({"quantization": base.quantization} if base.quantization else {})
     if not looks_local(base.path):
         return fingerprint({"hub": base.path, "commit": _hub_commit(base), **numbers})

@@ -57,7 +57,7 @@ def _say(event: Event) -> str:
         "published": "{task} published",
         "failed": "failed: {error}",
         "stopped": "stopped: {reason}",
-        "evaluating": "evaluating {name}",
+        "evaluating": "evaluating {name}" + (", {done} of {count}" if event.count else ""),
         "checkpoint": "{task}: checkpoint at step {step}",
         "step_started": "{task} started",
     }.get(event.kind, event.kind.replace("_", " "))

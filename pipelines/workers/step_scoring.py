@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 
 import torch
 from torch import nn
@@ -42,7 +43,6 @@ class StepScoring:
         ready = contextlib.nullcontext() if training else engine.ready_for_inference(model, work.settings, work.world)
         with ready, work.heartbeat.guard():
             for name in names:
-                work.heartbeat.report("evaluating", directory=directory, name=name)
                 cells += self._cell(model, directory, name)
         bad = [cell.name for cell in cells if not _is_finite(cell)]
         if work.world.sum(len(bad)):  # only rank 0 has the cells, but all ranks must raise
@@ -53,7 +53,14 @@ class StepScoring:
         return cells
 
     def _cell(self, model: nn.Module, directory: str, name: str) -> list[Cell]:
-        work = self.work
+        work, begun = self.work, time.monotonic()
+        work.heartbeat.report("evaluating", directory=directory, name=name)
+
+        def progress(done: int, count: int, share: float) -> None:
+            left = (time.monotonic() - begun) * (1 - share) / share
+            numbers = {"done": done, "count": count, "seconds_left": left}
+            work.heartbeat.report("evaluating", directory=directory, name=name, **numbers)
+
         result = evaluate(
             model,
             self.resident.evaluation_set(name),
@@ -61,6 +68,7 @@ class StepScoring:
             work.config.evaluation.batch_tokens,
             role="task" if name in {task.name for task in work.config.tasks} else "retention",
             key=work.assignment.cell_keys[name],
+            progress=progress,
         )
         if result is None:
             return []

@@ -168,14 +168,18 @@ class StepTraining:
     def _sample_text(self, model: nn.Module, rows: int, length: int) -> list[tuple[int, ...]]:
         """Unconditional samples from the model, for strategies, before a step is trained."""
         work, tokenizer = self.work, self.resident.tokenizer
-        work.heartbeat.report("writing", rows=rows)
+
+        def progress(done: int) -> None:
+            work.heartbeat.report("writing", done=done, count=rows)
+
+        progress(0)
         ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
         start = next(token for token in ends if token is not None)
         forbidden = [tokenizer.pad_token_id] if tokenizer.pad_token_id not in (None, *ends[:2]) else []
         length = min(length, work.config.training.max_length, self.resident.context)
         seed = work.config.training.seed
         with engine.ready_for_inference(model, work.settings, work.world), work.heartbeat.guard():
-            return sample_text(model, rows, length, start, seed, work.world, forbidden)
+            return sample_text(model, rows, length, start, seed, work.world, forbidden, progress)
 
     def _trainer(
         self,

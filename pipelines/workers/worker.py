@@ -33,6 +33,7 @@ from pipelines.runs.step_record import Cell, Seconds, Setting, Split, StepRecord
 from pipelines.workers.assignment import Assignment, Queue
 from pipelines.workers.context import WorkContext
 from pipelines.workers.control import Control
+from pipelines.workers.device import slow_dtype
 from pipelines.workers.failures import CONCERTED, explain, is_permanent
 from pipelines.workers.heartbeat import Heartbeat
 from pipelines.workers.resident_model import ResidentModel
@@ -140,6 +141,8 @@ class Segment:
     def run(self) -> None:
         work = self.work
         work.event("segment_started", world_size=work.world.size)
+        if warning := slow_dtype(work.config, work.world.device.type):
+            work.event("warning", text=warning)
         self._score_finished_steps()
         for plan in work.assignment.steps:
             self.control.stop_if_requested()

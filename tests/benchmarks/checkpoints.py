@@ -27,7 +27,7 @@ def measure(model: str, data: str, strategy: str, root: Path) -> dict:
     task = {"kind": "language-modeling", "data": data, "documents": "joined"}
     config = {
         "name": strategy,
-        "base_model": {"path": model},
+        "base_model": {"path": model, "dtype": "float32"},
         "storage": str(root),
         "strategy": {"name": strategy},
         "training": {"max_steps": 40, "batch_size": 16, "max_length": 128},

@@ -36,7 +36,7 @@ def main() -> None:
     config = parse_config(
         {
             "name": "choices",
-            "base_model": {"path": arguments.model},
+            "base_model": {"path": arguments.model, "dtype": "float32"},
             "tasks": [task],
             "training": {"max_length": 128},
             "evaluation": {"max_examples": arguments.rows},

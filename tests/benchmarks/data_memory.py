@@ -39,7 +39,7 @@ def prepare(model: str, folder: str) -> None:
     from pipelines.preflight.data import check_data
 
     task = {"name": "rows", "kind": "classification", "data": folder}
-    config = parse_config({"name": "memory", "base_model": {"path": model}, "tasks": [task]})
+    config = parse_config({"name": "memory", "base_model": {"path": model, "dtype": "float32"}, "tasks": [task]})
     problems = check_data(config)
     assert not problems, problems
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)

@@ -93,7 +93,7 @@ def write_config(folder: Path, root: Path, tasks: int, carry: str, strategy: str
     task = {"kind": "classification", "text": "sentence"}
     config = {
         "name": "scale",
-        "base_model": {"path": str(folder / "base")},
+        "base_model": {"path": str(folder / "base"), "dtype": "float32"},
         "storage": str(root),
         "adapter": {"type": "curlora", "r": 2, "carry": carry},
         "strategy": STRATEGIES[strategy],

@@ -37,7 +37,7 @@ def write_config(model: str, data: str, root: Path, workers: int) -> Path:
     task = {"kind": "language-modeling", "data": data, "documents": "joined"}
     config = {
         "name": "startup",
-        "base_model": {"path": model},
+        "base_model": {"path": model, "dtype": "float32"},
         "storage": str(root),
         "training": {"max_steps": 10, "batch_size": 16, "max_length": 128},
         "resources": {"workers": workers},

@@ -139,7 +139,12 @@ def here(arguments: argparse.Namespace, adapter: str) -> dict:
     training = TrainingConfig(max_steps=arguments.steps, batch_size=arguments.batch, learning_rate=1e-3)
     task = {"name": "text", "kind": "language-modeling", "data": "."}
     config = parse_config(
-        {"name": "x", "base_model": {"path": "."}, "tasks": [task], "training": training.model_dump()}
+        {
+            "name": "x",
+            "base_model": {"path": ".", "dtype": "float32"},
+            "tasks": [task],
+            "training": training.model_dump(),
+        }
     )
     model, strategy = adapted(arguments, adapter), Sequential()
     strategy.before_task(model, TaskContext("text", 1, 0, examples))

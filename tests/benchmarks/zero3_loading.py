@@ -98,7 +98,7 @@ def load(model: str, stage: str, rank: int, port: str) -> None:
 
     engine.prepare_environment()
     task = {"name": "none", "kind": "language-modeling", "data": "."}
-    raw = {"name": "loading", "base_model": {"path": model}, "tasks": [task], "deepspeed": stage}
+    raw = {"name": "loading", "base_model": {"path": model, "dtype": "float32"}, "tasks": [task], "deepspeed": stage}
     world = World(rank, WORKERS, torch.device("cpu"), lockstep=stage == "zero3")
     config = PipelineConfig.model_validate(raw)
     settings = zero_settings.complete_settings(config, WORKERS)

@@ -35,7 +35,11 @@ def config(shared, tmp_path_factory):
         {"name": "read", "kind": "language-modeling"},
         {"name": "stream", "kind": "language-modeling", "documents": "joined"},
     ]
-    raw = {"name": "x", "base_model": {"path": str(shared / "models" / "tiny-llama")}, "training": {"max_length": 64}}
+    raw = {
+        "name": "x",
+        "base_model": {"path": str(shared / "models" / "tiny-llama"), "dtype": "float32"},
+        "training": {"max_length": 64},
+    }
     return parse_config(raw | {"tasks": [task | {"data": str(folder)} for task in tasks]})
 
 

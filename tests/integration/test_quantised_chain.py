@@ -53,7 +53,7 @@ def test_it_learns_and_keeps_the_base_quantised(bench, chain):
 def test_an_adapter_loads_alone_on_the_quantised_base_and_merges_into_the_whole_one(bench, chain, tmp_path):
     bits, results, run = chain
     test = bench.metrics(results, 1)["self_test"]
-    base = load_base(BaseModelConfig(path=bench.raw["base_model"]["path"], quantization=bits))
+    base = load_base(BaseModelConfig(path=bench.raw["base_model"]["path"], dtype="float32", quantization=bits))
     folder = run.download(results["steps"][1]["directory"], tmp_path / "step")
     alone = peft.PeftModel.from_pretrained(base, str(folder / "adapter"))
     assert last_logits(alone, test) == pytest.approx(test["last_logits"], abs=1e-5)

@@ -45,7 +45,7 @@ def make_config(
     """A valid configuration with its base and data; `changes` replace whole sections."""
     raw = {
         "name": name,
-        "base_model": {"path": str(folder / "tiny-llama")},
+        "base_model": {"path": str(folder / "tiny-llama"), "dtype": "float32"},
         "storage": str(folder / "runs"),
         "adapter": {"type": "curlora", "r": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]},
         "training": {"learning_rate": 3e-3, "epochs": 2},

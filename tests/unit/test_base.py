@@ -42,7 +42,7 @@ def test_quantised_weights_take_the_bytes_that_are_said_and_give_the_same_gradie
     directory, bits
 ):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    model = load_base(BaseModelConfig(path=directory, quantization=bits))
+    model = load_base(BaseModelConfig(path=directory, dtype="float32", quantization=bits))
     layer = model.get_decoder().layers[0].mlp.down_proj
     assert layer.weight.numel() * layer.weight.element_size() == 64 * 128 // (2 if bits == "4bit" else 1)
     ids = torch.arange(3, 11)[None]
@@ -63,7 +63,10 @@ def gradient(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_number_of_bits_belongs_to_the_identity_of_a_base(directory):
-    found = {base_fingerprint(BaseModelConfig(path=directory, quantization=bits)) for bits in (None, "8bit", "4bit")}
+    found = {
+        base_fingerprint(BaseModelConfig(path=directory, dtype="float32", quantization=bits))
+        for bits in (None, "8bit", "4bit")
+    }
     assert len(found) == 3
 
 

@@ -111,9 +111,10 @@ def test_broken_yaml_is_one_clear_problem(tmp_path, text):
 
 
 def test_shipped_configurations_are_valid_and_name_nothing_outside_themselves(monkeypatch):
-    monkeypatch.setenv("CURLORA_DEMO", "/somewhere")
+    for variable in ("CURLORA_DEMO", "CURLORA_DEMO_BASE"):
+        monkeypatch.setenv(variable, "/somewhere/of-its-own")
     files = {file.stem: file for file in CONFIGS.glob("*.yaml")}
-    assert files.keys() == {"demo", "paper-gpt2-large", "paper-mistral-7b", "llama-70b"}
+    assert files.keys() == {"demo", "demo-smollm2", "paper-gpt2-large", "paper-mistral-7b", "llama-70b"}
     for name, file in files.items():
         config = load_config(file)
         assert config.name == name
@@ -122,7 +123,8 @@ def test_shipped_configurations_are_valid_and_name_nothing_outside_themselves(mo
 
 
 @pytest.mark.parametrize("file", sorted(TEST_CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_configurations_of_the_tests_are_valid_and_bear_the_name_of_their_file(file):
+def test_configurations_of_the_tests_are_valid_and_bear_the_name_of_their_file(file, monkeypatch):
+    monkeypatch.setenv("SMOLLM2", "/somewhere")
     assert load_config(file).name == file.stem
 
 

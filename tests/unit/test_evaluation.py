@@ -54,6 +54,18 @@ def test_nll_is_that_of_the_plain_computation_for_any_batch_size(model, tokenize
     assert cell.perplexity == pytest.approx(np.exp(cell.value))
 
 
+def test_progress_reaches_all_examples_and_all_tokens(model, tokenizer):
+    heads.attach_heads(model, {"reviews": 2}, seed=0)
+    seen = []
+    rows = classifier_set(sequences(30, len(tokenizer)), [i % 2 for i in range(30)])
+    evaluate(model, rows, ALONE, 40, "task", "k", progress=lambda *numbers: seen.append(numbers))
+    assert len(seen) > 5
+    assert [done for done, *_ in seen] == sorted({done for done, *_ in seen})
+    assert {count for _, count, _ in seen} == {30}
+    assert seen[-1] == (30, 30, 1.0)
+    assert 0 < seen[0][2] < 1
+
+
 def test_padding_never_changes_a_score(model, tokenizer):
     heads.attach_heads(model, {"reviews": 2}, seed=0)
     ids = sequences(30, len(tokenizer))

@@ -54,7 +54,7 @@ def logits(model) -> torch.Tensor:
 
 def test_float32_weights_come_back_bit_by_bit(tmp_path, wide, tokenizer):
     file = write_gguf(tmp_path / "m.gguf", wide, tokenizer)
-    loaded = load_base(BaseModelConfig(path=str(file)), torch.device("cpu"))
+    loaded = load_base(BaseModelConfig(path=str(file), dtype="float32"), torch.device("cpu"))
     found, expected = loaded.state_dict(), wide.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -67,7 +67,7 @@ def test_quantised_weights_are_dequantised_to_the_dtype_asked_for(tmp_path, wide
     file = str(write_gguf(tmp_path / "m.gguf", wide, tokenizer, "Q8_0"))
     exact = rounded(wide, "Q8_0")
     assert not torch.equal(logits(exact), before)
-    whole = load_base(BaseModelConfig(path=file)).state_dict()
+    whole = load_base(BaseModelConfig(path=file, dtype="float32")).state_dict()
     assert all(torch.equal(whole[name], weight) for name, weight in exact.state_dict().items())
     half = load_base(BaseModelConfig(path=file, dtype="bfloat16")).state_dict()
     assert all(torch.equal(half[name], weight.bfloat16()) for name, weight in exact.state_dict().items())
@@ -75,7 +75,7 @@ def test_quantised_weights_are_dequantised_to_the_dtype_asked_for(tmp_path, wide
 
 def test_the_tokenizer_comes_from_the_file_with_its_chat_template(tmp_path, wide, tokenizer):
     file = write_gguf(tmp_path / "m.gguf", wide, tokenizer, template=TEMPLATE)
-    found = load_tokenizer(BaseModelConfig(path=str(file)))
+    found = load_tokenizer(BaseModelConfig(path=str(file), dtype="float32"))
     for text in ("the film is good", "the  plot, née:\n 12 jokes!", "<s>a warm story</s>"):
         assert found(text).input_ids == tokenizer(text).input_ids
     assert found.chat_template == TEMPLATE
@@ -83,7 +83,7 @@ def test_the_tokenizer_comes_from_the_file_with_its_chat_template(tmp_path, wide
 
 
 def test_it_is_converted_once_and_described_without_its_weights(tmp_path, wide, tokenizer, cache):
-    base = BaseModelConfig(path=str(write_gguf(tmp_path / "m.gguf", wide, tokenizer)))
+    base = BaseModelConfig(path=str(write_gguf(tmp_path / "m.gguf", wide, tokenizer)), dtype="float32")
     first = Path(described(base).path)
     assert not list(cache.rglob("*.safetensors"))
     folder = Path(converted(base).path)
@@ -98,7 +98,7 @@ def test_it_is_converted_once_and_described_without_its_weights(tmp_path, wide, 
 def test_a_conversion_that_breaks_off_leaves_nothing(tmp_path, wide, tokenizer, cache):
     file = write_gguf(tmp_path / "m.gguf", wide, tokenizer, leave_out=("blk.1.ffn_up.weight",))
     with pytest.raises(ConfigError, match=r"m.gguf': lacks weights \(model.layers.1.mlp.up_proj.weight\)"):
-        converted(BaseModelConfig(path=str(file)))
+        converted(BaseModelConfig(path=str(file), dtype="float32"))
     assert [path.name for path in next((cache / "gguf").iterdir()).iterdir()] == ["description"]
 
 
@@ -106,20 +106,22 @@ def test_a_base_is_known_by_the_content_of_its_file(tmp_path, wide, tokenizer):
     file = write_gguf(tmp_path / "m.gguf", wide, tokenizer)
     same = tmp_path / "renamed.GGUF"
     same.write_bytes(file.read_bytes())
-    found = base_fingerprint(BaseModelConfig(path=str(file)))
-    assert base_fingerprint(BaseModelConfig(path=str(same))) == found
+    found = base_fingerprint(BaseModelConfig(path=str(file), dtype="float32"))
+    assert base_fingerprint(BaseModelConfig(path=str(same), dtype="float32")) == found
     assert base_fingerprint(BaseModelConfig(path=str(file), dtype="bfloat16")) != found
     with torch.no_grad():
         wide.model.norm.weight[0] += 1
     write_gguf(file, wide, tokenizer)
-    changed = BaseModelConfig(path=str(file))
+    changed = BaseModelConfig(path=str(file), dtype="float32")
     assert base_fingerprint(changed) != found
     assert load_base(changed).model.norm.weight[0] == wide.model.norm.weight[0]
 
 
 def configuration(tmp_path, reviews, file) -> str:
     path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump(minimal(tmp_path, reviews, base_model={"path": str(file)}, tracking=None)))
+    path.write_text(
+        yaml.safe_dump(minimal(tmp_path, reviews, base_model={"path": str(file), "dtype": "float32"}, tracking=None))
+    )
     return str(path)
 
 
@@ -178,7 +180,7 @@ def test_what_cannot_be_read_is_said_with_a_remedy(tmp_path, reviews, wide, toke
     expected["rope.gguf"] = "scales its rotary positions (rope_freqs.weight)"
     for name, words in expected.items():
         with pytest.raises(ConfigError) as raised:
-            described(BaseModelConfig(path=str(tmp_path / name)))
+            described(BaseModelConfig(path=str(tmp_path / name), dtype="float32"))
         (problem,) = raised.value.problems
         assert words in problem.message
         assert "\n" not in problem.message
@@ -194,12 +196,12 @@ def test_a_worker_of_another_rank_than_0_converts_as_well(tmp_path, wide, tokeni
     wide.save_pretrained(tmp_path / "nothing")
     assert not (tmp_path / "nothing" / "model.safetensors").exists()
     file = write_gguf(tmp_path / "m.gguf", wide, tokenizer)
-    assert Path(converted(BaseModelConfig(path=str(file))).path, "model.safetensors").exists()
+    assert Path(converted(BaseModelConfig(path=str(file), dtype="float32")).path, "model.safetensors").exists()
 
 
 def test_a_conversion_that_fails_is_one_line(tmp_path, wide, tokenizer, cache, monkeypatch):
     file = write_gguf(tmp_path / "m.gguf", wide, tokenizer)
-    base = BaseModelConfig(path=str(file))
+    base = BaseModelConfig(path=str(file), dtype="float32")
     described(base)
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(

@@ -8,11 +8,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
     ("errors", "metrics"),
-    ("config", "demo"),
+    ("config",),
     ("distributed", "runs"),
     ("data",),
     ("models",),
-    ("preflight", "bases", "lineage", "evaluation", "training"),
+    ("preflight", "bases", "demo", "lineage", "evaluation", "training"),
     ("reporting",),
     ("workers", "promotion", "inference"),
     ("search",),

@@ -53,7 +53,11 @@ def trained(tmp_path, model, tokenizer):
     data.mkdir()
     for split in ("train", "test"):
         write_jsonl(data / f"{split}.jsonl", ROWS)
-    raw = {"name": "run", "base_model": {"path": str(tmp_path / "base")}, "storage": str(tmp_path / "runs")}
+    raw = {
+        "name": "run",
+        "base_model": {"path": str(tmp_path / "base"), "dtype": "float32"},
+        "storage": str(tmp_path / "runs"),
+    }
     raw |= {"adapter": {"type": "curlora", "r": 4}, "training": {"max_length": 40}}
     raw["tasks"] = [task | {"data": str(data)} for task in TASKS]
     config = parse_config(raw)

@@ -73,7 +73,7 @@ def raw(tmp_path, model, tokenizer) -> dict:
         "max_attempts": 2,
     }
     tracking = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "register_as": "model"}
-    base = {"path": str(tmp_path / "base")}
+    base = {"path": str(tmp_path / "base"), "dtype": "float32"}
     return minimal(
         tmp_path,
         "",

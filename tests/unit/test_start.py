@@ -5,6 +5,7 @@ import shutil
 import pytest
 from sample_run import make_config, make_run
 
+from pipelines.chain.base_dtype import with_dtype
 from pipelines.chain.driver import run_chain
 from pipelines.chain.plan import make_plan
 from pipelines.chain.results import build_results
@@ -35,7 +36,7 @@ def raw(tmp_path, reviews):
         for split in ("train", "test"):
             write_jsonl(tmp_path / name / f"{split}.jsonl", [{"text": f"the text of {name}"}])
         tasks.append({"name": name, "kind": "language-modeling", "data": str(tmp_path / name)})
-    return minimal(tmp_path, reviews, tasks=tasks, base_model={"path": str(base)}, tracking=None)
+    return minimal(tmp_path, reviews, tasks=tasks, base_model={"path": str(base), "dtype": "float32"}, tracking=None)
 
 
 def finish(raw) -> RunDirectory:
@@ -157,7 +158,7 @@ def test_what_does_not_fit_names_field_value_and_remedy(raw, earlier, changes, e
 def test_another_base_is_refused(raw, earlier, tmp_path):
     shutil.copytree(tmp_path / "base", tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").write_bytes(b"others")
-    found = problem(after(raw, earlier, "second", base_model={"path": str(tmp_path / "other")}))
+    found = problem(after(raw, earlier, "second", base_model={"path": str(tmp_path / "other"), "dtype": "float32"}))
     assert f"set base_model.path: {tmp_path / 'base'}" in found
 
 
@@ -191,3 +192,10 @@ def test_a_start_that_is_gone_is_told_before_any_worker_starts(tmp_path):
     first.remove(f"{step.directory}/metrics.json")
     with pytest.raises(RunDirectoryError, match=r"start_from: .*metrics\.json is missing"):
         run_chain(config, group=object())
+
+
+def test_auto_takes_the_dtype_of_the_step_that_a_chain_starts_from(raw):
+    earlier = finish(raw | {"name": "earlier"})
+    config = parse_config(after(raw, earlier, "second", base_model={"path": raw["base_model"]["path"]}))
+    assert config.base_model.dtype == "auto"
+    assert with_dtype(config).base_model.dtype == "float32"

@@ -74,6 +74,40 @@ def test_progress_without_a_terminal_is_plain_lines():
     assert "\x1b" not in out.getvalue()
 
 
+def test_evaluation_says_how_much_is_scored_and_how_long_it_takes():
+    out = io.StringIO()
+    with ChainProgress(Console(file=out, width=200), 2, "chain") as progress:
+        for done in (16, 32):
+            progress.last_line = 0.0
+            progress(Event("evaluating", name="mrpc", done=done, count=1725, seconds_left=61.6))
+        progress(Event("evaluating", name="mrpc", done=48, count=1725, seconds_left=60.0))  # too soon for a line
+        progress.last_line = 0.0
+        progress(Event("loading"))
+    assert out.getvalue().splitlines()[1:] == [
+        "evaluating mrpc: 16 of 1,725 · 62 s left",
+        "evaluating mrpc: 32 of 1,725 · 62 s left",
+        "loading the base model",
+    ]
+
+
+def test_a_terminal_shows_evaluation_as_a_bar():
+    out = io.StringIO()
+    with ChainProgress(Console(file=out, width=200, force_terminal=True), 2, "chain") as progress:
+        progress(Event("evaluating", name="mrpc", done=16, count=64, seconds_left=3.0))
+        bar = progress.bars.tasks[progress.task]
+        assert (bar.completed, bar.total, bar.visible) == (16, 64, True)
+        assert bar.fields["text"] == "16 of 64 · 3 s left"
+
+
+def test_status_says_how_much_is_scored(tmp_path):
+    run = RunDirectory(str(tmp_path / "run"))
+    run.write_json("progress.json", {"kind": "evaluating", "name": "mrpc", "time": time.time()})
+    assert run_status(run)["last"].startswith("evaluating mrpc (")
+    progress = {"kind": "evaluating", "name": "mrpc", "done": 16, "count": 64, "time": time.time()}
+    run.write_json("progress.json", progress)
+    assert run_status(run)["last"].startswith("evaluating mrpc, 16 of 64 (")
+
+
 def test_doctor_finds_this_environment_fit():
     findings = {finding.subject: finding for finding in examine()}
     assert not [f for f in findings.values() if f.level == "error"]

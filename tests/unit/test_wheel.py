@@ -18,7 +18,10 @@ PACKAGES = ("curlora", "pipelines", "cluster")
 DATA = {
     "pipelines/comparison/methods.yaml",
     *(str(file.relative_to(ROOT)) for file in (ROOT / "pipelines" / "reporting" / "templates").iterdir()),
-    *(f"pipelines/configs/{name}.yaml" for name in ("demo", "llama-70b", "paper-gpt2-large", "paper-mistral-7b")),
+    *(
+        f"pipelines/configs/{name}.yaml"
+        for name in ("demo", "demo-smollm2", "llama-70b", "paper-gpt2-large", "paper-mistral-7b")
+    ),
     *(f"cluster/deepspeed/{name}.json" for name in ("zero1", "zero2", "zero3", "zero3-offload")),
 }
 

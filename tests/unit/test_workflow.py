@@ -30,7 +30,14 @@ def raw(tmp_path, reviews):
     verbalizer = {"name": "second", "head": "verbalizer", "prompt": "{sentence}:"}
     tasks = [first, first | verbalizer, {"name": "third", "kind": "language-modeling", "data": str(text)}]
     retention = [{"name": "wiki", "data": str(text)}]
-    return minimal(tmp_path, reviews, tasks=tasks, retention=retention, base_model={"path": str(base)}, tracking=None)
+    return minimal(
+        tmp_path,
+        reviews,
+        tasks=tasks,
+        retention=retention,
+        base_model={"path": str(base), "dtype": "float32"},
+        tracking=None,
+    )
 
 
 def fingerprints(raw) -> list[str]:
