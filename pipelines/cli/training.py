@@ -31,8 +31,8 @@ def demo(overrides: tuple[str, ...], as_json: bool, verbose: bool, base: str | N
     Pretrains a small model once on the documentation of the installed packages, then trains it on the documentation of
     four libraries, one after another.
 
-    With --base the model is a real one, and there are two chains over three other tasks: one plain, one with a strategy
-    that protects what was learned.
+    With --base the model is a real one, and there are two chains over three other tasks: a plain one, and one with a
+    strategy that protects what was learned.
 
     \b
     Example:  curlora demo
