@@ -23,7 +23,7 @@ from pipelines.demo.tasks import by_hash, take_characters, write_jsonl, write_pa
 from pipelines.errors import DemoError
 
 SUMMARY_WORDS = range(4, 16)
-CODE_CHARACTERS = 320  # of a function to sum up, some 100 tokens
+CODE_CHARACTERS = 400  # of a function to sum up, some 120 tokens
 PASSAGE_CHARACTERS = 200
 MARKUP = re.compile(r"`+|:\w+:(?=`)")
 SENTENCE = re.compile(r"[A-Z][^:>\\]*\.")
@@ -159,7 +159,7 @@ def functions(folder: Path) -> Iterator[tuple[str, str]]:
     with quiet_parser():
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).parts
-            if any("test" in part or part.startswith("_") for part in parts):
+            if any("test" in part for part in parts):
                 continue
             try:
                 tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
