@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipelines.data.node_cache import node_lock, published
 from pipelines.demo.build import MANIFEST, DemoAssets
+from pipelines.demo.cleaning import is_repetition
 from pipelines.demo.corpus import Passage, extract, installed_version, locate, quiet_parser
 from pipelines.demo.presets import RAY, SCIPY, SQLALCHEMY, SYMPY, Library, Progress, no_progress
 from pipelines.demo.tasks import by_hash, take_characters, write_jsonl, write_passages
@@ -83,9 +84,11 @@ def _write(folder: Path, sizes: Sizes, progress: Progress) -> None:
     """Write tasks, retention text and, last, the manifest."""
     sources = [*sizes.libraries, sizes.text, *sizes.retention]
     passages: dict[str, list[Passage]] = {}
+    seen: set[int] = set()
     for done, library in enumerate(sources):
         progress(done, len(sources), f"reading the documentation of {library.package}")
-        passages[library.package] = by_hash(extract(_folder(library), library))
+        found = extract(_folder(library), library)
+        passages[library.package] = by_hash(p for p in found if not is_repetition(p.text, seen))
     tasks, name = folder / "tasks", sizes.text.package
     retained = by_hash(p for library in sizes.retention for p in passages[library.package])
     held_out, _ = take_characters(retained, sizes.retention_characters)
