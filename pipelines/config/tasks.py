@@ -100,6 +100,11 @@ class LanguageModelingTask(TaskSource):
         return "nll"
 
 
+def _without_default_chat(identity: dict) -> dict:
+    """An identity as it was before there was the field `chat`, where it is not set."""
+    return identity if identity["chat"] else {name: value for name, value in identity.items() if name != "chat"}
+
+
 class GenerationTask(TaskSource):
     """An answer written after a prompt: two templates, or a field with chat messages whose last one is the answer."""
 
@@ -112,6 +117,11 @@ class GenerationTask(TaskSource):
         None,
         description="Field with [{role, content}, …], rendered by the tokenizer's chat template; null: prompt and "
         "completion are used.",
+    )
+    chat: bool = Field(
+        False,
+        description="Make prompt the user's message and completion the assistant's answer, in the tokenizer's chat "
+        "template.",
     )
     max_new_tokens: int = Field(32, gt=0, description="Longest answer in an evaluation, in tokens.")
     metric: Literal[tuple(GENERATION_METRICS)] = Field(
@@ -131,7 +141,15 @@ class GenerationTask(TaskSource):
             raise ValueError(
                 'prompt and completion belong together, e.g. prompt: "Q: {question}\\nA:", completion: "{answer}"'
             )
+        if self.chat and self.messages:
+            raise ValueError("chat belongs to prompt and completion, messages are a chat already; remove chat")
         return self
+
+    def training_identity(self) -> dict:
+        return _without_default_chat(super().training_identity())
+
+    def scoring_identity(self) -> dict:
+        return _without_default_chat(super().scoring_identity())
 
 
 class MultipleChoiceTask(TaskSource):

@@ -71,7 +71,7 @@ def test_a_second_call_reads_nothing(assets, cache, monkeypatch):
 
 def test_a_missing_library_is_named(cache):
     sizes = replace(SIZES, text=Library("no-such-distribution", "no_such_package"))
-    with pytest.raises(DemoError, match="'no_such_package'.* pip install no-such-distribution"):
+    with pytest.raises(DemoError, match=r"'no_such_package'.* pip install no-such-distribution"):
         pretrained.prepare_tasks(Path("base"), cache, sizes=sizes)
     assert len(list(cache.glob("pretrained-*"))) == 1
 

@@ -14,6 +14,7 @@ from pipelines.data.kinds.base import EvaluationSet, Scored
 from pipelines.data.kinds.multiple_choice import right_choice
 from pipelines.data.sets import evaluation_set, training_examples
 from pipelines.distributed.world import World
+from pipelines.errors import ConfigError
 from pipelines.evaluation.batching import make_question_batches
 from pipelines.evaluation.evaluate import evaluate, score, score_part
 from pipelines.evaluation.scorers import greedy, sequence_nll
@@ -80,6 +81,34 @@ def test_chat_is_put_into_words_by_the_tokenizers_template(config_of, tokenizer,
     assert tokenizer.decode(evaluation.items[0].input_ids) == whole.removesuffix("dull</s>")
     assert evaluation.references == ("dull",)
     assert tokenizer.eos_token_id in evaluation.stops
+
+
+def test_prompt_and_completion_are_a_chat_where_asked(config_of, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    task = GENERATION | {"prompt": "{question}", "chat": True}
+    examples, evaluation = sets(config_of(QUESTIONS, **task), tokenizer)
+    assert tokenizer.decode(examples[0].input_ids) == "<s>user\nthe plot is</s><s>assistant\ndull</s>"
+    assert tokenizer.decode([label for label in examples[0].labels if label != IGNORE]) == "dull</s>"
+    assert tokenizer.decode(evaluation.items[0].input_ids) == "<s>user\nthe plot is</s><s>assistant\n"
+    assert evaluation.references == ("dull", "slow")
+    assert tokenizer.eos_token_id in evaluation.stops
+
+
+def test_a_chat_needs_a_template(config_of, tokenizer):
+    task = config_of(QUESTIONS, **GENERATION, chat=True).tasks[0]
+    (problem,) = kind_of(task).task_problems(task, Encoder(tokenizer, 60))
+    assert problem.startswith("chat: true needs a chat template")
+
+
+def test_a_field_with_a_chat_is_not_made_one_again(config_of):
+    with pytest.raises(ConfigError, match="messages are a chat already; remove chat"):
+        config_of(QUESTIONS, kind="generation", messages="messages", chat=True)
+
+
+def test_a_task_without_chat_has_the_identity_that_it_had_before_there_was_one(config_of):
+    plain, chat = (config_of(QUESTIONS, **GENERATION, chat=chat).tasks[0] for chat in (False, True))
+    assert "chat" not in plain.training_identity() | plain.scoring_identity()
+    assert chat.training_identity()["chat"] and chat.scoring_identity()["chat"]
 
 
 @pytest.mark.parametrize("max_length", [8, 12])

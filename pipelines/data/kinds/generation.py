@@ -2,7 +2,7 @@
 
 A row looks like `{"question": "…", "answer": "…"}` for the templates `prompt` and `completion`, or like
 `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}`, rendered by the tokenizer's
-chat template; the last message is the answer.
+chat template; the last message is the answer. `chat: true` renders prompt and completion by it as well.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ class Generation(Kind):
             yield from answer_problems(task.messages, row[task.messages])
 
     def task_problems(self, task: GenerationTask, encoder: Encoder | None) -> Iterator[str]:
-        if encoder is None or not task.messages:
+        if encoder is None or not _is_chat(task):
             return
         if not encoder.tokenizer.chat_template:
-            yield "messages needs a chat template, the tokenizer has none; use prompt and completion or another base"
+            field = "messages" if task.messages else "chat: true"
+            yield f"{field} needs a chat template, the tokenizer has none; use prompt and completion or another base"
 
     def text(self, task: GenerationTask, row: Row) -> str:
         if task.messages:
@@ -89,13 +90,13 @@ class Generation(Kind):
                 number += 1
 
     def _prompts(self, task: GenerationTask, rows: list[dict], encoder: Encoder) -> list[list[int]]:
-        if task.messages:  # the template writes the special tokens itself
-            return encoder.bare([_chat(encoder, _asked(row[task.messages]), True) for row in rows])
+        if _is_chat(task):  # the template writes the special tokens itself
+            return encoder.bare([_chat(encoder, _asked(_messages(task, row)), True) for row in rows])
         return encoder.prompts([fill(task.prompt, row) for row in rows])
 
     def _completions(self, task: GenerationTask, rows: list[dict], encoder: Encoder) -> list[list[int]]:
-        if task.messages:
-            return encoder.bare([_chat_answer(encoder, row[task.messages]) for row in rows])
+        if _is_chat(task):
+            return encoder.bare([_chat_answer(encoder, _messages(task, row, answered=True)) for row in rows])
         answers = encoder.answers(task.prompt, [fill(task.completion, row) for row in rows])
         return [[*answer, encoder.end] for answer in answers]
 
@@ -106,7 +107,7 @@ class Generation(Kind):
 
     def settings(self, task: GenerationTask, encoder: Encoder) -> dict[str, Any]:
         stops = {encoder.end}
-        if task.messages:
+        if _is_chat(task):
             special = set(encoder.tokenizer.all_special_ids)
             stops |= special.intersection(encoder.bare([_chat_answer(encoder, list(PROBE_CHAT))])[0])
         return {"max_new_tokens": task.max_new_tokens, "stops": tuple(sorted(stops))}
@@ -136,6 +137,19 @@ class Generation(Kind):
     def summary(self, evaluation: EvaluationSet, outcomes: Sequence[dict]) -> Summary:
         means = {name: score_matrix.mean(o[name] for o in outcomes) for name in metrics_answers.GENERATION_METRICS}
         return Summary(means[evaluation.metric], extras=means)
+
+
+def _is_chat(task: GenerationTask) -> bool:
+    """Whether rows are rendered by the chat template."""
+    return bool(task.messages or task.chat)
+
+
+def _messages(task: GenerationTask, row: Mapping[str, Any], answered: bool = False) -> list[dict]:
+    """A row's chat; `answered`: with the assistant's answer, where prompt and completion make it."""
+    if task.messages:
+        return row[task.messages]
+    asked = [{"role": "user", "content": fill(task.prompt, row)}]
+    return [*asked, {"role": "assistant", "content": fill(task.completion, row)}] if answered else asked
 
 
 def _example(number: int, prompt: list[int], answer: list[int], encoder: Encoder) -> Encoded:
