@@ -20,6 +20,7 @@ from . import cur
 from . import record as records
 from .core import CoreSettings, CurloraCore
 from .functional import cur_linear, cur_residual
+from .rounding import check_factors
 from .zero import gathered
 
 
@@ -209,7 +210,9 @@ class CurloraLayer(BaseTunerLayer):
             found = records.fingerprint(weight, rows, columns, settings.r)
             block_norms = records.block_norms(weight, rows, columns, settings.r)
             quantised = self.quantization_backend is not None
-            records.check_base(settings.key, expected, found, block_norms, quantised)
+            deviation = records.check_base(settings.key, expected, found, block_norms, quantised)
+            whiten = settings.config.whiten
+            check_factors(settings.key, self.get_base_layer(), weight, rows, columns, whiten, deviation)
             core.derive(rows, columns, weight, bias)
         core.accept()
 

@@ -104,21 +104,21 @@ def _deviation(expected: Tensor, found: Tensor, block_norms: Tensor) -> float:
     return float(deviation.nan_to_num(math.inf).max())
 
 
-def check_base(key: str, expected: Tensor, found: Tensor, block_norms: Tensor, quantised: bool) -> None:
-    """Raise BaseMismatchError if the base is not the one that the adapter was made for.
+def check_base(key: str, expected: Tensor, found: Tensor, block_norms: Tensor, quantised: bool) -> float:
+    """Raise BaseMismatchError if the base is not the one that the adapter was made for; return its deviation.
 
     ``expected`` is the saved fingerprint, ``found`` that of the base at hand, both (blocks, 3). What another float
     dtype can cause passes silently, what quantisation can cause passes with a warning.
     """
     deviation = _deviation(expected, found, block_norms)
     if deviation <= EXACT_TOLERANCE:
-        return
+        return deviation
     if quantised and deviation <= QUANTISED_TOLERANCE:
         warnings.warn(
             f"{key}: the quantised base differs by {deviation:.1%} from the one the adapter was trained on.",
             stacklevel=2,
         )
-        return
+        return deviation
     limit = QUANTISED_TOLERANCE if quantised else EXACT_TOLERANCE
     raise BaseMismatchError(
         f"{key}: the adapter was made for another base model: its fingerprint (‖C‖, ‖R‖, ΣW[I, J]) is "
