@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipelines.chain.base_dtype import with_dtype
-from pipelines.chain.plan import Plan, make_plan, planned
+from pipelines.chain.plan import Plan, make_plan, planned, stored_problems
 from pipelines.chain.results import build_results
+from pipelines.chain.start import find_start
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import ConfigError, Problem, RunDirectoryError, RunFailed, RunStopped, and_then
 from pipelines.lineage.background import Projector
@@ -95,7 +96,7 @@ def run_chain(
     """
     run = RunDirectory(config.run_uri)
     with contextlib.ExitStack() as stack:
-        described(config.base_model)  # says what is wrong with a GGUF file before anything starts
+        config = _resolved_start(config, run, address)
         if not group and not run.is_finished:
             stack.enter_context(early_cluster(verbose, address))
         problems = check_data(config, warn=lambda text: on_event(Event("warning", text=text)))
@@ -107,7 +108,7 @@ def run_chain(
         record_start(run, plan.start)
         run.remove("stop.json")  # a request to an earlier driver
         _forget(run, plan, redo)
-        _check_files(run, plan)
+        _check_files(config, run, plan)
         projector = Projector(run, config, [step.fingerprint for step in plan.steps])
         ran = bool(plan.missing_steps(run) or any(plan.missing_cells(run).values()) or plan.undecided)
         if ran:
@@ -117,6 +118,19 @@ def run_chain(
             plan = drive.plan
         results = _save_results(run, config, plan, "finished")
         return replace(_publish(run, config, results, projector, on_event), ran=ran)
+
+
+def _resolved_start(config: PipelineConfig, run: RunDirectory, address: str | None) -> PipelineConfig:
+    """Check a GGUF file and `start_from`, which decides on the data type, before anything starts.
+
+    Raises:
+        ConfigError: one of them does not fit.
+    """
+    described(config.base_model)
+    if config.start_from:
+        config = with_dtype(config, run, address)
+        find_start(config, run)
+    return config
 
 
 def _train(drive: Drive, groups: list, segment_length: int | None) -> None:
@@ -139,19 +153,19 @@ def _workers(drive: Drive, group: WorkerGroup | None, verbose: bool, address: st
     """
     config = drive.config
     if group:
-        _check_fits(config)
+        _check_fits(config, drive.plan)
         yield [group]
         return
     with cluster(config, verbose, address):
         if drive.plan.undecided:
-            _check_fits(config)
+            _check_fits(config, drive.plan)
             with run_search.warm_groups(config, drive.run, gpus_per_worker(config), verbose) as groups:
                 yield groups
             return
         group = WorkerGroup(config, config.run_uri, gpus_per_worker(config), verbose)
         group.start()
         try:
-            _check_fits(config)  # while the workers import their modules
+            _check_fits(config, drive.plan)  # while the workers import their modules
         except ConfigError:
             group.kill()
             raise
@@ -159,11 +173,11 @@ def _workers(drive: Drive, group: WorkerGroup | None, verbose: bool, address: st
         group.close()
 
 
-def _check_fits(config: PipelineConfig) -> None:
+def _check_fits(config: PipelineConfig, plan: Plan) -> None:
     """Raises ConfigError if the adapter or the strategy does not fit the model."""
     from pipelines.preflight.model import check_fits  # imports torch and PEFT
 
-    check_fits(config)
+    check_fits(config, plan.steps[-1].depth)
 
 
 @contextlib.contextmanager
@@ -205,26 +219,11 @@ def _forget(run: RunDirectory, plan: Plan, redo: Sequence[str]) -> None:
         run.remove(step.directory)
 
 
-def _check_files(run: RunDirectory, plan: Plan) -> None:
-    """Raises RunDirectoryError if published files of a finished step (adapter, heads, strategy state) are missing."""
-    problems = []
-    if plan.start and plan.missing_steps(run):
-        for name in _damaged(plan.start.run, plan.start.directory):
-            problems.append(f"start_from: {plan.start.run_uri}/{plan.start.directory}/{name} is missing or damaged")
-    for step in plan.steps:
-        for name in _damaged(run, step.directory) if run.metrics(step.directory) else ():
-            problems.append(
-                f"{step.directory}/{name} is missing or has another size, though the step is finished; restore it, "
-                f"or train the step again: --redo {step.label}"
-            )
+def _check_files(config: PipelineConfig, run: RunDirectory, plan: Plan) -> None:
+    """Raises RunDirectoryError if published files of finished steps, or of the start, are missing or do not fit."""
+    problems = stored_problems(config, run, plan)
     if problems:
-        raise RunDirectoryError("\n".join(problems))
-
-
-def _damaged(run: RunDirectory, directory: str) -> list[str]:
-    """The files of a step that are missing or damaged; `metrics.json` if the step is not finished."""
-    metrics = run.metrics(directory)
-    return run.damaged_files(directory, metrics.files or {}) if metrics else ["metrics.json"]
+        raise RunDirectoryError("\n".join(map(str, problems)))
 
 
 def _publish(run: RunDirectory, config: PipelineConfig, results: Results, projector: Projector, on_event) -> Results:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipelines.chain.start import find_start
+from pipelines.chain.start import file_problems, find_start
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.tasks import ClassificationTask
 from pipelines.data.held_out import training_view
@@ -15,6 +15,7 @@ from pipelines.preflight.data import check_trial_data
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan, base_fingerprint, fingerprint, step_fingerprint
 from pipelines.runs.start import Start
+from pipelines.runs.step_record import base_directory
 from pipelines.search.step_search import settings_found
 
 SettingOf = Callable[[PipelineConfig, int, str, str], PipelineConfig | None]
@@ -104,7 +105,7 @@ def make_plan(
         steps.append(StepPlan(position, names, identity, parent, start.depth if start else 0))
         settings.append(setting)
         parent = steps[-1].fingerprint
-    first = f"steps/0-start-{start.fingerprint[:8]}" if start else f"steps/0-base-{base[:8]}"
+    first = f"steps/0-start-{start.fingerprint[:8]}" if start else base_directory(base)
     needed = _needed(config, first, steps, earlier)
     keys = _cell_keys(settings[0])
     return Plan(base, first, tuple(steps), keys, needed, tuple(settings), undecided, start, earlier)
@@ -151,3 +152,16 @@ def planned(config: PipelineConfig, run: RunDirectory) -> tuple[PipelineConfig, 
     if plan.undecided:
         check_trial_data(config)
     return config, plan
+
+
+def stored_problems(config: PipelineConfig, run: RunDirectory, plan: Plan) -> list[Problem]:
+    """Published files (adapter, heads, strategy state) of finished steps or of the start that are damaged or do not
+    fit."""
+    problems = list(file_problems(config, plan.start)) if plan.start and plan.missing_steps(run) else []
+    for step in plan.steps:
+        metrics = run.metrics(step.directory)
+        for name in run.damaged_files(step.directory, metrics.files or {}) if metrics else ():
+            found = "is missing or has another size, though the step is finished"
+            remedy = f"restore it, or train the step again: --redo {step.label}"
+            problems.append(Problem(f"{step.directory}/{name}", f"{found}; {remedy}"))
+    return problems

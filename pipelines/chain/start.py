@@ -6,16 +6,21 @@ in the model registry *once* per run: aliases move, and a resumed run must not c
 
 from __future__ import annotations
 
+import hashlib
 import posixpath
 from collections.abc import Iterator
 
 from pipelines.config.pipeline import PipelineConfig
+from pipelines.data.kinds import kind_of
 from pipelines.errors import ConfigError, LineageError, Problem
 from pipelines.lineage.registry import by_alias
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import base_fingerprint
 from pipelines.runs.records import choose_step, lineage, trained_on
 from pipelines.runs.start import RECORD, Start
+from pipelines.runs.step_record import PublishedFile
+
+HEADS = "heads.safetensors"
 
 
 def find_start(config: PipelineConfig, run: RunDirectory | None = None) -> Start | None:
@@ -119,6 +124,42 @@ def _learned(run: RunDirectory, directory: str) -> dict[str, str]:
             newest_first += reversed(record["digests"].items())
             break  # the record covers all earlier runs, so none of them is read
     return dict(reversed(newest_first))
+
+
+# -- files
+def file_problems(config: PipelineConfig, start: Start) -> Iterator[Problem]:
+    """What is wrong with the files of the start: missing, damaged, or heads of other classes than the tasks have."""
+    run, metrics = start.run, start.run.metrics(start.directory)
+    files = {"metrics.json": None} if metrics is None else metrics.files or {}
+    damaged = [name for name in files if not _is_intact(run, f"{start.directory}/{name}", files[name])]
+    for name in damaged:
+        message = f"{start.run_uri}/{start.directory}/{name} is missing or damaged; restore it, or start elsewhere"
+        yield Problem("start_from", message)
+    if HEADS in files and HEADS not in damaged:
+        yield from _head_misfits(config, start)
+
+
+def _is_intact(run: RunDirectory, path: str, published: PublishedFile | None) -> bool:
+    if published is None or not run.exists(path):
+        return False
+    content = run.read_bytes(path)
+    same = published.sha256 is None or published.sha256 == hashlib.sha256(content).hexdigest()
+    return len(content) == published.bytes and same
+
+
+def _head_misfits(config: PipelineConfig, start: Start) -> Iterator[Problem]:
+    """Classification tasks with another number of classes than their trained head."""
+    from safetensors.numpy import load  # imports numpy
+
+    heads = load(start.run.read_bytes(f"{start.directory}/{HEADS}"))
+    for number, task in enumerate(config.tasks):
+        head = heads.get(f"{task.name}.bias")
+        if head is None or kind_of(task).scorer != "head":
+            continue
+        classes = len(kind_of(task).classes(task))
+        if len(head) != classes:
+            message = f"'{task.name}' has {classes} classes, but its trained head in {start.named} has {len(head)}"
+            yield Problem(f"tasks.{number}", f"{message}; give the task with other classes another name")
 
 
 # -- compatibility

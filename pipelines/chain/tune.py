@@ -61,9 +61,9 @@ def tune(
                 run_search.warm_groups(config, run, gpus_per_worker(config), verbose) as groups,
             ):
                 found = run_search.search(target, run, parent, plan.base_directory, lease, groups, on_event)
-        _, warning = Projector(run, config, [step.fingerprint for step in plan.decided]).finish()
-        if warning:
-            on_event(Event("warning", text=warning))
+        sent = Projector(run, config, [step.fingerprint for step in plan.decided]).finish()
+        if sent.warning:
+            on_event(Event("warning", text=sent.warning))
         return found
 
 

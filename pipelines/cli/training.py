@@ -89,9 +89,10 @@ def _run(path, overrides, as_json, verbose, address=None, segment_length=None, r
     steps = 1 if config.is_joint else len(config.tasks)
     with at_work(as_json), ChainProgress(console, steps, config.name) as progress:
         results = run_chain(config, progress, verbose, segment_length, address, redo)
+    failed = (results.registry or {}).get("failure")
     if as_json:
         click.echo(json.dumps(results.to_json(), indent=1))
-        return
+        sys.exit(1 if failed else 0)
     if not results.ran:
         console.print("Everything is done already; nothing was trained.")
     print_summary(results, console)
@@ -99,6 +100,8 @@ def _run(path, overrides, as_json, verbose, address=None, segment_length=None, r
     console.print(f"report: {config.run_uri}/report.html", soft_wrap=True, highlight=False)
     if config.tracking:
         console.print(f"MLflow: curlora ui {config.run_uri}", soft_wrap=True, highlight=False)
+    if failed:
+        sys.exit(1)  # trained, but tracking.register_as asked for more
 
 
 def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -109,22 +112,25 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     config = load_config(path, overrides)
     online = hub_available(config)
     # after hub_available: these import huggingface_hub, which reads only once whether it is offline
-    from pipelines.chain.base_dtype import with_dtype
+    from pipelines.chain.dry_run import look_ahead, with_some_dtype
     from pipelines.preflight.memory import memory_by_stage
     from pipelines.preflight.model import check_model, model_facts
-    from pipelines.runs.directory import RunDirectory
     from pipelines.workers.device import local_device, slow_dtype
 
     warned: list[str] = []
-    config = with_dtype(config, RunDirectory(config.run_uri))
+    config = with_some_dtype(config)
     if slow := slow_dtype(config, local_device(config)):
         warned.append(slow)
     problems = check_data(config, warn=warned.append)
     problems, unreachable = (problems, []) if online else split_unreachable(config, problems)
-    problems += check_model(config)
+    ahead = look_ahead(config, readable=not problems and not unreachable)
+    unreachable += ahead.unchecked
+    problems += check_model(config, ahead.depth)
+    known = {problem.field for problem in problems}
+    problems += [problem for problem in ahead.problems if problem.field not in known]
     if problems:
         raise ConfigError(problems)
-    facts = model_facts(config)
+    facts = model_facts(config, ahead.depth)
     table = memory_by_stage(facts, config)
     if as_json:
         found = {"model": facts.__dict__, "memory_gib": table, "unchecked": unreachable, "warnings": warned}

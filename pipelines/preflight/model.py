@@ -5,9 +5,9 @@ Models are built on the meta device: shapes without weights, and no download bey
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterator
-from functools import reduce
 from pathlib import Path
 
 import torch
@@ -28,9 +28,9 @@ from pipelines.models.gguf import described
 from pipelines.preflight.memory import ModelFacts
 
 
-def check_fits(config: PipelineConfig) -> None:
+def check_fits(config: PipelineConfig, depth: int | None = None) -> None:
     """Raise ConfigError with every problem that `check_model` finds."""
-    problems = check_model(config)
+    problems = check_model(config, depth)
     if problems:
         raise ConfigError(problems)
 
@@ -91,10 +91,14 @@ def _description(base: BaseModelConfig):
         return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def check_model(config: PipelineConfig) -> list[Problem]:
-    """Every problem of base, adapter, strategy and DeepSpeed settings."""
+def check_model(config: PipelineConfig, depth: int | None = None) -> list[Problem]:
+    """Every problem of base, adapter, strategy and DeepSpeed settings.
+
+    Args:
+        depth: steps from the base to the last one of the chain, which `start_from` adds to; default: one per task.
+    """
     problems: list[Problem] = []
-    for check in (model_facts, _check_deepspeed, _check_strategy):
+    for check in (functools.partial(model_facts, depth=depth), _check_deepspeed, _check_strategy):
         try:
             check(config)
         except ConfigError as error:
@@ -120,7 +124,7 @@ def _unmet(config: PipelineConfig, strategy) -> Iterator[Problem]:
     """Requirements of the strategy that the configuration or the adapted model does not meet."""
     name = config.strategy.name
     for field, (values, reason) in strategy.requirements.items():
-        found = reduce(getattr, field.split("."), config)
+        found = functools.reduce(getattr, field.split("."), config)
         if found not in values:
             yield Problem(field, f"is {found}, but strategy '{name}' needs {' or '.join(values)}: {reason}")
     if strategy.needs_heads and all(kind_of(task).scorer != "head" for task in config.tasks):
@@ -136,8 +140,8 @@ def _unmet(config: PipelineConfig, strategy) -> Iterator[Problem]:
         yield Problem("strategy", f"'{name}' does not work with adapter '{config.adapter.type}': {error}")
 
 
-def model_facts(config: PipelineConfig) -> ModelFacts:
-    """Count parameters and adapter bytes; of the last step, if the adapter grows with every task.
+def model_facts(config: PipelineConfig, depth: int | None = None) -> ModelFacts:
+    """Count parameters and adapter bytes; of the last step, if the adapter grows with every task (see `check_model`).
 
     Raises:
         ConfigError: the base cannot be described, or the adapter does not fit it.
@@ -146,7 +150,7 @@ def model_facts(config: PipelineConfig) -> ModelFacts:
     base_parameters, linear_parameters = sum(p.numel() for p in base.parameters()), quantised_numbers(base)
     text = base.config.get_text_config()
     model = attach_adapter(base, config.adapter, config.training.seed)
-    steps = 1 if config.is_joint else len(config.tasks)
+    steps = depth or (1 if config.is_joint else len(config.tasks))
     final = attach_final_form(base_on_meta(config), config.adapter, config.training.seed, steps)
     adapted = config.adapter.type != "none"
     return ModelFacts(

@@ -18,6 +18,11 @@ from pipelines.config.pipeline import PipelineConfig
 from pipelines.runs.record import OPTIONAL, Record
 
 
+def base_directory(fingerprint: str) -> str:
+    """The step directory of row 0 in a chain that starts at the base."""
+    return f"steps/0-base-{fingerprint[:8]}"
+
+
 def step_label(tasks: Sequence[str]) -> str:
     """Name of a step: its task, or `joint` if it trains on several at once."""
     return tasks[0] if len(tasks) == 1 else "joint"
@@ -188,6 +193,26 @@ class StepRecord(Record):
     @property
     def label(self) -> str:
         return step_label(self.tasks) if self.position else "base"
+
+    @property
+    def grew_from_base(self) -> bool:
+        """Whether this is the first step after the base."""
+        depth = self.position if self.depth is None else self.depth
+        return self.position > 0 and depth == 1 and self.parent_run is None
+
+    def unmeasured_parent(self) -> StepRecord:
+        """Row 0 of a chain that had nothing to score the base on, so that no worker recorded it."""
+        return StepRecord(
+            fingerprint=self.parent,
+            position=0,
+            tasks=(),
+            parent=None,
+            finished=self.started,
+            started=self.started,
+            cells=(),
+            seconds=Seconds(train=0.0, evaluate=0.0, overhead=0.0, total=0.0),
+            environment={},
+        )
 
     @property
     def curve(self) -> list[list[float]]:
