@@ -62,6 +62,10 @@ class LineageError(RuntimeError):
     """MLflow cannot be reached or refused what was sent. The run directory still holds everything."""
 
 
+class NotRegistered(RuntimeError):
+    """The last adapter of a finished run cannot become a registered version; the message says why."""
+
+
 class DataError(ValueError):
     """Data that cannot be used, with the problems found."""
 

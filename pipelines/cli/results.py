@@ -72,9 +72,11 @@ def sync(run: str, storage: str, uri: str | None) -> None:
     except LineageError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
-    click.echo(f"{len(runs)} MLflow runs are up to date in {target}")
     for line in warned:
-        click.echo(f"warning: {line}", err=True)
+        click.echo(f"error: {line}", err=True)
+    if warned:
+        sys.exit(1)
+    click.echo(f"{len(runs)} MLflow runs are up to date in {target}")
 
 
 @click.command()

@@ -20,7 +20,7 @@ from pipelines.lineage.mlflow_records import PREFIX, finite, flatten, identity, 
 from pipelines.lineage.store import connect, errors, quiet
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import Point, choose_step, score_points
-from pipelines.runs.step_record import StepRecord
+from pipelines.runs.step_record import StepRecord, base_directory
 
 SETTINGS = ("adapter", "strategy", "training")
 NOT_SCORES = ("train/", "seconds/")  # metrics of a child run that contain a slash but are no scores
@@ -35,7 +35,7 @@ class Link:
         position: index in its own run's sequence.
         parent: fingerprint of its parent; None for the base.
         run_uri, step_directory: location of its files; for the base, of the run that evaluated it.
-        data: task → {"digest", "rows"} of its training data.
+        data: task → {"digest", "rows", "used"} of its training data; `used` rows of it were trained on.
         settings: adapter, strategy and training, as dotted name → text.
         scores: metric → value after this step, named as in MLflow.
         finished: Unix time in seconds, to the millisecond.
@@ -142,11 +142,29 @@ def _link_of_step(run: RunDirectory, directory: str, metrics: StepRecord) -> Lin
         run_uri=identity(run),
         step_directory=directory,
         tasks=metrics.tasks,
-        data={name: data.train.to_json() for name, data in (metrics.data or {}).items()},
+        data=training_data(metrics),
         settings=flatten({name: getattr(metrics.setting, name) for name in SETTINGS} if metrics.setting else {}),
         scores=_scores(score_points(metrics)),
         finished=round(metrics.finished, 3),
     )
+
+
+def training_data(metrics: StepRecord) -> dict[str, dict]:
+    """`Link.data` of a step."""
+    at_most = metrics.setting.training.get("max_train_examples") if metrics.setting else None
+    splits = {name: data.train for name, data in (metrics.data or {}).items()}
+    return {name: train.to_json() | {"used": _used_rows(train.rows, at_most)} for name, train in splits.items()}
+
+
+def _used_rows(rows: int, at_most: int | None) -> int:
+    """Rows of a training split that a step trains on, under `training.max_train_examples`."""
+    return rows if at_most is None else min(rows, at_most)
+
+
+def rows_in_words(data: Mapping[str, Any]) -> str:
+    """The rows of an entry of `Link.data`: `20,000 rows`, or `160 of 20,000 rows`."""
+    part = f"{data['used']:,} of " if data["used"] < data["rows"] else ""
+    return f"{part}{data['rows']:,} rows"
 
 
 def _scores(points: Sequence[Point]) -> dict[str, float]:
@@ -227,6 +245,8 @@ def _step_of_other_run(client, run_uri: str, fingerprint: str):
 def _link_of_run(run) -> Link:
     tags, params = run.data.tags, run.data.params
     tasks = tuple(tags[PREFIX + "tasks"].split(","))
+    at_most = int(params["training.max_train_examples"]) if "training.max_train_examples" in params else None
+    splits = {task: (params[f"data.{task}.train.digest"], int(params[f"data.{task}.train.rows"])) for task in tasks}
     return Link(
         position=int(tags[PREFIX + "position"]),
         label=tags[PREFIX + "task"],
@@ -236,8 +256,8 @@ def _link_of_run(run) -> Link:
         step_directory=tags[PREFIX + "step_directory"],
         tasks=tasks,
         data={
-            task: {"digest": params[f"data.{task}.train.digest"], "rows": int(params[f"data.{task}.train.rows"])}
-            for task in tasks
+            task: {"digest": digest, "rows": rows, "used": _used_rows(rows, at_most)}
+            for task, (digest, rows) in splits.items()
         },
         settings={key: value for key, value in params.items() if key.split(".")[0] in SETTINGS},
         scores={k: v for k, v in sorted(run.data.metrics.items()) if "/" in k and not k.startswith(NOT_SCORES)},
@@ -256,7 +276,7 @@ def _base_link(client, chain) -> Link:
         fingerprint=metrics.fingerprint,
         parent=None,
         run_uri=chain.data.tags[PREFIX + "run_uri"],
-        step_directory=f"steps/0-base-{metrics.fingerprint[:8]}",
+        step_directory=base_directory(metrics.fingerprint),
         tasks=(),
         data={},
         settings={},
@@ -276,7 +296,7 @@ def as_text(ancestry: Ancestry) -> str:
         if link.run_uri != above.run_uri:
             lines.append(f"      run {link.run_uri}")
         for task, data in link.data.items():
-            lines.append(f"      trained on {task}: {data['rows']:,} rows, digest {data['digest']}")
+            lines.append(f"      trained on {task}: {rows_in_words(data)}, digest {data['digest']}")
         changed = {key: value for key, value in link.settings.items() if before.get(key) != value}
         if changed:
             word = "now " if before else ""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import LineageError
-from pipelines.lineage.projection import Projection
+from pipelines.lineage.projection import Projection, Sent
 from pipelines.runs.directory import RunDirectory
 
 
@@ -16,8 +17,7 @@ class Projector:
 
     def __init__(self, run: RunDirectory, config: PipelineConfig, chain: Sequence[str]):
         self.run, self.tracking, self.chain = run, config.tracking, chain
-        self.runs: dict[str, str] = {}
-        self.warning: str | None = None
+        self.sent = Sent()
         self._projection = Projection(run, self.tracking.uri, self.tracking.experiment) if self.tracking else None
         self._wanted = threading.Event()
         self._stop = self._started = False
@@ -32,15 +32,15 @@ class Projector:
             self._thread.start()
         self._wanted.set()
 
-    def finish(self) -> tuple[dict[str, str], str | None]:
-        """Send what is left and wait; (fingerprint → MLflow run id, warning if sending failed)."""
+    def finish(self) -> Sent:
+        """Send what is left and wait."""
         if self.tracking is None:
-            return {}, None
+            return Sent()
         self._stop = True
         self.notify()
         self._thread.join()
         self._started = self._stop = False
-        return self.runs, self.warning
+        return self.sent
 
     def _loop(self) -> None:
         while True:
@@ -48,13 +48,12 @@ class Projector:
             self._wanted.clear()
             last = self._stop
             try:
-                self.runs = self._projection.send(self.chain)
-                self.warning = None
+                self.sent = self._projection.send_all(self.chain)
             except LineageError as error:
-                self.warning = str(error)
+                self.sent = replace(self.sent, warning=str(error))
             except Exception as error:  # a bug in the projection must not fail a finished chain
-                self.warning = (
-                    f"lineage failed ({type(error).__name__}: {error}); send it later: curlora sync {self.run.uri}"
-                )
+                reason = f"{type(error).__name__}: {error}"
+                warning = f"lineage failed ({reason}); send it later: curlora sync {self.run.uri}"
+                self.sent = replace(self.sent, warning=warning)
             if last:
                 return

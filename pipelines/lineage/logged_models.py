@@ -1,12 +1,11 @@
 """Adapters as MLflow logged models: a pyfunc from code, linked to their run, parent, data and scores.
 
 A step's model is found by its tag `curlora.step_fingerprint` within its chain, or created; it is READY once its files
-are uploaded. pipelines/inference/pyfunc.py loads it.
+are uploaded, FAILED if they could not be written. pipelines/inference/pyfunc.py loads it.
 """
 
 from __future__ import annotations
 
-import collections
 import functools
 import json
 import logging
@@ -27,9 +26,14 @@ from pipelines.runs.records import Steps
 from pipelines.runs.step_record import StepRecord
 
 MODEL_TYPE = "curlora-adapter"
+READY, FAILED = "READY", "FAILED"
 CODE = Path(__file__).parents[1] / "inference" / "pyfunc_entry.py"
 NEEDED = {"name", "base_model", "adapter", "training", "evaluation", "resources", "tasks"}  # fields for inference
 REQUIREMENTS = ("curlora", "torch", "transformers", "peft", "safetensors", "datasets", "mlflow")
+
+
+class ModelNotWritten(Exception):
+    """An adapter could not be written as an MLflow model: its files are gone, or MLflow refuses them."""
 
 
 @dataclass(frozen=True)
@@ -145,15 +149,24 @@ class LoggedModels:
                 return models
 
     def send(self, child, directory: str, metrics: StepRecord) -> str:
-        """Create or complete a step's model and link it to the child run; returns its id."""
+        """Create or complete a step's model and link it to the child run; returns its id.
+
+        Raises:
+            ModelNotWritten: the model stays FAILED; the next call tries again.
+        """
         adapter = self._adapter(directory, metrics)
         model = self.found.get(metrics.fingerprint) or self._create(child, adapter)
-        if str(model.status) != "READY":
+        if not is_ready(model):
             with tempfile.TemporaryDirectory() as scratch:
                 folder = Path(scratch) / "model"
-                write_model(adapter, folder, model.model_id)
+                try:
+                    write_model(adapter, folder, model.model_id)
+                except Exception as error:  # whatever is wrong with this adapter concerns no other record
+                    self.found[metrics.fingerprint] = self.client.finalize_logged_model(model.model_id, FAILED)
+                    reason = str(error).strip().splitlines() or [type(error).__name__]
+                    raise ModelNotWritten(reason[0]) from error
                 self.client.log_model_artifacts(model.model_id, str(folder))
-            model = self.client.finalize_logged_model(model.model_id, "READY")
+            model = self.client.finalize_logged_model(model.model_id, READY)
         self.found[metrics.fingerprint] = model
         self._link(child.info.run_id, model, metrics)
         return model.model_id
@@ -179,13 +192,13 @@ class LoggedModels:
         self._add_outputs(run, {model.model_id: metrics.position})
         given = {found.model_id for found in run.inputs.model_inputs}
         parent = self.found.get(metrics.parent)
-        if parent and parent.model_id not in given:
+        if parent and is_ready(parent) and parent.model_id not in given:
             self.client.log_inputs(run_id, models=[LoggedModelInput(parent.model_id)])
 
     def link_chain(self, chain) -> None:
         """Link all models as outputs of the chain's run `chain`, as last read from MLflow."""
         positions = {metrics.fingerprint: metrics.position for _, metrics in self.steps}
-        made = {m.model_id: positions[name] for name, m in self.found.items() if name in positions}
+        made = {m.model_id: positions[name] for name, m in self.found.items() if name in positions and is_ready(m)}
         self._add_outputs(chain, made)
 
     def _add_outputs(self, run, made: Mapping[str, int]) -> None:
@@ -221,6 +234,11 @@ class LoggedModels:
         return found
 
 
+def is_ready(model) -> bool:
+    """Whether a logged model is complete."""
+    return str(model.status) == READY
+
+
 # -- tasks
 def learned_tasks(links: Sequence[tuple[PipelineConfig, StepRecord]]) -> list[TaskSource]:
     """The tasks of an ancestry, each as configured in its own run, with the class names that its step recorded.
@@ -250,24 +268,30 @@ def signature(config: PipelineConfig, default: str):
     from mlflow.models import ModelSignature  # slow
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-    columns: dict[str, Any] = {}
-    readers = collections.Counter(name for task in config.tasks for name in kind_of(task).inputs(task))
+    columns: dict[str, list] = {}
     for task in config.tasks:
         for name in kind_of(task).inputs(task):
-            columns.setdefault(name, _type_of(task, name))
+            columns.setdefault(name, []).append(_type_of(task, name))
     count = len(config.tasks)  # a column that not all tasks read is optional
-    inputs = Schema([ColSpec(kind, name, required=readers[name] == count) for name, kind in columns.items()])
+    inputs = Schema([ColSpec(_common(types), name, required=len(types) == count) for name, types in columns.items()])
     outputs = Schema([ColSpec(kind, name, required=False) for name, kind in _outputs(config.tasks).items()])
     return ModelSignature(inputs, outputs, ParamSchema([ParamSpec("task", "string", default)]))
 
 
+def _common(types: Sequence):
+    """The type of a column that several tasks read; any value if one reads text in it and another a list."""
+    from mlflow.types.schema import AnyType  # slow
+
+    return types[0] if all(found == types[0] for found in types) else AnyType()
+
+
 def _type_of(task: TaskSource, column: str):
-    """The column's type: text, except for chat messages (role and content) and lists of choices."""
+    """The column's type: text, except for chat messages (a list of mappings) and lists of choices."""
     from mlflow.types import DataType  # slow
-    from mlflow.types.schema import Array, Object, Property
+    from mlflow.types.schema import AnyType, Array, Map
 
     if isinstance(task, GenerationTask) and column == task.messages:
-        return Array(Object([Property("role", DataType.string), Property("content", DataType.string)]))
+        return Array(Map(AnyType()))  # an Object would refuse fields besides role and content
     if isinstance(task, MultipleChoiceTask) and column == task.choices:
         return Array(DataType.string)
     return DataType.string
@@ -290,8 +314,13 @@ def _outputs(tasks: Sequence[TaskSource]) -> dict[str, Any]:
     return columns | ({"prediction": AnyType()} if len(kinds) > 1 else {})
 
 
-def example(task: TaskSource) -> dict[str, list]:
-    """One made-up row: the model must not contain rows of the data."""
+def example(task: TaskSource):
+    """A data frame of one made-up row: the model must not contain rows of the data.
+
+    MLflow reads a plain mapping as one row or as columns, depending on the types of other tasks' columns.
+    """
+    import pandas as pd  # slow
+
     row: dict[str, Any] = {}
     for column in kind_of(task).inputs(task):
         row[column] = f"This stands where the {column} goes."
@@ -299,4 +328,4 @@ def example(task: TaskSource) -> dict[str, list]:
             row[column] = [{"role": "user", "content": "What is asked stands here."}]
         if isinstance(task, MultipleChoiceTask) and column == task.choices:
             row[column] = ["The first choice.", "The second choice."]
-    return {column: [value] for column, value in row.items()}
+    return pd.DataFrame([row])

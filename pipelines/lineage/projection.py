@@ -9,7 +9,7 @@ Conventions that dashboards can rely on, the same for every sequence:
     tags (`curlora.` + …)   kind (chain | step), run, run_uri, base_model, adapter, strategy on every run;
                             tasks, last_step, base_fingerprint, gate, gate_reasons on the parent;
                             step_fingerprint, parent_fingerprint, parent_run (if its parent is another run's step),
-                            step_directory, task, tasks, position on a child
+                            step_directory, task, tasks, position on a child; model_error if it has no logged model
     metrics of the parent   score/<task>, for generated answers also rouge_l/<task>, token_f1/<task> and
                             exact_match/<task>; for retained text nll/<corpus>, perplexity/<corpus>; step = position in
                             the sequence, 0 = untrained base; average_accuracy, forgetting, …; step = number of steps
@@ -20,9 +20,10 @@ Conventions that dashboards can rely on, the same for every sequence:
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipelines.lineage.mlflow_records import (
@@ -99,15 +100,38 @@ def project(run: RunDirectory, uri: str, experiment: str, chain: Sequence[str] |
     return Projection(run, uri, experiment).send(chain)
 
 
+@dataclass(frozen=True)
+class Sent:
+    """Outcome of a projection.
+
+    Attributes:
+        runs: step fingerprint (and "parent") → MLflow run id.
+        warning: why not everything could be sent.
+        unlogged: a sentence for every step whose model could not be logged.
+    """
+
+    runs: dict[str, str] = field(default_factory=dict)
+    warning: str | None = None
+    unlogged: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        return self.warning is None and not self.unlogged
+
+
 class Projection:
     """The projection of a run that a process keeps up to date.
 
     It caches what it has found or sent, so the cost per step does not grow with the length of the chain. After an
     error it looks everything up again.
+
+    Attributes:
+        unlogged: step fingerprint → why its model could not be logged; everything else of the step was sent.
     """
 
     def __init__(self, run: RunDirectory, uri: str, experiment: str):
         self.run, self.uri, self.experiment = run, uri, experiment
+        self.unlogged: dict[str, str] = {}
         self._known: _Known | None = None
         self._last: str | None = None  # fingerprint of the step that was sent last
 
@@ -118,8 +142,13 @@ class Projection:
             known, self._known = self._known, None  # dropped if an error follows
             known = self._refreshed(known, client, steps) or self._load(client, steps)
             ids = _send(known, steps)
+            self.unlogged = known.unlogged
             self._known, self._last = known, steps[-1][1].fingerprint if steps else None
             return ids
+
+    def send_all(self, chain: Sequence[str] | None = None) -> Sent:
+        """`send`, with what could not be logged."""
+        return Sent(self.send(chain), None, tuple(self.unlogged.values()))
 
     def _refreshed(self, known: _Known | None, client, steps: Steps) -> _Known | None:
         """The cache with a fresh parent run; None if that run was deleted or the steps belong to another chain.
@@ -151,6 +180,7 @@ class _Known:
         parent: the chain's run, as read before sending.
         children: step fingerprint → MLflow run id.
         sent: step fingerprint → digest of the content that was sent.
+        unlogged: step fingerprint → why its model could not be logged.
     """
 
     to: Target
@@ -158,6 +188,7 @@ class _Known:
     parent: Any
     children: dict[str, str]
     sent: dict[str, str]
+    unlogged: dict[str, str] = field(default_factory=dict)
 
     @property
     def parent_id(self) -> str:
@@ -295,12 +326,19 @@ def _send_base(to: Target, parent, directory: str, metrics: StepRecord) -> None:
         return
     send_metrics(to, run_id, score_points(metrics))
     send_inputs(to, run_id, metrics)
-    upload_folder(to, run_id, directory, "base")
+    if to.run.exists(directory):
+        upload_folder(to, run_id, directory, "base")
+    else:  # scored on nothing
+        to.client.log_text(run_id, json.dumps(metrics.to_json(), indent=1), "base/metrics.json")
     to.client.set_tag(run_id, PREFIX + "sent_base", sent)
 
 
 def _send_step(known: _Known, directory: str, metrics: StepRecord) -> str:
-    """Send everything of one step and return its run's id; the tag `sent`, set last, marks it as complete."""
+    """Send everything of one step and return its run's id.
+
+    The tag `sent`, set last, marks it as complete; a step without its model has `model_error` instead and is sent
+    again by the next process.
+    """
     to, name, digest = known.to, metrics.fingerprint, fingerprint([CONVENTIONS, metrics.to_json()])
     if known.sent.get(name) == digest:
         return known.children[name]
@@ -321,11 +359,30 @@ def _send_step(known: _Known, directory: str, metrics: StepRecord) -> str:
     send_inputs(to, run_id, metrics)
     send_inputs(to, known.parent_id, metrics)
     row = score_points(metrics)
-    send_metrics(to, run_id, row, known.models.send(child, directory, metrics), metric_datasets(metrics))
+    model_id = _send_model(known, child, directory, metrics)
+    send_metrics(to, run_id, row, model_id, metric_datasets(metrics))
     send_metrics(to, run_id, [*cost_points(metrics), *curve_points(metrics.curve)])
     send_metrics(to, known.parent_id, row)
     upload_folder(to, run_id, directory, "")
     to.client.set_terminated(run_id, "FINISHED", milliseconds(metrics.finished))
-    to.client.set_tag(run_id, PREFIX + "sent", digest)
+    if model_id:
+        to.client.set_tag(run_id, PREFIX + "sent", digest)
     known.sent[name] = digest
     return run_id
+
+
+def _send_model(known: _Known, child, directory: str, metrics: StepRecord) -> str | None:
+    """Log a step's model; returns its id, or None if it could not be logged."""
+    from pipelines.lineage.logged_models import ModelNotWritten  # imports numpy, which most commands never need
+
+    client, run_id = known.to.client, child.info.run_id
+    try:
+        model_id = known.models.send(child, directory, metrics)
+    except ModelNotWritten as error:
+        reason = f"the model of step {metrics.position} ({metrics.label}) could not be logged: {error}"
+        known.unlogged[metrics.fingerprint] = reason
+        client.set_tag(run_id, PREFIX + "model_error", reason[:TAG_LENGTH])
+        return None
+    if PREFIX + "model_error" in child.data.tags:
+        client.delete_tag(run_id, PREFIX + "model_error")
+    return model_id

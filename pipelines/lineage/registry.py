@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from pipelines.lineage.ancestry import Ancestry, Link
+from pipelines.errors import NotRegistered
+from pipelines.lineage.ancestry import Ancestry, Link, rows_in_words
 from pipelines.lineage.mlflow_records import PREFIX, TAG_LENGTH, tag_filter
 from pipelines.lineage.projection import gate_tags
 from pipelines.lineage.store import connect, errors, quiet
@@ -141,15 +142,16 @@ def register(uri: str, name: str, run_id: str, ancestry: Ancestry) -> tuple[Vers
 
     Raises:
         LineageError: MLflow cannot be reached or returns an error.
+        NotRegistered: the step has no complete model in MLflow.
     """
     link = ancestry.links[-1]
     with errors(uri, REMEDY), quiet():
         client = connect(uri)
         if found := _of_step(client, name, link.run_uri, link.fingerprint):
             return found, False
-        _make_model(client, name)
-        model_id = client.get_run(run_id).outputs.model_outputs[-1].model_id
+        model_id = _model_of(client, run_id, link)
         model = client.get_logged_model(model_id)
+        _make_model(client, name)
         tags = {
             "run_uri": link.run_uri,
             "step_directory": link.step_directory,
@@ -169,6 +171,15 @@ def register(uri: str, name: str, run_id: str, ancestry: Ancestry) -> tuple[Vers
         )
         _link_model(client, model, made)
         return Version.from_mlflow(made), True
+
+
+def _model_of(client, run_id: str, link: Link) -> str:
+    """Id of the logged model of a step's run."""
+    run = client.get_run(run_id)
+    if run.outputs.model_outputs:
+        return run.outputs.model_outputs[-1].model_id
+    reason = run.data.tags.get(PREFIX + "model_error", f"step {link.title} has no model in MLflow")
+    raise NotRegistered(f"{reason}; correct it, then: curlora sync {link.run_uri}")
 
 
 def _make_model(client, name: str) -> None:
@@ -253,7 +264,7 @@ def describe(ancestry: Ancestry, verdict: Mapping[str, Any] | None = None) -> st
     """The description of a version as Markdown: its tasks, data, scores and the gate's verdict."""
     last = ancestry.links[-1]
     lines = [f"Grown from `{ancestry.base_model}` in {len(ancestry.links) - 1} steps.", ""]
-    lines += ["| step | trained on | rows | digest |", "|---|---|---|---|"]
+    lines += ["| step | trained on | data | digest |", "|---|---|---|---|"]
     lines += [_row(link, task, data) for link in ancestry.links for task, data in link.data.items()]
     scores = [f"- {name}: {value:.4f}" for name, value in last.scores.items()]
     lines += ["", "Scores on the test splits after the last step:", "", *scores]
@@ -268,4 +279,4 @@ def describe(ancestry: Ancestry, verdict: Mapping[str, Any] | None = None) -> st
 
 
 def _row(link: Link, task: str, data: Mapping[str, Any]) -> str:
-    return f"| {link.title} | {task} | {data['rows']:,} | `{data['digest']}` |"
+    return f"| {link.title} | {task} | {rows_in_words(data)} | `{data['digest']}` |"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.config.pipeline import PipelineConfig
-from pipelines.errors import ConfigError, LineageError, Problem
+from pipelines.errors import ConfigError, LineageError, NotRegistered, Problem, RunDirectoryError
 from pipelines.lineage import registry
 from pipelines.lineage.ancestry import from_run
 from pipelines.lineage.mlflow_records import identity
@@ -127,12 +127,16 @@ def settle(
 
     Raises:
         LineageError: MLflow cannot be reached or returns an error.
+        NotRegistered: the adapter has no model in MLflow, or the run of an ancestor is gone.
     """
     name = config.tracking.register_as if config.tracking else None
     if name is None:
         return None
     step, verdict = results.steps[-1], results.gate
-    ancestry = from_run(run, step.directory)
+    try:
+        ancestry = from_run(run, step.directory)
+    except RunDirectoryError as error:
+        raise NotRegistered(str(error)) from error
     version, new = registry.register(uri, name, run_ids[step.fingerprint], ancestry)
     outcome = {"name": name, "version": version.version, "uri": version.uri, "promoted": False, "hook_failure": None}
     if version.gate in (Verdict.PASSED, Verdict.REFUSED) or not (verdict or new):
@@ -145,6 +149,11 @@ def settle(
             outcome |= {"promoted": True, "hook_failure": done.hook_failure}
     registry.record_verdict(uri, version, verdict, ancestry)  # last: it marks the verdict as applied
     return outcome
+
+
+def not_registered(name: str, reason: str) -> dict:
+    """What `settle` would return, for a run that cannot be registered."""
+    return {"name": name, "version": None, "uri": None, "promoted": False, "hook_failure": None, "failure": reason}
 
 
 def promote(

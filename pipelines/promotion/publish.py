@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pipelines.config.pipeline import PipelineConfig
-from pipelines.errors import LineageError, RunDirectoryError
-from pipelines.lineage.projection import project
+from pipelines.errors import LineageError, NotRegistered
+from pipelines.lineage.projection import Projection, Sent
 from pipelines.promotion import promotion
 from pipelines.promotion.promotion import settle
 from pipelines.runs.directory import RunDirectory
@@ -20,7 +20,7 @@ from pipelines.runs.results import Results, StepSummary
 
 STAMP = "published.json"
 
-Send = Callable[[], tuple[dict[str, str], str | None]]  # → (step fingerprint → MLflow run id, warning)
+Send = Callable[[], Sent]
 
 
 def already_published(run: RunDirectory, config: PipelineConfig, results: Results) -> Results | None:
@@ -43,27 +43,44 @@ def publish(run: RunDirectory, config: PipelineConfig, results: Results, send: S
     results = replace(results, gate=verdict, registry=None)
     run.write_json("results.json", results)
     write_pages(run, figures=True)
-    runs, warning = send() if config.tracking else ({}, None)
-    results = replace(results, steps=_with_run_ids(results.steps, runs))
-    notes = []
-    if runs and warning is None:
+    sent = send() if config.tracking else Sent()
+    results = replace(results, steps=_with_run_ids(results.steps, sent.runs))
+    notes: list[str] = []
+    if sent.runs and sent.warning is None:
         try:
-            results = replace(results, registry=promotion.settle(run, config, results, runs, config.tracking.uri))
-        except (LineageError, RunDirectoryError) as error:  # MLflow is unreachable, or an ancestor's run is gone
-            warning = str(error)
-        if failure := (results.registry or {}).get("hook_failure"):
-            notes.append(failure)
+            registry, notes = _settle(run, config, results, sent.runs, config.tracking.uri)
+            results = replace(results, registry=registry)
+        except LineageError as error:  # MLflow is unreachable
+            sent = replace(sent, warning=str(error))
     run.write_json("results.json", results)
-    if runs and warning is None:
+    if sent.runs and sent.warning is None:
         write_pages(run, figures=False)
-        _, warning = send()  # again: the pages now name the MLflow runs and the version
-    stamp(run, config, results, runs, warning is None)
-    return results, [*([warning] if warning else []), *notes]
+        sent = send()  # again: the pages now name the MLflow runs and the version
+    stamp(run, config, results, sent)
+    return results, [*([sent.warning] if sent.warning else []), *sent.unlogged, *notes]
 
 
-def stamp(run: RunDirectory, config: PipelineConfig, results: Results, runs: dict[str, str], sent: bool) -> None:
-    """Record what was published, and whether it was sent to MLflow."""
-    published = {"gate": results.gate, "registry": results.registry, "runs": runs, "lineage": sent}
+def _settle(
+    run: RunDirectory, config: PipelineConfig, results: Results, runs: dict[str, str], uri: str
+) -> tuple[dict | None, list[str]]:
+    """Register and promote a run; (`Results.registry`, what to warn of).
+
+    Raises:
+        LineageError: MLflow cannot be reached or returns an error.
+    """
+    try:
+        outcome = settle(run, config, results, runs, uri)
+    except NotRegistered as error:
+        name = config.tracking.register_as
+        return promotion.not_registered(name, str(error)), [f"not registered as '{name}': {error}"]
+    failure = (outcome or {}).get("hook_failure")
+    return outcome, [failure] if failure else []
+
+
+def stamp(run: RunDirectory, config: PipelineConfig, results: Results, sent: Sent) -> None:
+    """Record what was published, and whether all of it was sent to MLflow."""
+    complete = sent.complete and not (results.registry or {}).get("failure")
+    published = {"gate": results.gate, "registry": results.registry, "runs": sent.runs, "lineage": complete}
     run.write_json(STAMP, {"identity": _identity(results, config), **published})
 
 
@@ -81,13 +98,13 @@ def sync(run: RunDirectory, uri: str | None = None) -> tuple[dict[str, str], str
     target = uri or (tracking.uri if tracking else "sqlite:///mlflow.db")
     experiment = (tracking.experiment if tracking else None) or config.name
     finished = results is not None and results.is_finished
+    projection = Projection(run, target, experiment)
     if finished and tracking and target == tracking.uri and not already_published(run, config, results):
-        _, warnings = publish(run, config, results, lambda: (project(run, target, experiment), None))
+        _, warnings = publish(run, config, results, projection.send_all)
         return run.read_json(STAMP)["runs"], target, warnings
-    ids = project(run, target, experiment)
-    if finished:
-        settle(run, config, results, ids, target)
-    return ids, target, []
+    sent = projection.send_all()
+    notes = _settle(run, config, results, sent.runs, target)[1] if finished else []
+    return sent.runs, target, [*sent.unlogged, *notes]
 
 
 def write_pages(run: RunDirectory, figures: bool) -> None:

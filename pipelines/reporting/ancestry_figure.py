@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.errors import ConfigError, Problem
-from pipelines.lineage.ancestry import Ancestry, Link
+from pipelines.lineage.ancestry import Ancestry, Link, rows_in_words
 from pipelines.reporting.drawing import COLORS, new_figure, render
-from pipelines.reporting.formatting import number, whole
+from pipelines.reporting.formatting import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ def _card(ancestry: Ancestry, index: int) -> list[str]:
     lines = [ancestry.base_model] if link.is_base else []
     if index and link.run_uri != above.run_uri and not above.is_base:
         lines.append(f"run {link.run_uri}")
-    lines += [f"{task}: {whole(data['rows'])} rows, digest {data['digest'][:12]}" for task, data in link.data.items()]
+    lines += [f"{task}: {rows_in_words(data)}, digest {data['digest'][:12]}" for task, data in link.data.items()]
     new = {key: link.settings.get(key) for key in SHOWN_SETTINGS if link.settings.get(key) != above.settings.get(key)}
     if new:
         lines.append(", ".join(f"{key} {value}" for key, value in new.items()))

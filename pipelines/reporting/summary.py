@@ -316,6 +316,9 @@ def print_verdict(results: Results, console: Console) -> None:
         console.print(f"gate: {Verdict.of(gate)}", style="bold", highlight=False)
         for reason in [*gate["reasons"], *gate.get("notes", [])]:
             console.print(f"  {reason}", highlight=False, markup=False)
-    if registered:
+    if registered and registered.get("failure"):
+        found = f"not registered as {registered['name']}: {registered['failure']}"
+        console.print(found, style="bold red", highlight=False, markup=False)
+    elif registered:
         role = "champion" if registered["promoted"] else "candidate"
         console.print(f"registered: {registered['uri']} ({role})", highlight=False, markup=False)

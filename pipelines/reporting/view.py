@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.errors import RunDirectoryError
-from pipelines.lineage.ancestry import from_run
+from pipelines.lineage.ancestry import from_run, rows_in_words, training_data
 from pipelines.lineage.mlflow_records import flatten
 from pipelines.reporting.ancestry_figure import draw_ancestry
 from pipelines.reporting.drawing import colors, render
@@ -18,7 +18,7 @@ from pipelines.reporting.summary import MANY, direction, headlines, histories, r
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import current_steps
 from pipelines.runs.results import Results
-from pipelines.runs.step_record import Seconds, Setting, Split, StepRecord
+from pipelines.runs.step_record import Seconds, Setting, StepRecord
 from pipelines.runs.verdict import Verdict
 
 HEADLINE_GROUPS = {"learned": "What was learned", "forgotten": "What was forgotten", "cost": "What it cost"}
@@ -52,7 +52,7 @@ def page_values(
         "histories": histories(results),
         "extras": _extras(results),
         "gate": gate and {"against": None, "notes": [], "comparisons": []} | gate | {"verdict": Verdict.of(gate)},
-        "registered": registered and {"hook_failure": None} | registered,
+        "registered": registered and {"hook_failure": None, "failure": None} | registered,
         "configuration": configuration,
         **_matrix(results),
         **_curves(results, steps),
@@ -200,13 +200,13 @@ def _title(step: StepRecord, first: str) -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings and origin of a step; `data` holds (task, its training split)."""
+    """Settings and origin of a step; `data` holds (task, rows in words, digest)."""
 
     position: int
     label: str
     fingerprint: str
     parent: str | None
-    data: list[tuple[str, Split]]
+    data: list[tuple[str, str, str]]
     setting: list[str]
     environment: list[str]
     finished: float
@@ -238,7 +238,7 @@ def _recipe(step: StepRecord, first: str) -> Recipe:
         label=_title(step, first),
         fingerprint=step.fingerprint,
         parent=step.parent,
-        data=[(task, data.train) for task, data in (step.data or {}).items()],
+        data=[(task, rows_in_words(data), data["digest"]) for task, data in training_data(step).items()],
         setting=[
             f"adapter {adapter.get('type')}, rank {adapter.get('r')}, selection {adapter.get('selection')}",
             f"strategy {setting.strategy.get('name')}",

@@ -36,7 +36,7 @@ from pipelines.errors import RunDirectoryError
 from pipelines.runs.event import Event
 from pipelines.runs.record import Record
 from pipelines.runs.results import Results
-from pipelines.runs.step_record import PublishedFile, StepRecord, TrainedStep
+from pipelines.runs.step_record import PublishedFile, StepRecord, TrainedStep, base_directory
 
 FORMAT = 1
 
@@ -191,7 +191,8 @@ class RunDirectory:
     def ancestors(self, directory: str) -> Iterator[tuple[RunDirectory, str, StepRecord]]:
         """(run, directory, metrics.json) of a finished step, its parent, and so on down to the base.
 
-        Continues in another run where a chain started from that run's adapter (`parent_run` in metrics.json).
+        Continues in another run where a chain started from that run's adapter (`parent_run` in metrics.json). A base
+        that was scored on nothing has no file; its record is made up.
 
         Raises:
             RunDirectoryError: an ancestor no longer exists.
@@ -204,6 +205,9 @@ class RunDirectory:
             child = directory
             run = RunDirectory(metrics.parent_run) if metrics.parent_run else run
             directory = run.find_step(metrics.parent)
+            if directory is None and metrics.grew_from_base:
+                yield run, base_directory(metrics.parent), metrics.unmeasured_parent()
+                return
             if directory is None:
                 raise RunDirectoryError(f"{run.uri} has no step {metrics.parent}, which {child} was trained from")
             metrics = run.metrics(directory)

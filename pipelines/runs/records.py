@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pipelines.errors import ConfigError, Problem
 from pipelines.runs.directory import RunDirectory
-from pipelines.runs.step_record import Cell, StepRecord
+from pipelines.runs.step_record import Cell, StepRecord, base_directory
 
 
 def choose_step(run: RunDirectory, step: str | None) -> str:
@@ -32,7 +32,11 @@ Steps = Sequence[tuple[str, StepRecord]]  # (directory, metrics.json) by positio
 
 
 def current_steps(run: RunDirectory, chain: Sequence[str] | None = None) -> Steps:
-    """(directory, metrics.json) of row 0 and of every finished step of a chain, by position."""
+    """(directory, metrics.json) of row 0 and of every finished step of a chain, by position.
+
+    Row 0 is made up where the base was scored on nothing; a chain that started from another run's adapter and scored
+    nothing on it has none.
+    """
     found = {}
     for entry in run.list("steps"):
         directory = f"steps/{entry}"
@@ -48,6 +52,9 @@ def current_steps(run: RunDirectory, chain: Sequence[str] | None = None) -> Step
         members = sorted(found.values(), key=lambda item: item[1].finished)[-1:]
     if members:
         members = _ancestors(found, members[0][1]) + members
+        first = min((metrics for _, metrics in members), key=lambda metrics: metrics.position)
+        if first.grew_from_base:
+            members.append((base_directory(first.parent), first.unmeasured_parent()))
     if all(metrics.position for _, metrics in members):  # the chain started from another run's adapter
         bases = [item for item in found.values() if item[1].position == 0]
         members += sorted(bases, key=lambda item: item[1].finished)[-1:]

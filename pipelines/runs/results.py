@@ -70,7 +70,7 @@ class Results(Record):
         majority: task → score of always answering the most frequent class.
         extras: task → its other metrics in every row.
         gate: the verdict, `{"passed", "reasons", …}`.
-        registry: the registered version, `{"name", "version", "uri", "promoted", …}`.
+        registry: the registered version, `{"name", "version", "uri", "promoted", …}`, or `failure`: why there is none.
         ran: whether the call that returned this had anything to do. Not in the file.
     """
 

@@ -2,7 +2,8 @@
 
 Rows of `metrics.json` are written as a worker writes them. Their numbers come from a small deterministic model of
 learning and forgetting, so that a test needs milliseconds. Tasks are chosen by name: those in `TEXT` are language
-modelling, all others classification.
+modelling, those in `HEADS` have a classifier head, those in `WRITTEN` are generation, all others are classification
+through a verbalizer.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from pipelines.runs.step_record import (
 )
 
 TEXT = ("biomed", "code", "finance")
+HEADS = ("tickets", "topics")  # nothing of them can be scored on the base
+WRITTEN = ("chat", "answers")
 START = 1_760_000_000.0
 STEP_SECONDS = 100.0
 EXAMPLES = 200
@@ -64,6 +67,11 @@ def make_config(
 def _task(folder: Path, name: str) -> dict:
     if name in TEXT:
         return {"name": name, "kind": "language-modeling", "data": str(folder / name)}
+    if name in HEADS:
+        return {"name": name, "kind": "classification", "text": "text", "data": str(folder / name)}
+    if name in WRITTEN:
+        columns = {"messages": "messages"} if name == "chat" else {"prompt": "{text}", "completion": "{label}"}
+        return {"name": name, "kind": "generation", "data": str(folder / name), **columns}
     return {
         "name": name,
         "kind": "classification",
@@ -86,7 +94,13 @@ def _write_data(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for split in ("train", "test"):
         rows = [{"text": f"{folder.name} {split} {row}", "label": row % 2} for row in range(ROWS)]
+        if folder.name == "chat":
+            rows = [{"messages": _chat(row["text"])} for row in rows]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _chat(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
 
 
 def make_run(
@@ -153,7 +167,7 @@ def retention_nll(index: int, position: int) -> float:
 
 
 def write_base_row(run: RunDirectory, config: PipelineConfig, plan: Plan, drop: float = 0.0) -> StepRecord:
-    """Row 0: the base, or the step of another run that this one grows from."""
+    """Row 0: the base, or the step of another run that this one grows from; no file if nothing is scored on it."""
     start = plan.start
     row = StepRecord(
         fingerprint=start.fingerprint if start else plan.base_fingerprint,
@@ -163,7 +177,8 @@ def write_base_row(run: RunDirectory, config: PipelineConfig, plan: Plan, drop: 
         parent_run=start.run_uri if start else None,
         **_measured(run, config, plan, plan.base_directory, 0, start.depth if start else 0, drop),
     )
-    run.write_json(f"{plan.base_directory}/metrics.json", row)
+    if plan.needed[plan.base_directory]:
+        run.write_json(f"{plan.base_directory}/metrics.json", row)
     return row
 
 
@@ -178,7 +193,7 @@ def write_step(run: RunDirectory, config: PipelineConfig, plan: Plan, step: Step
         depth=step.depth,
         setting=Setting.of(config),
         data={name: TaskData(Split(digest_of(config.task(name), "train"), ROWS)) for name in step.tasks},
-        classes={name: ["bad", "good"] for name in step.tasks if name not in TEXT},
+        classes={name: ["bad", "good"] for name in step.tasks if name not in TEXT + WRITTEN},
         trainable_parameters=2304,
         head_parameters=0,
         adapter_bytes=9216 + 128 * step.position,

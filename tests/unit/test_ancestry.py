@@ -15,8 +15,9 @@ from pipelines.errors import ConfigError, RunDirectoryError
 from pipelines.lineage import store as mlflow_store
 from pipelines.lineage.ancestry import as_text, find, from_mlflow, from_run
 from pipelines.lineage.projection import project
-from pipelines.lineage.registry import register
+from pipelines.lineage.registry import describe, register
 from pipelines.reporting.ancestry_figure import draw_ancestry, write_ancestry
+from pipelines.reporting.page import write_report
 from pipelines.runs.directory import RunDirectory
 
 
@@ -48,7 +49,7 @@ def test_from_the_base_to_the_adapter_with_data_settings_and_scores(chain):
     assert [link.parent for link in ancestry.links[1:]] == [link.fingerprint for link in ancestry.links[:-1]]
     step = ancestry.links[2]
     metrics = chain.metrics(step.step_directory)
-    assert step.data == {"sst2": metrics.data["sst2"].train.to_json()}
+    assert step.data == {"sst2": metrics.data["sst2"].train.to_json() | {"used": 4}}
     assert step.settings["training.learning_rate"] == "0.003"
     assert step.scores["score/mrpc"] == chain.results().scores[2][0]
     assert step.scores["nll/wikitext2"] == chain.results().nll["wikitext2"][2]
@@ -106,6 +107,21 @@ def test_text_names_settings_once_and_again_where_they_change(tmp_path):
     assert text.count("training.seed 0") == 1
     assert "now training.learning_rate 0.5\n" in text
     assert metrics.data["sst2"].train.digest in text
+
+
+def test_rows_are_those_that_were_trained_on(tmp_path, store):
+    run = make_run(tmp_path, tasks=("mrpc",), training={"max_train_examples": 3}, tracking={"uri": store})
+    ancestry = from_run(run, last(run))
+    assert "trained on mrpc: 3 of 4 rows, digest" in as_text(ancestry)
+    assert "| mrpc | 3 of 4 rows |" in describe(ancestry)
+    assert any("mrpc: 3 of 4 rows" in text.get_text() for text in draw_ancestry(ancestry).axes[0].texts)
+    write_report(run)
+    assert "mrpc, 3 of 4 rows, digest" in run.read_bytes("report.html").decode()
+    ids = project(run, store, "rows")
+    version, _ = register(store, "rows", ids[ancestry.links[-1].fingerprint], ancestry)
+    assert from_mlflow(store, version.uri) == ancestry
+    whole = make_run(tmp_path, name="whole", tasks=("mrpc",), training={"max_train_examples": 9})
+    assert "trained on mrpc: 4 rows, digest" in as_text(from_run(whole, last(whole)))
 
 
 def test_command_prints_text_json_and_a_figure(chain, tmp_path):
