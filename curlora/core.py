@@ -33,17 +33,19 @@ class CurloraCore(nn.Module):
     """One adapter on one layer: the trainable U, its record, and tensors derived from the base.
 
     ``stale``: the record has been loaded, but the factors are not derived from it yet. ``assigned``: it was loaded in
-    a way that has not compared it with the file's configuration and checksum.
+    a way that has not compared it with the file's configuration and checksum. ``source``: the state of the base that
+    the factors come from, as the layer identifies it; ``probe``: the place of one element of the base in both factors.
 
     Saved: ``U`` (r, r) float32, trained; ``frozen`` (blocks−1, r, r), only in a stack; ``record`` int32 (see
     `record`).
 
-    Derived, not saved, k = blocks·r: ``rows`` I and ``cols`` J (k), ``columns`` C (m, k), ``bias_rows`` b[I] (k), and,
-    in fp32 whatever the dtype of the model, ``left``, ``right`` (M = left · U · right) and ``norm_left``,
-    ``norm_right`` (‖ΔW‖_F = ‖norm_left · U · norm_right‖_F).
+    Derived, not saved, k = blocks·r: ``rows`` I and ``cols`` J (k), ``columns`` C (m, k), ``bias_rows`` b[I] (k),
+    ``row_weight`` R (k, n) where it cannot be read from the base in a forward pass, and, in fp32 whatever the dtype of
+    the model, ``left``, ``right`` (M = left · U · right) and ``norm_left``, ``norm_right`` (‖ΔW‖_F = ‖norm_left · U ·
+    norm_right‖_F).
     """
 
-    DERIVED = ("rows", "cols", "columns", "bias_rows", "left", "right", "norm_left", "norm_right")
+    DERIVED = ("rows", "cols", "columns", "bias_rows", "row_weight", "left", "right", "norm_left", "norm_right")
     EXACT = ("left", "right", "norm_left", "norm_right")
 
     def __init__(self, settings: CoreSettings, device: torch.device) -> None:
@@ -61,6 +63,8 @@ class CurloraCore(nn.Module):
         self.weight_norm = math.nan
         self.stale = False
         self.assigned = False
+        self.source: object = None
+        self.probe = (0, 0)
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
@@ -100,13 +104,15 @@ class CurloraCore(nn.Module):
 
     # ---------------------------------------------------------------------------------------------- factors
 
-    def derive(self, rows: cur.Factor, columns: cur.Factor, weight: Tensor, bias: Tensor | None) -> None:
+    def derive(
+        self, rows: cur.Factor, columns: cur.Factor, weight: Tensor, bias: Tensor | None, keep_rows: bool = False
+    ) -> None:
         """Set all derived tensors from the base weight (m, n) and bias (m) for the selected factors."""
         device = weight.device
         self.rows, self.cols = rows.indices.to(device), columns.indices.to(device)
-        # (m, k) with contiguous columns, which makes both products with C faster than contiguous rows.
-        self.columns = weight[:, self.cols].detach().t().contiguous().t()
+        self.read_columns(weight)
         self.bias_rows = None if bias is None else bias[self.rows].detach().clone()
+        self.row_weight = weight[self.rows].detach().clone() if keep_rows else None
         scales = torch.diag(self._scales(rows, columns, weight.shape[0]))
         if self.settings.config.whiten:
             self._set_exact("left", cur.whitening(columns.triangle) @ scales, device)
@@ -121,6 +127,22 @@ class CurloraCore(nn.Module):
         self.norms = {"rows": rows.norm, "columns": columns.norm}
         if self.settings.config.max_update_norm is not None:
             self.weight_norm = float(torch.linalg.vector_norm(weight, dtype=self.left.dtype))
+
+    def read_columns(self, weight: Tensor) -> None:
+        """C from the base weight (m, n)."""
+        # (m, k) with contiguous columns, which makes both products with C faster than contiguous rows.
+        self.columns = weight[:, self.cols].detach().t().contiguous().t()
+        self.row_norm = _norm(weight[self.rows])
+
+    @torch.no_grad()
+    def matches(self, weight: Tensor, tolerance: float = 0) -> bool:
+        """Whether the factors come from this weight (m, n): by its values, up to a relative tolerance."""
+        if not math.isclose(_norm(weight[self.rows]), self.row_norm, rel_tol=1e-4 + tolerance):
+            return False
+        columns = weight[:, self.cols].to(self.columns.dtype)
+        if tolerance == 0:
+            return torch.equal(self.columns, columns)
+        return _norm(self.columns - columns) <= tolerance * _norm(columns)
 
     def derive_on_meta(self, weight: Tensor, bias: Tensor | None) -> None:
         """Set shapes only, for a model on the meta device; the indices are meaningless."""
@@ -228,6 +250,10 @@ class CurloraCore(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.settings.r}, blocks={self.settings.blocks}, ready={self.ready}"
+
+
+def _norm(matrix: Tensor) -> float:
+    return float(matrix.detach().float().norm())
 
 
 def _not_ready(settings: CoreSettings) -> str:

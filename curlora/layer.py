@@ -11,20 +11,27 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import cur
 from . import record as records
+from .active import Active, gathered_parts, join, joined_mask, plain, transformed
 from .core import CoreSettings, CurloraCore
-from .functional import cur_linear, cur_residual
+from .functional import HALF, cur_added, cur_linear, cur_residual
+from .merging import Merging, floating
 from .rounding import check_factors
 from .zero import gathered
 
+CHANGED = (
+    "The base weight of an adapted layer has changed since its adapter was attached or loaded. The adapter's rows and "
+    "columns are read from it again, and its file will belong to the changed base."
+)
 
-class CurloraLayer(BaseTunerLayer):
+
+class CurloraLayer(Merging, BaseTunerLayer):
     """Base of adapted layers: the cores by adapter name, and access to the base weight as (m, n)."""
 
     adapter_layer_names = ("curlora_core",)
@@ -40,6 +47,7 @@ class CurloraLayer(BaseTunerLayer):
         self.in_features, self.out_features = _features(base)
         self.fan_in_fan_out = _stored_transposed(base, fan_in_fan_out)
         self._disable_adapters = False
+        self.cast_input_dtype_enabled = True  # of no effect: the update takes the dtype of the base's output
         self.merged_adapters = []
         self._merged_factors: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.shares_weight = False
@@ -51,8 +59,7 @@ class CurloraLayer(BaseTunerLayer):
     @contextlib.contextmanager
     def base_tensors(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Weight as (m, n) and bias of the base layer for reading: gathered, dequantised, transposed if necessary."""
-        base = self.get_base_layer()
-        bias = getattr(base, "bias", None)
+        base, bias = self.get_base_layer(), self._bias()
         with gathered(base.weight, bias), torch.no_grad():
             weight = self.get_base_weight()
             yield (weight.t() if self.fan_in_fan_out else weight), bias
@@ -84,7 +91,12 @@ class CurloraLayer(BaseTunerLayer):
                 f"{settings.key}: cannot add adapter {adapter_name!r} while {self.merged_adapters} is merged into the "
                 "weight, because rows and columns must come from the base itself; call unmerge_adapter() first."
             )
-        core = CurloraCore(settings, self.get_base_layer().weight.device)
+        weight = self.get_base_layer().weight
+        core = CurloraCore(settings, weight.device)
+        if weight.dtype in HALF and not core.U.is_meta:
+            core.U.data = core.U.data.to(weight.dtype)  # PEFT casts it to fp32, unless autocast_adapter_dtype=False
+        if not settings.config.init_weights and not core.U.is_meta:
+            nn.init.normal_(core.U, std=settings.r**-0.5)
         self.curlora_core[adapter_name] = core
         self._initialise(core)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -108,7 +120,7 @@ class CurloraLayer(BaseTunerLayer):
         base = self.get_base_layer()
         if core.U.is_meta:
             if base.weight.is_meta and not hasattr(base.weight, "ds_id"):
-                core.derive_on_meta(_meta_like(self), getattr(base, "bias", None))
+                core.derive_on_meta(_meta_like(self), self._bias())
             return  # otherwise PEFT's low_cpu_mem_usage: the indices come from the file
         config = core.settings.config
         if config.load_only or config.selection == "activation" or core.settings.blocks > 1:
@@ -128,12 +140,12 @@ class CurloraLayer(BaseTunerLayer):
         """
         settings = core.settings
         with self.base_tensors() as (weight, bias):
-            weight = _floating(weight)
+            weight = floating(weight)
             rows = self._select(settings, weight.t(), "rows", previous[0], activations[0])
             columns = self._select(settings, weight, "columns", previous[1], activations[1])
             found = records.fingerprint(weight, rows, columns, settings.r)
             core.write_record(rows.indices, columns.indices, found)
-            core.derive(rows, columns, weight, bias)
+            self._derive(core, rows, columns, weight, bias)
 
     def _select(
         self, settings: CoreSettings, matrix: Tensor, what: str, previous: Tensor | None, activation: Tensor | None
@@ -199,28 +211,101 @@ class CurloraLayer(BaseTunerLayer):
         records.check_indices(settings.key, "row", row_indices, self.out_features)
         records.check_indices(settings.key, "column", column_indices, self.in_features)
         with self.base_tensors() as (weight, bias):
-            weight = _floating(weight)
+            weight = floating(weight)
             if weight.is_meta:
                 core.derive_on_meta(weight, bias)
                 core.accept()
                 return
-            device = weight.device
-            rows = cur.Factor(row_indices, cur.triangle_of(weight[row_indices.to(device)].t()))
-            columns = cur.Factor(column_indices, cur.triangle_of(weight[:, column_indices.to(device)]))
+            rows, columns = _factors_at(weight, row_indices, column_indices)
             found = records.fingerprint(weight, rows, columns, settings.r)
             block_norms = records.block_norms(weight, rows, columns, settings.r)
             quantised = self.quantization_backend is not None
             deviation = records.check_base(settings.key, expected, found, block_norms, quantised)
             whiten = settings.config.whiten
             check_factors(settings.key, self.get_base_layer(), weight, rows, columns, whiten, deviation)
-            core.derive(rows, columns, weight, bias)
+            self._derive(core, rows, columns, weight, bias)
         core.accept()
 
-    def refresh(self) -> None:
-        """Derive the factors of every core whose record was loaded since; raises as `rebuild` does."""
-        for core in self.curlora_core.values():
+    def refresh(self, thorough: bool = False) -> None:
+        """Derive factors again whose record was loaded, or whose base has changed, since they were derived.
+
+        ``thorough`` also compares values, which notices a weight that was changed through ``.data``. Raises as
+        `rebuild` does.
+        """
+        self._keep_current(list(self.curlora_core.values()), thorough)
+
+    def _keep_current(self, cores: list[CurloraCore], thorough: bool = False) -> None:
+        for core in cores:
             if core.stale:
                 self.rebuild(core)
+            elif core.ready and not self.merged:
+                state = self._base_state(core)
+                if state is not None and (state != core.source or (thorough and self.quantization_backend is None)):
+                    self._follow_base(core)
+
+    def _base_state(self, core: CurloraCore) -> object:
+        """What differs when the base weight has been changed or replaced; cheap enough for every forward pass.
+
+        On a CPU one element is read as well: writing through ``.data`` leaves no other trace. None where the base's
+        own weight cannot be read now: partitioned by ZeRO-3, offloaded, or with an adapter of another type merged.
+        """
+        weight = self.get_base_layer().weight
+        if hasattr(weight, "ds_id") or weight.is_meta or not core.ready or core.rows.is_meta:
+            return None
+        if self._nested() and self.base_layer.merged:
+            return None
+        if type(weight) is not nn.Parameter or weight.is_inference():
+            return id(weight)
+        element = weight[core.probe].item() if weight.device.type == "cpu" else None
+        return id(weight), weight._version, weight.data_ptr(), element
+
+    def _follow_base(self, core: CurloraCore) -> None:
+        """Derive the factors again if the base has other values by now; its record then describes that base."""
+        key = core.settings.key
+        row_indices, column_indices, _ = core.read_record()
+        with self.base_tensors() as (weight, bias):
+            weight = floating(weight)
+            # Unmerging an adapter of another type restores the weight up to rounding.
+            if not core.matches(weight, 2 * torch.finfo(weight.dtype).eps if self._nested() else 0):
+                rows, columns = _factors_at(weight, row_indices, column_indices)
+                if not max(rows.condition, columns.condition) <= cur.MAX_CONDITION:
+                    raise cur.SelectionError(
+                        f"{key}: the base weight has changed since the adapter was attached, and its rows and columns "
+                        "are no longer independent; attach a new adapter to this base."
+                    )
+                warnings.warn(CHANGED, stacklevel=2)
+                core.write_record(
+                    row_indices, column_indices, records.fingerprint(weight, rows, columns, core.settings.r)
+                )
+                self._derive(core, rows, columns, weight, bias)
+        core.source = self._base_state(core)
+
+    def accept_base(self) -> None:
+        """After unmerging, which rounds the weight: take the base as it is now, with its C, for the adapters' own."""
+        readable = self.quantization_backend is None and not self.get_base_layer().weight.is_meta
+        readable = readable and not self._nested()
+        for core in self.curlora_core.values():
+            if core.ready and readable:
+                with self.base_tensors() as (weight, _):
+                    core.read_columns(floating(weight))
+            core.source = self._base_state(core)
+
+    def _derive(
+        self, core: CurloraCore, rows: cur.Factor, columns: cur.Factor, weight: Tensor, bias: Tensor | None
+    ) -> None:
+        base = self.get_base_layer()
+        unreadable = self.quantization_backend is not None or hasattr(base.weight, "ds_id")
+        core.derive(rows, columns, weight, bias, keep_rows=self._nested() or (bias is not None and unreadable))
+        place = int(rows.indices[0]), int(columns.indices[0])
+        core.probe = place[::-1] if self.fan_in_fan_out else place
+        core.source = self._base_state(core)
+
+    def _nested(self) -> bool:
+        """Whether this layer lies around the layer of an adapter of another type."""
+        return isinstance(self.base_layer, BaseTunerLayer)
+
+    def _bias(self) -> Tensor | None:
+        return getattr(self.get_base_layer(), "bias", None)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own version also casts to the dtype of the base, which would round a trained U to bf16.
@@ -247,8 +332,15 @@ class Linear(nn.Module, CurloraLayer):
 
     def train(self, mode: bool = True) -> Linear:
         """Transformers' own `load_adapter` ends with a call of `eval`: an adapter of another base fails here."""
-        self.refresh()
+        self.refresh(thorough=mode != self.training)
         return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True) -> Linear:
+        current = [core for core in self.curlora_core.values() if core.source == self._base_state(core)]
+        super()._apply(fn, recurse)
+        for core in current:  # moved or cast with the base, not left behind by it
+            core.source = self._base_state(core)
+        return self
 
     # ----------------------------------------------------------------------------------------------- forward
 
@@ -260,89 +352,53 @@ class Linear(nn.Module, CurloraLayer):
         cores = [self.curlora_core[name] for name in self.active_adapters if name in self.curlora_core]
         if self.merged or not cores:
             return self.base_layer(x, *args, **kwargs)
-        if any(core.stale for core in cores):
-            self.refresh()
-        # Before the base layer, and through __call__, so that ZeRO-3's hooks gather each U.
-        middles = [core() for core in cores]
-        rows, cols, bias_rows, middle, columns = _joined(cores, middles)
-        mask = _joined_mask(cores, x)
-        base = self.base_layer
+        if not torch.compiler.is_compiling():
+            self._keep_current(cores)
+        active, mask, base = join(cores), joined_mask(cores, x), self.base_layer  # join before the base: see there
         if self.training and self.quantization_backend is not None:
             self._unpack()
-        if not args and not kwargs and _plain(base, x):
+        if not args and not kwargs and plain(base, x):
             kernel = base.weight if self.fan_in_fan_out else base.weight.t()
-            return cur_linear(x, kernel, base.bias, rows, cols, bias_rows, middle, columns, mask)
-        return cur_residual(base(x, *args, **kwargs), rows, bias_rows, middle, columns, mask)
+            return cur_linear(x, kernel, base.bias, active.rows, active.cols, active.middle, active.columns, mask)
+        y = base(x, *args, **kwargs)
+        z = self._rows_output(x, y, active)
+        if z is not None:
+            return cur_added(y, z, active.middle, active.columns, mask)
+        bias_rows = self._bias_rows(active)
+        return cur_residual(y, active.rows, bias_rows, active.middle, active.columns, mask)
 
-    # ------------------------------------------------------------------------------------------------- merge
+    def _rows_output(self, x: Tensor, y: Tensor, active: Active) -> Tensor | None:
+        """z = R x (..., k) where it must not be gathered from y (..., m); None where it can be.
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW in the orientation of the stored base weight, at least fp32."""
-        delta = _product(self.factors(adapter))
-        return delta.t() if self.fan_in_fan_out else delta
-
-    @torch.no_grad()
-    def factors(self, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
-        """C (m, k), M (k, k), R (k, n) of an adapter, at least fp32; other adapters may be merged into the base."""
-        if adapter in self._merged_factors:
-            return self._merged_factors[adapter]
-        self.refresh()
-        core = self.curlora_core[adapter]
-        with gathered(core.U):
-            middle = core()
-        with self.base_tensors() as (weight, _):
-            rows = _floating(weight)[core.rows].to(middle.dtype)
-        for columns, other, right in self._merged_factors.values():
-            rows = rows - columns[core.rows] @ other @ right
-        return core.columns.to(middle.dtype), middle, rows
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the updates of the adapters (default: the active ones) to the base weight.
-
-        ``safe_merge`` raises ValueError, before anything changes, if the result is not finite.
+        Half precision rounds z away in y = W x + b; another adapter's layer below this one adds its own update to y.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.curlora_core:
-                continue
-            factors = self.factors(name)
-            self._untie()
-            self._add_to_base(factors, sign=1, check=name if safe_merge else None)
-            self._merged_factors[name] = factors
-            self.merged_adapters.append(name)
+        bias = self._bias()
+        if self._nested() or (bias is not None and y.dtype in HALF):
+            weight = self._row_weight(active)
+            if weight is not None:
+                return nn.functional.linear(x, weight.to(x.dtype)).to(y.dtype)
+        if not transformed():
+            return None
+        z = y.index_select(-1, active.rows)
+        return z if bias is None else z - self._bias_rows(active).to(y.dtype)
 
-    def unmerge(self) -> None:
-        """Subtract the merged updates; exact up to rounding in the dtype of the base."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            self._add_to_base(self._merged_factors.pop(name), sign=-1)
-        if self._tied_weight is not None:
-            self.get_base_layer().weight, self._tied_weight = self._tied_weight, None
+    def _row_weight(self, active: Active) -> Tensor | None:
+        """R (k, n), kept or read from the base; None if the base is elsewhere."""
+        if active.cores[0].row_weight is not None:
+            return gathered_parts(active.cores, "row_weight")
+        weight = self.get_base_layer().weight
+        if hasattr(weight, "ds_id") or weight.is_meta != active.rows.is_meta:
+            return None
+        return weight.index_select(1, active.rows).t() if self.fan_in_fan_out else weight.index_select(0, active.rows)
 
-    def _untie(self) -> None:
-        """Give the layer its own weight, so that merging into lm_head does not change the embedding."""
-        base = self.get_base_layer()
-        if self.shares_weight and self._tied_weight is None:
-            self._tied_weight = base.weight
-            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
-
-    @torch.no_grad()
-    def _add_to_base(self, factors: tuple[Tensor, Tensor, Tensor], sign: int, check: str | None = None) -> None:
-        base = self.get_base_layer()
-        with gathered(base.weight, modifier_rank=0):
-            weight = self.get_base_weight()
-            delta = _product(factors)
-            delta = delta.t() if self.fan_in_fan_out else delta
-            # Added in fp32 and rounded once; a bf16 sum with a bf16 update would round twice.
-            result = weight.to(delta.dtype).add(delta, alpha=sign).to(weight.dtype)
-            if check is not None and not torch.isfinite(result).all():
-                raise ValueError(f"Merging adapter {check!r} gives weights that are not finite; nothing was changed.")
-            if self.quantization_backend is None:
-                weight.copy_(result)
-            else:
-                self.set_base_weight(result)
+    def _bias_rows(self, active: Active) -> Tensor | None:
+        """b[I] (k), as it is now if the bias can be read."""
+        bias = self._bias()
+        if bias is None:
+            return None
+        if hasattr(bias, "ds_id") or bias.is_meta != active.rows.is_meta:
+            return gathered_parts(active.cores, "bias_rows")
+        return bias.index_select(0, active.rows)
 
     def __repr__(self) -> str:
         return "curlora." + super().__repr__()
@@ -372,54 +428,15 @@ def _stored_transposed(base: nn.Module, fan_in_fan_out: bool) -> bool:
     return fan_in_fan_out
 
 
-def _floating(weight: Tensor) -> Tensor:
-    return weight if weight.dtype in _DIRECT else weight.float()
-
-
-_DIRECT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+def _factors_at(weight: Tensor, rows: Tensor, columns: Tensor) -> tuple[cur.Factor, cur.Factor]:
+    """The factors of W (m, n) at given rows and columns (k) int64."""
+    device = weight.device
+    return (
+        cur.Factor(rows, cur.triangle_of(weight[rows.to(device)].t())),
+        cur.Factor(columns, cur.triangle_of(weight[:, columns.to(device)])),
+    )
 
 
 def _meta_like(layer: CurloraLayer) -> Tensor:
     dtype = layer.get_base_layer().weight.dtype
     return torch.empty(layer.out_features, layer.in_features, dtype=dtype, device="meta")
-
-
-def _product(factors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    columns, middle, rows = factors
-    return columns @ (middle @ rows)
-
-
-def _joined(cores: list[CurloraCore], middles: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """I, J, b[I], M and C of all active adapters concatenated: one gather, before any update, serves them all."""
-    if len(cores) == 1:
-        core = cores[0]
-        return core.rows, core.cols, core.bias_rows, middles[0], core.columns
-    rows, cols = torch.cat([core.rows for core in cores]), torch.cat([core.cols for core in cores])
-    bias_rows = None if cores[0].bias_rows is None else torch.cat([core.bias_rows for core in cores])
-    columns = torch.cat([core.columns for core in cores], dim=1)
-    return rows, cols, bias_rows, torch.block_diag(*middles), columns
-
-
-def _joined_mask(cores: list[CurloraCore], x: Tensor) -> Tensor | None:
-    masks = [core.mask(x) for core in cores]
-    if all(mask is None for mask in masks):
-        return None
-    ones = (x.new_ones(*x.shape[:-1], core.size) for core in cores)
-    return torch.cat([one if mask is None else mask for mask, one in zip(masks, ones, strict=True)], dim=-1)
-
-
-def _plain(base: nn.Module, x: Tensor) -> bool:
-    """Whether base and update can run as one function: a frozen, unpartitioned, unhooked dense layer in x's dtype."""
-    if base._forward_hooks or base._forward_pre_hooks:
-        return False  # before the weight is accessed: under ZeRO-3 that would gather it once more
-    weight = getattr(base, "weight", None)
-    return (
-        type(base) in (nn.Linear, Conv1D)
-        and type(weight) is nn.Parameter
-        and weight.dtype == x.dtype
-        and not weight.requires_grad
-        and not (base.bias is not None and base.bias.requires_grad)
-        and not hasattr(weight, "ds_id")
-        and not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
-        and "forward" not in base.__dict__
-    )
