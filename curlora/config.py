@@ -28,6 +28,7 @@ class CurloraType(str, enum.Enum):  # noqa: UP042  PEFT reads the name from str(
 
 
 PEFT_TYPE = CurloraType.CURLORA
+ALL_LINEAR = "all-linear"
 
 
 @dataclass
@@ -45,7 +46,7 @@ class CurloraConfig(PeftConfig):
         default=1.0, metadata={"help": "Strength of the update: ΔW is proportional to alpha (the paper uses 1)."}
     )
     target_modules: list[str] | set[str] | str | None = field(
-        default="all-linear",
+        default=ALL_LINEAR,
         metadata={"help": "Names (or a regular expression) of the layers to adapt; 'all-linear' takes every one."},
     )
     exclude_modules: list[str] | set[str] | str | None = field(
@@ -76,7 +77,7 @@ class CurloraConfig(PeftConfig):
     )
     blocks: int = field(
         default=1,
-        metadata={"help": "Number of stacked blocks, raised by `add_block`; only the last one is trained."},
+        metadata={"help": "Number of stacked blocks of a saved adapter; start with 1, `add_block` adds one."},
     )
     max_update_norm: float | None = field(
         default=None,
@@ -102,7 +103,13 @@ class CurloraConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Other modules to train in full and to save with the adapter, such as a head."}
     )
-    bias: str = field(default="none", metadata={"help": "Biases are never trained: only 'none'."})
+    bias: str = field(
+        default="none",
+        metadata={"help": "Biases to train and save: 'none', 'all', or 'curlora_only', those of adapted layers."},
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "U starts at zero, so that a new adapter changes nothing; False: at random."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,7 +126,7 @@ class CurloraConfig(PeftConfig):
         _one_of("selection", self.selection, tuple(SELECTION_RULES))
         _one_of("scale", self.scale, SCALES)
         _one_of("carry", self.carry, CARRY_MODES)
-        _one_of("bias", self.bias, ("none",))
+        _one_of("bias", self.bias, ("none", "all", "curlora_only"))
 
     def _check_numbers(self) -> None:
         _require("r", self.r, _positive_integer(self.r), "a positive integer, such as 16")
@@ -138,7 +145,7 @@ class CurloraConfig(PeftConfig):
             _require(f"rank_pattern[{name!r}]", rank, _positive_integer(rank), "a positive integer")
         for name, alpha in self.alpha_pattern.items():
             _require(f"alpha_pattern[{name!r}]", alpha, _number(alpha) and alpha > 0, "a positive number")
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != ALL_LINEAR:
             for name in ("layers_to_transform", "layers_pattern"):
                 value = getattr(self, name)
                 _require(name, value, value is None, "None when target_modules is a regular expression")

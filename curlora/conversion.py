@@ -42,7 +42,7 @@ def to_lora(
     model = _loaded(adapter, base_model, adapter_name)
     config = model.peft_config[adapter_name]
     cores = model.base_model.cores(adapter_name)
-    if config.bias != "none" or not cores:
+    if not cores:
         raise ValueError(f"Adapter {adapter_name!r} adapts no layer; there is nothing to convert.")
     state = _other_modules(model, adapter_name)
     for name, layer, core in cores:
@@ -92,6 +92,7 @@ def _lora_config(model: PeftModel, config: CurloraConfig, cores: list) -> LoraCo
         rank_pattern={name: value for name, value in ranks.items() if value != rank},
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
         fan_in_fan_out=all(isinstance(layer.get_base_layer(), Conv1D) for _, layer, _ in cores),
+        bias=config.bias.replace("curlora", "lora"),
         modules_to_save=config.modules_to_save,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,10 +15,11 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .config import CurloraConfig
+from .config import ALL_LINEAR, CurloraConfig
 from .core import CoreSettings, CurloraCore
 from .layer import CurloraLayer, Linear
 from .record import check_state, check_whole
+from .targets import all_linear
 from .zero import gathered, set_master_copy
 
 
@@ -32,7 +34,9 @@ class CurloraModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: CurloraConfig, model_config: dict) -> CurloraConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = "all-linear"
+            peft_config.target_modules = ALL_LINEAR
+        if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == ALL_LINEAR:
+            peft_config.target_modules = all_linear(self.model, peft_config)
         return peft_config
 
     def _check_new_adapter_config(self, config: CurloraConfig) -> None:
@@ -154,7 +158,7 @@ class CurloraModel(BaseTuner):
         statistics = None if batches is None else self._measure(batches, adapter_name)
         for name, layer, _ in cores:
             layer.add_block(adapter_name, (None, None) if statistics is None else statistics[name].means(name))
-        config.blocks += 1
+        self._set_blocks(adapter_name, config.blocks + 1)
 
     def remove_block(self, adapter_name: str | None = None) -> None:
         """Remove the last block of a stack: the model computes exactly what it did before `add_block`."""
@@ -164,7 +168,13 @@ class CurloraModel(BaseTuner):
             raise ValueError(f"Adapter {adapter_name!r} has one block; use delete_adapter to remove all of it.")
         for _, layer, _ in self._ready_cores(adapter_name):
             layer.remove_block(adapter_name)
-        config.blocks -= 1
+        self._set_blocks(adapter_name, config.blocks - 1)
+
+    def _set_blocks(self, adapter_name: str, blocks: int) -> None:
+        """In a copy of the configuration: the object is the user's and may belong to another adapter as well."""
+        config = copy.copy(self.peft_config[adapter_name])
+        config.blocks = blocks
+        self.peft_config[adapter_name] = config
 
     def _ready_cores(self, adapter_name: str | None) -> list[tuple[str, Linear, CurloraCore]]:
         cores = self.cores(adapter_name or self.active_adapters[0])

@@ -13,7 +13,7 @@ from curlora import CurloraConfig
         ("selection", "invers", "selection='invers' is not known.*Did you mean 'inverse'"),
         ("scale", "adma", "scale='adma' is not known.*Did you mean 'adam'"),
         ("carry", "stacked", "carry='stacked' is not known.*Did you mean 'stack'"),
-        ("bias", "all", "bias='all' is not known; use one of none"),
+        ("bias", "lora_only", "bias='lora_only' is not known.*Did you mean 'curlora_only'"),
         ("r", 0, "r=0 is not possible; use a positive integer"),
         ("r", 2.5, "r=2.5 is not possible"),
         ("r", True, "r=True is not possible"),

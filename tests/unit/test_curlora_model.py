@@ -11,9 +11,10 @@ import torch
 from curlora_cases import logits, randomise, tiny_deberta, tiny_falcon, tiny_gpt2, tiny_llama, tokens
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save, save_file
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import LlamaModel, MistralConfig, MistralForCausalLM
 
 from curlora import BaseMismatchError, CurloraConfig
+from curlora.conversion import to_lora
 from curlora.record import check_whole
 from curlora.sizes import adapter_file_bytes, safetensors_bytes
 
@@ -99,6 +100,72 @@ def test_modules_to_save_are_trained_saved_and_restored(tmp_path):
     model.save_pretrained(tmp_path)
     assert "base_model.model.lm_head.weight" in load_file(tmp_path / "adapter_model.safetensors")
     assert torch.allclose(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(1, {1}), ([0], {0}), ([0, 1], {0, 1}), ([], {0, 1})])
+@pytest.mark.parametrize("pattern", [None, "layers", ["h", "layers"]])
+def test_layers_to_transform_counts_under_the_default_too(layers, expected, pattern):
+    model = wrapped(layers_to_transform=layers, layers_pattern=pattern)
+    assert {int(name.split(".")[2]) for name in names(model)} == expected
+    assert len(names(model)) == 7 * len(expected)
+
+
+def test_layers_that_a_model_does_not_have_are_named():
+    with pytest.raises(ValueError, match=r"layers_to_transform=\[7\] names no layer.*\[0, 1\]"):
+        wrapped(layers_to_transform=[7])
+    with pytest.raises(ValueError, match="layers_pattern='blocks'"):
+        wrapped(layers_to_transform=[1], layers_pattern="blocks")
+
+
+@pytest.mark.parametrize("bias", ["all", "curlora_only"])
+def test_biases_train_and_are_saved_with_the_adapter(tmp_path, bias):
+    model = wrapped(tiny_gpt2(), bias=bias, target_modules=["c_attn"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
+    assert any("c_attn" in name for name in trained) and (bias == "all") == any("ln_1" in name for name in trained)
+    model(tokens(), labels=tokens()).loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            assert parameter.grad.abs().max() > 0
+            parameter.data += 0.1
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="does not produce the same output"), model.disable_adapter():
+        pass
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "adapter").eval()), logits(model))
+    to_lora(model, tmp_path / "lora")
+    converted = PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "lora").eval()
+    assert torch.allclose(logits(converted), logits(model), atol=1e-4)
+
+
+def test_a_configuration_object_may_belong_to_several_adapters_and_stays_as_it_was(tmp_path):
+    config = CurloraConfig(r=3, carry="stack", target_modules=QKV)
+    model = get_peft_model(tiny_llama(), config)
+    model.add_adapter("other", config)
+    model.base_model.add_block("other")
+    randomise(model)
+    assert config.blocks == 1 and [c.blocks for c in model.peft_config.values()] == [1, 2]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    loaded.load_adapter(str(tmp_path / "other"), "other")
+    for name in ("default", "other"):
+        model.eval().set_adapter(name)
+        loaded.set_adapter(name)
+        assert torch.equal(logits(loaded), logits(model))
+    assert loaded.peft_config["other"].blocks == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_u_takes_the_dtype_of_the_base_where_peft_is_asked_not_to_cast_it(dtype, autocast):
+    config = CurloraConfig(r=4, init_weights=False, target_modules=QKV)
+    model = get_peft_model(tiny_llama().to(dtype), config, autocast_adapter_dtype=autocast)
+    assert {p.dtype for n, p in model.named_parameters() if n.endswith(".U")} == {torch.float32 if autocast else dtype}
+    assert not torch.equal(logits(model.eval()), logits(tiny_llama().to(dtype)))
+
+
+def test_the_tuner_hides_no_attribute_of_the_model():
+    base = LlamaModel(tiny_llama().config)
+    model = get_peft_model(base, CurloraConfig(r=4))
+    assert model.base_model.layers is base.layers and model.layers is base.layers
 
 
 # ----------------------------------------------------------------------------------------------------- life cycle
