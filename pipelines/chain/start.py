@@ -173,7 +173,10 @@ def _misfits(config: PipelineConfig, start: Start) -> Iterator[Problem]:
             f"'{ours.path}' ({ours.dtype}, quantization: {ours.quantization or 'null'}) is not the base that "
             f"{start.named} was trained on; set base_model.{theirs}, or start from another run",
         )
-    for field, value in config.adapter.model_dump().items():
+    section = config.adapter.model_dump()
+    if start.adapter.get("type", section["type"]) != section["type"]:
+        section = {"type": section["type"]}  # the other fields follow from it
+    for field, value in section.items():
         theirs = start.adapter.get(field, value)
         if theirs != value:
             yield Problem(

@@ -15,6 +15,7 @@ from pipelines.config.explaining import problem_of
 from pipelines.config.paths import CONFIGS, absolute_path, absolute_sqlite, is_uri
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.search_space import check_space
+from pipelines.config.type_defaults import with_type_defaults
 from pipelines.errors import ConfigError, Problem
 
 VARIABLE = re.compile(r"\$\{?(\w+)\}?")
@@ -67,7 +68,7 @@ def read_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> dict:
 
 
 def parse_config(raw: dict) -> PipelineConfig:
-    """Validate a mapping and make its paths absolute.
+    """Validate a mapping, fill in the defaults of its type of adapter, and make its paths absolute.
 
     Raises:
         ConfigError: with every problem.
@@ -76,7 +77,7 @@ def parse_config(raw: dict) -> PipelineConfig:
     if unset:
         raise ConfigError(Problem(f"${{{name}}}", "this environment variable is not set") for name in sorted(unset))
     try:
-        config = PipelineConfig.model_validate(raw)
+        config = PipelineConfig.model_validate(with_type_defaults(raw))
         if config.search:
             check_space(config)  # no validator of SearchConfig: it builds whole configurations
         return resolve(config)

@@ -47,8 +47,18 @@ class AdapterConfig(Section):
     """The trained adapter: the fields of CURLoRA, and `options` for any other PEFT type."""
 
     type: str = Field("curlora", description="curlora, none (train heads only), lora, or any other PEFT type.")
-    r: int = Field(23, gt=0, description="Rank: columns and rows sampled per layer (curlora), or the rank of LoRA.")
-    alpha: float = Field(1.0, gt=0, description="Scale of the weight update; for lora, lora_alpha.")
+    r: int = Field(
+        23,
+        gt=0,
+        description="Rank: columns and rows sampled per layer (curlora), or the rank of LoRA. Default: 23 for "
+        "curlora, 8 for lora, PEFT's own for other types.",
+    )
+    alpha: float = Field(
+        1.0,
+        gt=0,
+        description="Scale of the weight update; for lora, lora_alpha. Default: 1 for curlora, twice the rank for "
+        "lora.",
+    )
     target_modules: str | list[str] = Field(
         "all-linear", description="Names of the adapted modules, matched from the end, or all-linear."
     )
@@ -95,7 +105,9 @@ class StrategyConfig(Section):
 class TrainingConfig(Section):
     """Optimisation of one task; every task of the sequence is trained with the same settings."""
 
-    learning_rate: float = Field(3.0e-3, gt=0, description="Peak learning rate of the adapter.")
+    learning_rate: float = Field(
+        3.0e-3, gt=0, description="Peak learning rate of the adapter. Default: 3e-3 for curlora, 2e-4 for lora."
+    )
     head_learning_rate: float = Field(1.0e-2, gt=0, description="Peak learning rate of the classifier heads.")
     epochs: float = Field(3, gt=0, description="Passes over the training split of each task.")
     max_steps: int | None = Field(
