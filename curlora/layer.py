@@ -98,7 +98,11 @@ class CurloraLayer(Merging, BaseTunerLayer):
         if not settings.config.init_weights and not core.U.is_meta:
             nn.init.normal_(core.U, std=settings.r**-0.5)
         self.curlora_core[adapter_name] = core
-        self._initialise(core)
+        try:
+            self._initialise(core)
+        except ValueError:
+            del self.curlora_core[adapter_name]
+            raise
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def check_fit(self, settings: CoreSettings) -> None:

@@ -17,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import ALL_LINEAR, CurloraConfig
 from .core import CoreSettings, CurloraCore
+from .cur import SelectionError
 from .layer import CurloraLayer, Linear
 from .record import check_state, check_whole
-from .targets import all_linear
+from .targets import default_targets, exclude_also
 from .zero import gathered, set_master_copy
 
 
@@ -36,8 +37,24 @@ class CurloraModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = ALL_LINEAR
         if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == ALL_LINEAR:
-            peft_config.target_modules = all_linear(self.model, peft_config)
+            defaults = default_targets(self.model, peft_config)
+            peft_config.target_modules, peft_config.defaults = defaults.names, defaults
+            # first, since the first matching pattern counts
+            peft_config.rank_pattern = defaults.ranks | peft_config.rank_pattern | defaults.ranks
         return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Also one warning about what the default, all linear layers, could not take as configured."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        defaults = vars(config).pop("defaults", None)
+        if defaults is not None:
+            if not self.cores(adapter_name):
+                raise SelectionError(f"No layer of this model can be adapted: {defaults.summary()}.")
+            failed = defaults.failed
+            self.targeted_module_names = [name for name in self.targeted_module_names if name not in failed]
+            exclude_also(config, failed)
+            defaults.warn()
 
     def _check_new_adapter_config(self, config: CurloraConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -68,8 +85,20 @@ class CurloraModel(BaseTuner):
             blocks=peft_config.blocks,
             config=peft_config,
         )
+        while settings.r:
+            try:
+                return self._adapt(adapter_name, target, target_name, parent, settings)
+            except SelectionError:
+                if not hasattr(peft_config, "defaults"):
+                    raise
+            settings = replace(settings, r=settings.r // 2)
+            peft_config.defaults.lower(key, settings.r, peft_config)
+
+    def _adapt(
+        self, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, settings: CoreSettings
+    ) -> None:
         if isinstance(target, CurloraLayer):
-            target.update_layer(adapter_name, settings, inference_mode=peft_config.inference_mode)
+            target.update_layer(adapter_name, settings, inference_mode=settings.config.inference_mode)
             return
         layer = self._create_new_module(target, adapter_name, settings)
         if adapter_name not in self.active_adapters:

@@ -368,7 +368,7 @@ def test_the_meta_device_runs_shapes_without_reading_weights():
     with torch.device("meta"):
         base = tiny_llama()
     with pytest.raises(ValueError, match="r=33 is larger"):
-        get_peft_model(base, CurloraConfig(r=33))
+        get_peft_model(base, CurloraConfig(r=33, target_modules=QKV))
 
 
 # ------------------------------------------------------------------------------------------- another dtype or base
