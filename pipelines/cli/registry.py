@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import time
+import webbrowser
 
 import click
 
@@ -58,30 +61,56 @@ def promote(run: str, version: int | None, force: bool, reason: str, no_hook: bo
 @click.argument("run", required=False)
 @click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
 @click.option("--port", default=5000, show_default=True, help="Port of the pages.")
-def ui(run: str | None, storage: str, port: int) -> None:
+@click.option("--open", "opened", is_flag=True, help="Open the page in a browser.")
+def ui(run: str | None, storage: str, port: int, opened: bool) -> None:
     """Show the MLflow pages of RUN in a browser.
 
-    They are served on http://127.0.0.1:PORT; without RUN, those of sqlite:///mlflow.db in this folder.
+    Prints the address of RUN's own page and of its experiment's training runs, and serves them on
+    http://127.0.0.1:PORT, unless MLflow is a server already; without RUN, those of sqlite:///mlflow.db in this folder.
 
     \b
-    Example:  curlora ui demo
+    Example:  curlora ui demo --open
     """
-    from pipelines.lineage.store import page_url, ui_command, ui_environment
+    from pipelines.lineage.pages import own_address, pages
+    from pipelines.lineage.store import shown, ui_command, ui_environment
 
-    uri, page = "sqlite:///mlflow.db", f"http://127.0.0.1:{port}"
-    if run:
-        tracking = open_run(run, storage).config().tracking
+    uri, experiment, directory = "sqlite:///mlflow.db", None, open_run(run, storage) if run else None
+    if directory:
+        tracking = directory.config().tracking
         if tracking is None:
             raise click.UsageError(f"run '{run}' was not tracked (tracking: null); run curlora sync {run} first")
-        uri = tracking.uri
+        uri, experiment = tracking.uri, tracking.experiment
+    server_address = own_address(uri)
     try:
-        command = ui_command(uri, port)
-        page = page_url(uri, tracking.experiment, page) if run else page
+        found = pages(uri, experiment, directory, server_address or f"http://127.0.0.1:{port}")
     except LineageError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
-    click.echo(f"{page}  (MLflow on {uri}; Ctrl-C ends it)")
-    sys.exit(subprocess.run(command, env=ui_environment(), check=False).returncode)
+    for name, address in found.items():
+        click.echo(f"{name + ':':<15}{address}")
+    first = next(iter(found.values()))
+    if server_address:
+        if opened:
+            webbrowser.open(first)
+        return
+    click.echo(f"MLflow on {shown(uri)}; Ctrl-C ends it")
+    server = subprocess.Popen(ui_command(uri, port), env=ui_environment())
+    try:
+        if opened and _answers(server, port):
+            webbrowser.open(first)
+        sys.exit(server.wait())
+    finally:
+        server.terminate()
+
+
+def _answers(server: subprocess.Popen, port: int) -> bool:
+    """Wait until the server answers; whether it does, or has ended."""
+    while server.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return True
+        time.sleep(0.2)
+    return False
 
 
 @click.command()

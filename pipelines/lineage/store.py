@@ -40,13 +40,7 @@ def initialize(uri: str) -> None:
 
 
 def ui_command(uri: str, port: int = 5000) -> list[str]:
-    """Command line of MLflow's own server for a database store, on loopback.
-
-    Raises:
-        LineageError: `uri` is already a server, with its own pages.
-    """
-    if urlsplit(uri).scheme in ("http", "https", "databricks"):
-        raise LineageError(f"tracking.uri {shown(uri)} is a server already; open that address in a browser")
+    """Command line of MLflow's own server for a database store, on loopback."""
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     if artifacts := artifact_root(uri):
         command += ["--default-artifact-root", artifacts]
@@ -58,18 +52,6 @@ def ui_environment() -> dict[str, str]:
     """Environment for `ui_command`: disables seven job processes (1.2 GB) that only LLM evaluations need."""
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     return {**quiet, **os.environ}
-
-
-def page_url(uri: str, experiment: str, address: str = "http://127.0.0.1:5000") -> str:
-    """URL of the experiment's runs on the server at `address`; its front page if there is no such experiment yet.
-
-    Raises:
-        LineageError: the store cannot be reached.
-    """
-    with errors(uri, "check tracking.uri"), quiet():
-        found = connect(uri).get_experiment_by_name(experiment)
-    # Without `workflowType` MLflow opens its pages for LLM applications.
-    return f"{address}/#/experiments/{found.experiment_id}/runs?workflowType=machine_learning" if found else address
 
 
 def connect(uri: str):

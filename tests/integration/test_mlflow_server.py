@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from pipelines.lineage import registry
 from pipelines.lineage.projection import project
 from pipelines.lineage.store import initialize
 from tests.bench import wait_for
+from tests.browser import CHROMIUM, Browser
 from tests.cluster.chaos import Server
 from tests.holdings import holdings
 from tests.unit.sample_run import make_run
@@ -149,6 +151,67 @@ def test_two_chains_at_once_into_one_server_do_not_mix(server, client, tmp_path)
         mine = [entry for entry in held["runs"] if entry["tags"]["curlora.run"] == run.name]
         assert mine == alone["runs"]
         assert [m for m in held["models"] if m["tags"]["curlora.run"] == run.name] == alone["models"]
+
+
+@pytest.fixture
+def browser(tmp_path, monkeypatch):
+    """What `webbrowser` starts: a command that keeps the addresses that it is to open."""
+    script, opened = tmp_path / "browser", tmp_path / "opened"
+    script.write_text(f'#!/bin/sh\necho "$1" >> {opened}\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("BROWSER", str(script))
+    return opened
+
+
+def page_of(tmp_path, client, experiment: str, tracking: str) -> tuple:
+    run = make_run(tmp_path, name=experiment, tasks=("mrpc",), tracking={"uri": tracking, "experiment": experiment})
+    parent = project(run, tracking, experiment)["parent"]
+    number = client.get_experiment_by_name(experiment).experiment_id
+    return run, f"/#/experiments/{number}/runs/{parent}?workflowType=machine_learning"
+
+
+def test_ui_of_a_run_on_a_server_is_the_address_of_its_page(bench, client, server, tmp_path, browser):
+    run, page = page_of(tmp_path, client, "served", server.address)
+    lines = bench.command("ui", run.uri, "--open").splitlines()
+    assert lines[0] == f"run:           {server.address}{page}"
+    assert lines[1].startswith("training runs: ") and "workflowType=machine_learning" in lines[1]
+    wait_for(browser.exists)
+    assert browser.read_text().strip() == server.address + page
+
+
+def test_ui_of_a_run_in_a_database_serves_its_page_and_opens_it(tmp_path, browser):
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    initialize(store)
+    run, page = page_of(tmp_path, MlflowClient(store), "kept", store)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "pipelines", "ui", run.uri, "--port", port, "--open"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        wait_for(browser.exists, process)
+        assert browser.read_text().strip() == f"http://127.0.0.1:{port}{page}"
+        if CHROMIUM:
+            text = asyncio.run(shown(tmp_path / "profile", f"http://127.0.0.1:{port}{page}", "kept"))
+            assert "Training runs" not in text and "Quality" not in text  # as on the pages for LLM applications
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+async def shown(profile, address: str, wanted: str) -> str:
+    """The text of a page, once it has the wanted word."""
+    profile.mkdir()
+    async with Browser(profile) as browser:
+        await browser.call("Page.navigate", url=address)
+        for _ in range(120):
+            text = await browser.value("document.body ? document.body.innerText : ''")
+            if wanted in text:
+                return text
+            await asyncio.sleep(0.5)
+    raise AssertionError(f"'{wanted}' does not appear; the page says: {text[:300]}")
 
 
 def test_champion_is_asked_for_over_the_server(interrupted, server):

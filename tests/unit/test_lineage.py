@@ -16,6 +16,7 @@ from sample_run import START, make_run
 from pipelines.errors import LineageError
 from pipelines.lineage import store as mlflow_store
 from pipelines.lineage.mlflow_records import finite, flatten
+from pipelines.lineage.pages import own_address, pages
 from pipelines.lineage.projection import Projection, project
 
 
@@ -294,16 +295,34 @@ def test_ui_listens_on_loopback_only_and_a_server_needs_none(tmp_path):
     assert command[:4] == [sys.executable, "-m", "mlflow", "server"]
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert command[command.index("--default-artifact-root") + 1] == (tmp_path / "mlruns").as_uri()
-    with pytest.raises(LineageError, match="is a server already"):
-        mlflow_store.ui_command("http://example.org:5000")
+    assert own_address(f"sqlite:///{tmp_path}/mlflow.db") is None
+    assert own_address("https://me:secret@example.org:5000") == "https://example.org:5000"
 
 
-def test_page_of_an_experiment_is_its_list_of_training_runs(chain, store, client):
+def test_pages_are_those_of_the_run_and_of_the_training_runs_around_it(chain, store, client):
+    run, ids = chain
     number = client.get_experiment_by_name("chain").experiment_id
-    assert mlflow_store.page_url(store, "chain", "http://h:1") == (
-        f"http://h:1/#/experiments/{number}/runs?workflowType=machine_learning"
-    )
-    assert mlflow_store.page_url(store, "not yet there", "http://h:1") == "http://h:1"
+    runs = f"http://h:1/#/experiments/{number}/runs"
+    assert pages(store, "chain", run, "http://h:1") == {
+        "run": f"{runs}/{ids['parent']}?workflowType=machine_learning",
+        "training runs": f"{runs}?workflowType=machine_learning",
+    }
+    everything = {"experiments": "http://h:1/#/experiments?workflowType=machine_learning"}
+    assert pages(store, "not yet there", run, "http://h:1") == everything
+    assert pages(store, None, None, "http://h:1") == everything
+
+
+def test_page_of_a_run_whose_earlier_step_changed_is_the_new_one(tmp_path, store):
+    run = make_run(tmp_path, tasks=("mrpc",))
+    old = project(run, store, "two chains")["parent"]
+    changed = make_run(tmp_path, tasks=("mrpc",), training={"learning_rate": 1e-3})
+    run.write_json("events/99999999999999999-0.json", {"kind": "started", "time": START + 10**6})
+    for name in run.list("events"):
+        if not name.startswith("999"):
+            run.remove(f"events/{name}")
+    new = project(changed, store, "two chains")["parent"]
+    assert new != old
+    assert f"/{new}?" in pages(store, "two chains", changed, "http://h:1")["run"]
 
 
 def test_importing_lineage_does_not_import_mlflow():
