@@ -20,7 +20,7 @@ class Active:
     """I (k,)."""
     cols: Tensor
     """J (k,)."""
-    middle: Tensor
+    middle: Tensor | None
     """M (k, k), block diagonal."""
     columns: Tensor
     """C (m, k)."""
@@ -35,6 +35,11 @@ def join(cores: list[CurloraCore]) -> Active:
     rows, cols = torch.cat([core.rows for core in cores]), torch.cat([core.cols for core in cores])
     columns = torch.cat([core.columns for core in cores], dim=1)
     return Active(cores, rows, cols, torch.block_diag(*middles), columns)
+
+
+def alone(core: CurloraCore) -> Active:
+    """One adapter, without computing its M."""
+    return Active([core], core.rows, core.cols, None, core.columns)
 
 
 def joined_mask(cores: list[CurloraCore], x: Tensor) -> Tensor | None:

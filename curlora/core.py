@@ -34,7 +34,8 @@ class CurloraCore(nn.Module):
 
     ``stale``: the record has been loaded, but the factors are not derived from it yet. ``assigned``: it was loaded in
     a way that has not compared it with the file's configuration and checksum. ``source``: the state of the base that
-    the factors come from, as the layer identifies it; ``probe``: the place of one element of the base in both factors.
+    the factors come from, as the layer identifies it; ``probe``: the place of one element of the base in both factors;
+    ``place``: I and J as numbers.
 
     Saved: ``U`` (r, r) float32, trained; ``frozen`` (blocks−1, r, r), only in a stack; ``record`` int32 (see
     `record`).
@@ -65,6 +66,7 @@ class CurloraCore(nn.Module):
         self.assigned = False
         self.source: object = None
         self.probe = (0, 0)
+        self.place: tuple[int, ...] = ()
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
@@ -110,6 +112,7 @@ class CurloraCore(nn.Module):
         """Set all derived tensors from the base weight (m, n) and bias (m) for the selected factors."""
         device = weight.device
         self.rows, self.cols = rows.indices.to(device), columns.indices.to(device)
+        self.place = (*rows.indices.tolist(), *columns.indices.tolist())
         self.read_columns(weight)
         self.bias_rows = None if bias is None else bias[self.rows].detach().clone()
         self.row_weight = weight[self.rows].detach().clone() if keep_rows else None

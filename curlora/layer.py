@@ -5,9 +5,7 @@ C and the r×r whitening matrices are derived from the base and never saved; R i
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -18,10 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from . import cur
 from . import record as records
-from .active import Active, gathered_parts, join, joined_mask, plain, transformed
+from .active import alone, join, joined_mask, plain
+from .base import BaseAccess
 from .core import CoreSettings, CurloraCore
 from .functional import HALF, cur_added, cur_linear, cur_residual
 from .merging import Merging, floating
+from .mixed import RowNames, add_rows, grouped
 from .rounding import check_factors
 from .zero import gathered
 
@@ -31,7 +31,7 @@ CHANGED = (
 )
 
 
-class CurloraLayer(Merging, BaseTunerLayer):
+class CurloraLayer(BaseAccess, Merging, BaseTunerLayer):
     """Base of adapted layers: the cores by adapter name, and access to the base weight as (m, n)."""
 
     adapter_layer_names = ("curlora_core",)
@@ -53,30 +53,6 @@ class CurloraLayer(Merging, BaseTunerLayer):
         self.shares_weight = False
         """Set by the model if another module uses the same weight, which a merge must then untie."""
         self._tied_weight: nn.Parameter | None = None
-
-    # ------------------------------------------------------------------------------------------- base weight
-
-    @contextlib.contextmanager
-    def base_tensors(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Weight as (m, n) and bias of the base layer for reading: gathered, dequantised, transposed if necessary."""
-        base, bias = self.get_base_layer(), self._bias()
-        with gathered(base.weight, bias), torch.no_grad():
-            weight = self.get_base_weight()
-            yield (weight.t() if self.fan_in_fan_out else weight), bias
-
-    def get_base_weight(self) -> Tensor:
-        """The base weight in its stored orientation, dequantised if necessary."""
-        self._unpack()
-        return super().get_base_weight()
-
-    def _unpack(self) -> None:
-        """Undo the repacking of a 4 bit weight by bitsandbytes, for evaluation on a CPU with AVX512.
-
-        A packed weight dequantises to noise and its product has no gradient; building the state dict unpacks it.
-        """
-        base = self.get_base_layer()
-        if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
-            base.state_dict()
 
     # ---------------------------------------------------------------------------------------------- adapters
 
@@ -304,13 +280,6 @@ class CurloraLayer(Merging, BaseTunerLayer):
         core.probe = place[::-1] if self.fan_in_fan_out else place
         core.source = self._base_state(core)
 
-    def _nested(self) -> bool:
-        """Whether this layer lies around the layer of an adapter of another type."""
-        return isinstance(self.base_layer, BaseTunerLayer)
-
-    def _bias(self) -> Tensor | None:
-        return getattr(self.get_base_layer(), "bias", None)
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own version also casts to the dtype of the base, which would round a trained U to bf16.
         if adapter_name not in self.curlora_core:
@@ -348,11 +317,14 @@ class Linear(nn.Module, CurloraLayer):
 
     # ----------------------------------------------------------------------------------------------- forward
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
+        self._check_names(x, adapter_names)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed(x, adapter_names, *args, **kwargs)
         cores = [self.curlora_core[name] for name in self.active_adapters if name in self.curlora_core]
         if self.merged or not cores:
             return self.base_layer(x, *args, **kwargs)
@@ -371,38 +343,32 @@ class Linear(nn.Module, CurloraLayer):
         bias_rows = self._bias_rows(active)
         return cur_residual(y, active.rows, bias_rows, active.middle, active.columns, mask)
 
-    def _rows_output(self, x: Tensor, y: Tensor, active: Active) -> Tensor | None:
-        """z = R x (..., k) where it must not be gathered from y (..., m); None where it can be.
+    def _mixed(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
+        """The output with an adapter of its own for each row of x (B, ..., n)."""
+        names = names if isinstance(names, RowNames) else RowNames(names)
+        base_output = y = self.base_layer(x, *args, **kwargs)
+        for cores, rows in grouped(names, self.curlora_core):
+            self._keep_current(cores)
+            active = alone(cores[0])
+            z = self._rows_output(x, base_output, active)
+            if z is None:
+                z, bias = base_output.index_select(-1, active.rows), self._bias_rows(active)
+                z = z if bias is None else z - bias.to(z.dtype)
+            y = add_rows(y, z, cores, rows)
+        return y
 
-        Half precision rounds z away in y = W x + b; another adapter's layer below this one adds its own update to y.
-        """
-        bias = self._bias()
-        if self._nested() or (bias is not None and y.dtype in HALF):
-            weight = self._row_weight(active)
-            if weight is not None:
-                return nn.functional.linear(x, weight.to(x.dtype)).to(y.dtype)
-        if not transformed():
-            return None
-        z = y.index_select(-1, active.rows)
-        return z if bias is None else z - self._bias_rows(active).to(y.dtype)
-
-    def _row_weight(self, active: Active) -> Tensor | None:
-        """R (k, n), kept or read from the base; None if the base is elsewhere."""
-        if active.cores[0].row_weight is not None:
-            return gathered_parts(active.cores, "row_weight")
-        weight = self.get_base_layer().weight
-        if hasattr(weight, "ds_id") or weight.is_meta != active.rows.is_meta:
-            return None
-        return weight.index_select(1, active.rows).t() if self.fan_in_fan_out else weight.index_select(0, active.rows)
-
-    def _bias_rows(self, active: Active) -> Tensor | None:
-        """b[I] (k), as it is now if the bias can be read."""
-        bias = self._bias()
-        if bias is None:
-            return None
-        if hasattr(bias, "ds_id") or bias.is_meta != active.rows.is_meta:
-            return gathered_parts(active.cores, "bias_rows")
-        return bias.index_select(0, active.rows)
+    def _check_names(self, x: Tensor, names: list[str] | None) -> None:
+        if names is None:
+            return
+        if len(x) != len(names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
 
     def __repr__(self) -> str:
         return "curlora." + super().__repr__()

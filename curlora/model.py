@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from .config import ALL_LINEAR, CurloraConfig
 from .core import CoreSettings, CurloraCore
 from .cur import SelectionError
 from .layer import CurloraLayer, Linear
+from .mixed import adapter_rows
 from .record import check_state, check_whole
 from .targets import default_targets, exclude_also
 from .zero import gathered, set_master_copy
@@ -244,6 +246,15 @@ class CurloraModel(BaseTuner):
             self.model(inputs["input"])
         else:
             self.model(**inputs)
+
+    # ----------------------------------------------------------------------------------------- mixed batches
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by PEFT around forward and generate: ``adapter_names`` gives each row of the batch its adapter."""
+        known = {name for _, layer in self.adapted_layers() for name in layer.curlora_core}
+        with adapter_rows(self, kwargs.get("adapter_names"), known, kwargs.get("num_beams")):
+            yield
 
     # ------------------------------------------------------------------------------------------------- merge
 
