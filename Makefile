@@ -1,4 +1,4 @@
-# make demo    a whole chain on this machine, from nothing
+# make demo    a whole chain on this machine, from nothing; BASE=smollm2: on a real pretrained model
 # make test    all tests: make unit, the fast ones; then make heavy
 # WHEEL=1      install a wheel built from this checkout instead of the checkout itself, as CI does: make test WHEEL=1
 # PIP_FLAGS    e.g. "--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA from PyTorch's index
@@ -9,6 +9,7 @@ VENV ?= .venv
 WHEEL ?=
 PIP_FLAGS ?=
 GPU_FLAGS ?=
+BASE ?=
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready$(if $(WHEEL),-wheel)
@@ -40,7 +41,7 @@ wheel: $(READY)
 	$(build_wheel)
 
 demo: $(READY)
-	$(BIN)/curlora demo
+	$(BIN)/curlora demo $(if $(BASE),--base $(BASE))
 
 test: unit heavy
 
