@@ -13,6 +13,7 @@ from pipelines.errors import Unavailable
 from pipelines.runs.directory import RunDirectory
 
 pytest.importorskip("gguf", reason="pip install 'curlora[gguf]'")
+from tests.bench import SHARE
 from tests.gguf_file import write_gguf
 
 
@@ -43,6 +44,37 @@ def test_the_command_names_its_folder_and_licence(smollm2):
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert found["path"] == smollm2
     assert found["licence"] == "Apache-2.0"
+
+
+def test_the_demo_on_it_runs_a_plain_and_a_protected_chain(bench, smollm2):
+    """Shrunk to a minimum: one optimizer step a task."""
+    settings = {
+        "training.max_steps": 1,
+        "training.max_length": 48,
+        "evaluation.max_examples": 4,
+        "evaluation.max_retention_tokens": 256,
+        "resources.cpus_per_worker": SHARE,
+        "tracking": "null",
+        "tasks.1.max_new_tokens": 4,
+    }
+    overrides = [part for field, value in settings.items() for part in ("--set", f"{field}={value}")]
+    bench.warm.connect()
+    found = json.loads(bench.command("demo", "--base", "smollm2", "--json", *overrides))
+    plain, protected = found["plain"], found["protected"]
+    assert (plain["strategy"], protected["strategy"]) == ("sequential", "rehearsal")
+    assert plain["tasks"] == protected["tasks"] == ["library", "summary", "sqlalchemy"]
+    assert plain["scores"][0] == protected["scores"][0]
+    assert None not in plain["scores"][0]
+    assert plain["scores"][-1] != protected["scores"][-1]
+    scored = [e.kind for name in ("demo-smollm2", "demo-smollm2-protected") for e in events(bench, name)]
+    assert scored.count("evaluated") == 1  # row 0, once for both
+    told = bench.command("demo", "--base", "smollm2", *overrides)
+    assert "Everything is done already; nothing was trained." in told
+    assert "demo-smollm2-protected/report.html" in told
+
+
+def events(bench, name: str) -> list:
+    return [event for _, event in RunDirectory(str(bench.directory(name))).events()]
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
