@@ -24,7 +24,7 @@ class ChainProgress:
     def __init__(self, console: Console, steps: int, title: str):
         self.console, self.steps, self.title = console, steps, title
         self.done = 0
-        self.last_line = 0.0
+        self.last_line, self.last_text = 0.0, ""
         self.bars: Progress | None = None
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
@@ -124,6 +124,6 @@ class ChainProgress:
             self.bars.update(self.chain, completed=self.done, text=text)
 
     def _line(self, text: str, always: bool = False) -> None:
-        if always or not self.bars:
-            self.last_line = time.time()
+        if always or not (self.bars or text == self.last_text):  # a worker repeats what it does as a sign of life
+            self.last_line, self.last_text = time.time(), text
             self.console.print(escape(text), highlight=False)
