@@ -77,7 +77,7 @@ def test_progress_without_a_terminal_is_plain_lines():
 def test_evaluation_says_how_much_is_scored_and_how_long_it_takes():
     out = io.StringIO()
     with ChainProgress(Console(file=out, width=200), 2, "chain") as progress:
-        for done in (16, 32, 32):  # the last one only says that the worker is alive
+        for done in (16, 16, 32):  # the second one only says that the worker is alive
             progress.last_line = 0.0
             progress(Event("evaluating", name="mrpc", done=done, count=1725, seconds_left=61.6))
         progress(Event("evaluating", name="mrpc", done=48, count=1725, seconds_left=60.0))  # too soon for a line
