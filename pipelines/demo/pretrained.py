@@ -43,10 +43,10 @@ class Sizes:
         Library("click", "click"),
         Library("pydantic", "pydantic", ("v1",)),
     )
-    passages: tuple[int, int, int] = (160, 40, 80)
-    summaries: tuple[int, int, int] = (160, 40, 48)
-    text_characters: tuple[int, int, int] = (120_000, 10_000, 20_000)
-    retention_characters: int = 25_000
+    passages: tuple[int, int, int] = (160, 40, 60)
+    summaries: tuple[int, int, int] = (120, 20, 32)
+    text_characters: tuple[int, int, int] = (60_000, 10_000, 12_000)
+    retention_characters: int = 20_000
 
 
 def prepare_tasks(base: Path, cache: Path, progress: Progress = no_progress, sizes: Sizes | None = None) -> DemoAssets:
