@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from pipelines.config.explaining import problem_of
@@ -16,6 +15,7 @@ from pipelines.config.paths import CONFIGS, absolute_path, absolute_sqlite, is_u
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.search_space import check_space
 from pipelines.config.type_defaults import with_type_defaults
+from pipelines.config.yaml_text import YamlError, read_text
 from pipelines.errors import ConfigError, Problem
 
 VARIABLE = re.compile(r"\$\{?(\w+)\}?")
@@ -102,7 +102,12 @@ def _read_text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     import fsspec  # only for jobs, whose configuration is in the run's storage
 
-    return fsspec.open(path, "rb").open().read().decode("utf-8")
+    try:
+        return fsspec.open(path, "rb").open().read().decode("utf-8")
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # each storage's driver has errors of its own, and may not be installed
+        raise OSError(str(error) or type(error).__name__) from error
 
 
 def read_yaml(path: str | os.PathLike) -> dict:
@@ -118,21 +123,12 @@ def read_yaml(path: str | os.PathLike) -> dict:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError([Problem(str(path), f"cannot be read ({reason}); {remedy}")]) from error
     try:
-        raw = yaml.load(text, _YamlLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError([Problem(str(path), f"not valid YAML: {' '.join(str(error).split())}")]) from error
+        raw = read_text(text)
+    except YamlError as error:
+        raise ConfigError([Problem(str(path), str(error))]) from error
     if not isinstance(raw, dict):
         raise ConfigError([Problem(str(path), f"expected a mapping at the top level, found {type(raw).__name__}")])
     return raw
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """Reads 3e-3 as a number; YAML 1.1 would read it as a string."""
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 def _override(raw: dict, item: str) -> Problem | None:
@@ -145,7 +141,10 @@ def _override(raw: dict, item: str) -> Problem | None:
         node = _descend(node, part)
         if node is None:
             return Problem("--set", f"'{key}': '{part}' is not a section")
-    value = yaml.load(text, _YamlLoader)
+    try:
+        value = read_text(text)
+    except YamlError as error:
+        return Problem("--set", f"'{key}': {error}")
     if isinstance(node, list):
         if not last.isdigit() or int(last) >= len(node):
             return Problem("--set", f"'{key}': the list has {len(node)} entries, counted from 0")
