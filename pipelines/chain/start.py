@@ -11,7 +11,6 @@ import posixpath
 from collections.abc import Iterator
 
 from pipelines.config.pipeline import PipelineConfig
-from pipelines.data.kinds import kind_of
 from pipelines.errors import ConfigError, LineageError, Problem
 from pipelines.lineage.registry import by_alias
 from pipelines.runs.directory import RunDirectory
@@ -149,7 +148,9 @@ def _is_intact(run: RunDirectory, path: str, published: PublishedFile | None) ->
 
 def _head_misfits(config: PipelineConfig, start: Start) -> Iterator[Problem]:
     """Classification tasks with another number of classes than their trained head."""
-    from safetensors.numpy import load  # imports numpy
+    from safetensors.numpy import load  # imports numpy, as does the next
+
+    from pipelines.data.kinds import kind_of
 
     heads = load(start.run.read_bytes(f"{start.directory}/{HEADS}"))
     for number, task in enumerate(config.tasks):

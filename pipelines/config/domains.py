@@ -30,7 +30,10 @@ class DomainsConfig(Section):
     template: dict[str, Any] = Field(description="Task that a domain becomes; name and data come from its folder.")
     marker: str = Field("_SUCCESS", description="File whose presence marks a domain as complete.")
     quiet_period: Duration = Field(
-        600.0, description="Time without changes after which a domain without marker is complete, e.g. 10m."
+        600.0,
+        ge=0,
+        le=1.0e7,
+        description="Time without changes after which a domain without marker is complete, e.g. 10m.",
     )
     address: str | None = Field(None, description="Dashboard URL of the Ray cluster; null: RAY_API_SERVER_ADDRESS.")
     shared_paths: bool = Field(False, description="All nodes mount the paths of this machine.")
@@ -39,8 +42,10 @@ class DomainsConfig(Section):
     catch_up: Literal["once", "skip"] = Field(
         "once", description="Missed cron times: look once for all, or skip them."
     )
-    follow_up: Duration = Field(60.0, gt=0, description="Time between two looks while a job is running, e.g. 1m.")
-    max_attempts: int = Field(3, gt=0, description="Jobs that may fail before a domain is given up.")
+    follow_up: Duration = Field(
+        60.0, gt=0, le=1.0e7, description="Time between two looks while a job is running, e.g. 1m."
+    )
+    max_attempts: int = Field(3, gt=0, le=10**6, description="Jobs that may fail before a domain is given up.")
 
     @field_validator("template")
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pipelines.config.sections import Section
@@ -35,6 +35,37 @@ def problem_of(error: dict, root: type[Section]) -> Problem:
         valid = re.findall(r"'([^']+)'", error["ctx"]["expected"])
         return Problem(field, f"found {_short(value)}, {did_you_mean(str(value), valid)}")
     return Problem(field, f"found {_short(value)}: {error['msg'][0].lower() + error['msg'][1:]}")
+
+
+def false_numbers(raw: Any, section: type[Section], place: tuple[str, ...] = ()) -> Iterator[Problem]:
+    """Fields of a mapping, as written, that are true or false where a number belongs: pydantic would read 1 or 0."""
+    for name, value in raw.items() if isinstance(raw, dict) else ():
+        field = section.model_fields.get(name)
+        if field is None:
+            continue
+        here = (*place, str(name))
+        kinds = set(_kinds(field.annotation))
+        if isinstance(value, bool) and kinds & {int, float} and not kinds & {bool, Any}:
+            yield Problem(".".join(here), f"found {str(value).lower()}, expected a number")
+        for position, part in enumerate(value) if isinstance(value, list) else ():
+            kind = part.get("kind") if isinstance(part, dict) else None
+            nested = TASKS.get(kind) if isinstance(kind, str) else None
+            yield from false_numbers(part, nested or _section_of(field.annotation), (*here, str(position)))
+        yield from false_numbers(value, _section_of(field.annotation), here)
+
+
+def _section_of(annotation: Any) -> type[Section]:
+    return next(iter(_sections(annotation)), Section)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation is made of."""
+    parts = typing.get_args(annotation)
+    if not parts or typing.get_origin(annotation) is typing.Literal:
+        yield annotation
+        return
+    for part in parts:
+        yield from _kinds(part)
 
 
 def describe_error(error: dict, root: type[Section]) -> str:

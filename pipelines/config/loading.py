@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipelines.config.explaining import problem_of
+from pipelines.config.explaining import false_numbers, problem_of
 from pipelines.config.paths import CONFIGS, absolute_path, absolute_sqlite, is_uri
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.search_space import check_space
@@ -76,6 +76,8 @@ def parse_config(raw: dict) -> PipelineConfig:
     unset = {name for text in _strings(raw) for name in VARIABLE.findall(text) if name not in os.environ}
     if unset:
         raise ConfigError(Problem(f"${{{name}}}", "this environment variable is not set") for name in sorted(unset))
+    if problems := list(false_numbers(raw, PipelineConfig)):
+        raise ConfigError(problems)
     try:
         config = PipelineConfig.model_validate(with_type_defaults(raw))
         if config.search:

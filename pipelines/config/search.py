@@ -42,12 +42,14 @@ class Objective(Section):
     earlier tasks and retention corpora, of what each has lost during the trial (score, or nats per token).
     """
 
-    retention_weight: float = Field(1.0, ge=0, description="Weight of the retention loss; 0: learning alone.")
+    retention_weight: float = Field(
+        1.0, ge=0, le=1.0e6, description="Weight of the retention loss; 0: learning alone."
+    )
     max_examples: int | None = Field(
-        None, gt=0, description="Examples per validation split, a seeded subset; null: all."
+        None, gt=0, le=10**12, description="Examples per validation split, a seeded subset; null: all."
     )
     max_retention_tokens: int | None = Field(
-        20_000, gt=0, description="Tokens from the beginning of each retention corpus; null: all."
+        20_000, gt=0, le=10**12, description="Tokens from the beginning of each retention corpus; null: all."
     )
 
 
@@ -70,7 +72,7 @@ class SearchConfig(Section):
         default_factory=list, description="Settings to try first, each a map from field path to value."
     )
     trials: int | None = Field(
-        None, gt=0, description="Trials, start_with included; null: 16 or the whole grid, and start_with."
+        None, gt=0, le=10**6, description="Trials, start_with included; null: 16 or the whole grid, and start_with."
     )
     algorithm: Literal["random", "optuna", "grid"] = Field(
         "random", description="How settings are chosen: at random, by Optuna's TPE, or all combinations of lists."
@@ -78,18 +80,20 @@ class SearchConfig(Section):
     scheduler: Literal["asha", "none"] = Field(
         "asha", description="asha stops trials that lag behind; none trains all to the end."
     )
-    reduction: int = Field(3, ge=2, description="ASHA: one in this many trials continues after a rung.")
+    reduction: int = Field(3, ge=2, le=10**3, description="ASHA: one in this many trials continues after a rung.")
     rungs: int = Field(2, ge=1, le=6, description="ASHA: rungs before the end, each at 1/reduction of the next.")
     objective: Objective = Field(Objective(), description="What the search maximises.")
     trial_training: dict[str, Any] = Field(
         default_factory=dict,
         description="Training fields of trials only, e.g. {max_train_examples: 2000}; the winner is trained anew.",
     )
-    max_concurrent: int | None = Field(None, gt=0, description="Trials at the same time; null: as many as fit.")
-    time_budget: float | None = Field(
-        None, gt=0, description="Seconds after which a search stops its trials; null: no limit."
+    max_concurrent: int | None = Field(
+        None, gt=0, le=10**6, description="Trials at the same time; null: as many as fit."
     )
-    seed: int = Field(0, ge=0, description="Seed of the random settings.")
+    time_budget: float | None = Field(
+        None, gt=0, le=1.0e9, description="Seconds after which a search stops its trials; null: no limit."
+    )
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the random settings.")
 
     @field_validator("space")
     @classmethod

@@ -14,10 +14,13 @@ from pipelines.errors import did_you_mean
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
-class Section(BaseModel):
-    """A part of the configuration: immutable, and strict about unknown keys."""
+MOST_GPUS = 1024  # per worker
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, strict about unknown keys, and with finite numbers only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class BaseModelConfig(Section):
@@ -50,12 +53,14 @@ class AdapterConfig(Section):
     r: int = Field(
         23,
         gt=0,
+        le=65_536,
         description="Rank: columns and rows sampled per layer (curlora), or the rank of LoRA. Default: 23 for "
         "curlora, 8 for lora, PEFT's own for other types.",
     )
     alpha: float = Field(
         1.0,
         gt=0,
+        le=1.0e6,
         description="Scale of the weight update; for lora, lora_alpha. Default: 1 for curlora, twice the rank for "
         "lora.",
     )
@@ -106,28 +111,39 @@ class TrainingConfig(Section):
     """Optimisation of one task; every task of the sequence is trained with the same settings."""
 
     learning_rate: float = Field(
-        3.0e-3, gt=0, description="Peak learning rate of the adapter. Default: 3e-3 for curlora, 2e-4 for lora."
+        3.0e-3,
+        gt=0,
+        le=100.0,
+        description="Peak learning rate of the adapter. Default: 3e-3 for curlora, 2e-4 for lora.",
     )
-    head_learning_rate: float = Field(1.0e-2, gt=0, description="Peak learning rate of the classifier heads.")
-    epochs: float = Field(3, gt=0, description="Passes over the training split of each task.")
+    head_learning_rate: float = Field(
+        1.0e-2, gt=0, le=100.0, description="Peak learning rate of the classifier heads."
+    )
+    epochs: float = Field(3, gt=0, le=10_000, description="Passes over the training split of each task.")
     max_steps: int | None = Field(
-        None, gt=0, description="Optimizer steps per task, in place of epochs; null: epochs decides."
+        None, gt=0, le=10**9, description="Optimizer steps per task, in place of epochs; null: epochs decides."
     )
-    batch_size: int = Field(16, gt=0, description="Examples per optimizer step, over all workers.")
-    gradient_accumulation: int = Field(1, gt=0, description="Micro-batches per optimizer step.")
-    max_length: int = Field(128, ge=8, description="Longest training sequence, in tokens.")
+    batch_size: int = Field(16, gt=0, le=2**20, description="Examples per optimizer step, over all workers.")
+    gradient_accumulation: int = Field(1, gt=0, le=2**20, description="Micro-batches per optimizer step.")
+    max_length: int = Field(128, ge=8, le=2**21, description="Longest training sequence, in tokens.")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the optimizer steps that warm up.")
     scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
         "cosine", description="Learning-rate schedule within a task."
     )
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of the adapter; heads have none.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 turns clipping off.")
-    seed: int = Field(0, ge=0, description="Seed of initialisation, data order, dropout and subsampling.")
+    weight_decay: float = Field(
+        0.0, ge=0, le=100.0, description="Decoupled weight decay of the adapter; heads have none."
+    )
+    max_grad_norm: float = Field(
+        1.0, ge=0, le=1.0e9, description="Gradients are clipped to this norm; 0 turns clipping off."
+    )
+    seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="Seed of initialisation, data order, dropout and subsampling."
+    )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
     )
     max_train_examples: int | None = Field(
-        None, gt=0, description="Examples per task, a seeded subset of its training split; null: all."
+        None, gt=0, le=10**12, description="Examples per task, a seeded subset of its training split; null: all."
     )
 
     @model_validator(mode="after")
@@ -143,46 +159,56 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """What is scored after each step, and how much of it."""
 
-    max_examples: int | None = Field(None, gt=0, description="Examples per test split, a seeded subset; null: all.")
-    max_retention_tokens: int | None = Field(
-        None, gt=0, description="Tokens from the beginning of each retention corpus; null: all."
+    max_examples: int | None = Field(
+        None, gt=0, le=10**12, description="Examples per test split, a seeded subset; null: all."
     )
-    seed: int = Field(0, ge=0, description="Seed of the subset; the same rows whatever training.seed is.")
-    batch_tokens: int = Field(8192, gt=0, description="Tokens per forward pass, padding included.")
+    max_retention_tokens: int | None = Field(
+        None, gt=0, le=10**12, description="Tokens from the beginning of each retention corpus; null: all."
+    )
+    seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="Seed of the subset; the same rows whatever training.seed is."
+    )
+    batch_tokens: int = Field(8192, gt=0, le=2**31, description="Tokens per forward pass, padding included.")
     earlier_every: int = Field(
-        1, gt=0, description="Score earlier tasks after every n-th step, and after the last one."
+        1, gt=0, le=10**6, description="Score earlier tasks after every n-th step, and after the last one."
     )
 
 
 class ResourcesConfig(Section):
     """Workers of the chain and what Ray reserves for each."""
 
-    workers: int = Field(2, gt=0, description="Worker processes that train together.")
+    workers: int = Field(2, gt=0, le=100_000, description="Worker processes that train together.")
     gpus_per_worker: float | Literal["auto"] = Field(
         "auto", description="GPUs per worker; auto: 1 if the cluster has GPUs, else 0."
     )
-    cpus_per_worker: float = Field(1, gt=0, description="CPU cores that Ray reserves per worker.")
+    cpus_per_worker: float = Field(1, gt=0, le=10_000, description="CPU cores that Ray reserves per worker.")
 
     @field_validator("gpus_per_worker")
     @classmethod
     def _not_negative(cls, value):
-        if value != "auto" and value < 0:
-            raise ValueError(f"{value} is negative; use auto, 0 or a positive number")
+        if value != "auto" and not 0 <= value <= MOST_GPUS:
+            raise ValueError(f"is {value:g}; use auto, or a number from 0 to {MOST_GPUS}")
         return value
 
 
 class DurabilityConfig(Section):
     """How a run protects itself against failures. It changes no result and enters no fingerprint."""
 
-    checkpoint_seconds: float = Field(30.0, ge=0, description="Seconds between checkpoints within a step.")
+    checkpoint_seconds: float = Field(30.0, ge=0, le=1.0e7, description="Seconds between checkpoints within a step.")
     hang_timeout: float = Field(
-        600.0, gt=0, description="Seconds without a forward pass after which a worker exits and is restarted."
+        600.0,
+        gt=0,
+        le=1.0e7,
+        description="Seconds without a forward pass after which a worker exits and is restarted.",
     )
     start_timeout: float = Field(
-        600.0, gt=0, description="Seconds without any sign of life from the workers after which the run fails."
+        600.0,
+        gt=0,
+        le=1.0e7,
+        description="Seconds without any sign of life from the workers after which the run fails.",
     )
     max_failures: int = Field(
-        3, ge=0, description="Restarts of the workers without progress in between before the run fails."
+        3, ge=0, le=10**6, description="Restarts of the workers without progress in between before the run fails."
     )
 
 
@@ -209,13 +235,19 @@ class GateConfig(Section):
     """
 
     max_forgetting: float | None = Field(
-        0.02, ge=0, description="Largest loss of a task's score (accuracy, F1, ROUGE-L), from 0 to 1; null: no limit."
+        0.02,
+        ge=0,
+        le=1,
+        description="Largest loss of a task's score (accuracy, F1, ROUGE-L), from 0 to 1; null: no limit.",
     )
     max_nll_increase: float | None = Field(
-        0.05, ge=0, description="Largest increase of a language-modelling task's loss, nats per token; null: no limit."
+        0.05,
+        ge=0,
+        le=1.0e3,
+        description="Largest increase of a language-modelling task's loss, nats per token; null: no limit.",
     )
     max_perplexity_ratio: float | None = Field(
-        1.05, gt=0, description="Largest perplexity on retained text relative to before; null: no limit."
+        1.05, gt=0, le=1.0e9, description="Largest perplexity on retained text relative to before; null: no limit."
     )
     min_learning_accuracy: float | None = Field(
         None,
@@ -229,7 +261,7 @@ class GateConfig(Section):
     on_promotion: list[str] | None = Field(
         None, min_length=1, description="Command and arguments to run after a promotion, without a shell; null: none."
     )
-    hook_timeout: float = Field(600.0, gt=0, description="Seconds that the on_promotion command may take.")
+    hook_timeout: float = Field(600.0, gt=0, le=1.0e7, description="Seconds that the on_promotion command may take.")
 
 
 def check_name(value: str) -> str:

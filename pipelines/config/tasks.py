@@ -123,7 +123,7 @@ class GenerationTask(TaskSource):
         description="Make prompt the user's message and completion the assistant's answer, in the tokenizer's chat "
         "template.",
     )
-    max_new_tokens: int = Field(32, gt=0, description="Longest answer in an evaluation, in tokens.")
+    max_new_tokens: int = Field(32, gt=0, le=2**21, description="Longest answer in an evaluation, in tokens.")
     metric: Literal[tuple(GENERATION_METRICS)] = Field(
         "rouge_l", description="Score of an answer against the reference, from 0 to 1."
     )
@@ -192,9 +192,9 @@ class RetentionCorpus(Source):
     text: str = Field("text", description="Field with the text.")
     split: str = Field("test", description="Split of the data to score.")
     window: int | None = Field(
-        None, ge=8, description="Tokens per window; null: the context of the model, at most 1024."
+        None, ge=8, le=2**21, description="Tokens per window; null: the context of the model, at most 1024."
     )
-    stride: int | None = Field(None, ge=1, description="Tokens scored per window; null: half a window.")
+    stride: int | None = Field(None, ge=1, le=2**21, description="Tokens scored per window; null: half a window.")
 
     @model_validator(mode="after")
     def _stride_fits(self):
