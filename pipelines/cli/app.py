@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import tempfile
+import traceback
 import warnings
 
 import click
@@ -84,8 +86,27 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("stopped; run the same command to continue from there", err=True)
             ctx.exit(1)
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+            raise
+        except Exception as error:
+            if "--verbose" in sys.argv:
+                raise
+            click.echo(f"error: {_unforeseen(error)}", err=True)
+            ctx.exit(1)
         finally:
             logging.disable(logging.NOTSET)
+
+
+def _unforeseen(error: Exception) -> str:
+    """One line about an error that nobody expected, with the file that its traceback was written to."""
+    lines = str(error).strip().splitlines()
+    said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="curlora-error-", suffix=".log", delete=False) as file:
+            file.write("".join(traceback.format_exception(error)))
+    except OSError:
+        return f"{said}; --verbose shows where"
+    return f"{said}; this should not have happened: please report it with {file.name}"
 
 
 def _interrupt(*_: object) -> None:

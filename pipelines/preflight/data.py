@@ -7,8 +7,10 @@ as test texts that also occur in train, is a warning.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.config.pipeline import PipelineConfig
@@ -24,7 +26,8 @@ from pipelines.data.sources import digest_of, load_split, records
 from pipelines.errors import ConfigError, DataError, Problem, did_you_mean
 from pipelines.models.gguf import described
 
-AT_MOST = 5  # rows named per split; the rest are counted
+AT_MOST = 5  # rows named per kind of problem; the rest are counted
+VALUE = re.compile(r"'[^']*'|\"[^\"]*\"|[-+]?\d[\d.e+-]*")  # what differs between rows with the same kind of problem
 SCARCE = 16  # texts up to this many characters are tokenized to see whether any token is left
 
 Warn = Callable[[str], None]
@@ -89,6 +92,33 @@ def _context(config: PipelineConfig) -> int:
     return context_length(found)
 
 
+@dataclass
+class BadRows:
+    """Rows of a split that have one kind of problem.
+
+    Attributes:
+        reason: what is wrong with the first of them.
+        rows: numbers of the first `AT_MOST`, counted from 0.
+    """
+
+    reason: str
+    rows: list[int] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, row: int) -> None:
+        self.count += 1
+        if len(self.rows) < AT_MOST:
+            self.rows.append(row)
+
+    def others(self) -> str:
+        """Where the rows after the first are, in parentheses; empty if there are none."""
+        if self.count == 1:
+            return ""
+        named = ", ".join(str(row + 1) for row in self.rows[1:])
+        more = f" and {self.count - len(self.rows):,} more" if self.count > len(self.rows) else ""
+        return f" (also row{'s' if self.count > 2 else ''} {named}{more})"
+
+
 class _Check:
     """The checks of one task or corpus."""
 
@@ -139,17 +169,16 @@ class _Check:
         return len(self.found) == before
 
     def _rows(self, split: str, rows, columns: list[str]) -> None:
-        read, classes, empty, bad = self._reader(), Counter(), 0, 0
+        read, classes, empty = self._reader(), Counter(), 0
+        bad: dict[str, BadRows] = {}  # kind of problem → the rows that have it
         for number, row in enumerate(records(rows, columns)):
             reasons = list(self._row(row, read, classes))
             empty += not reasons and not self.kind.text(self.source, row).strip()
-            if reasons:
-                bad += 1
-                if bad <= AT_MOST:
-                    where = row_location(self.source, split, number)
-                    self.found += [Problem(self.field, f"{where}: {reason}") for reason in reasons]
-        if bad > AT_MOST:
-            self._add(f"{self.source.name}/{split}: {bad - AT_MOST} more rows have such problems")
+            for reason in reasons:
+                kind = VALUE.sub(lambda value: value[0] if value[0][1:-1] in columns else "…", reason)
+                bad.setdefault(kind, BadRows(reason)).add(number)
+        for found in bad.values():
+            self._add(f"{row_location(self.source, split, found.rows[0])}: {found.reason}{found.others()}")
         if not bad:
             self._split_as_a_whole(split, len(rows), classes, empty)
 

@@ -51,7 +51,8 @@ def test_unknown_key(call):
 
 
 def test_rank_above_the_smaller_side(call):
-    found = bad_input(call("--dry-run", "--set", "adapter.r=13"))
+    targets = "adapter.target_modules=[q_proj,k_proj]"  # under the default, layers that are too small get a lower rank
+    found = bad_input(call("--dry-run", "--set", "adapter.r=13", "--set", targets))
     assert "13" in found
     assert "adapter" in found
 

@@ -87,11 +87,22 @@ def test_one_class_in_test_is_a_warning(check):
     assert "task/test: all 2 rows have the same label '1'; scores on it mean little" in warnings
 
 
-def test_many_bad_rows_are_counted_not_listed(check):
-    write_jsonl(check.folder / "train.jsonl", [*GOOD, *[{"text": "", "label": 0}] * 50])
+def test_rows_with_one_kind_of_problem_are_one_line_with_their_number(check):
+    strange = [{"text": "a film", "label": 7 + number % 3} for number in range(12)]
+    write_jsonl(check.folder / "train.jsonl", [*GOOD, *[{"text": None, "label": 0}] * 50, *strange])
+    problems, _ = check(labels=["bad", "good"])
+    first, second = problems.splitlines()
+    begin = len(GOOD) + 1
+    assert f"train.jsonl:{begin}: 'text' is missing" in first
+    assert first.endswith(f"(also rows {begin + 1}, {begin + 2}, {begin + 3}, {begin + 4} and 45 more)")
+    assert f"train.jsonl:{begin + 50}: label 7 is outside the label set" in second
+    assert second.endswith(" and 7 more)")
+
+
+def test_two_rows_with_one_kind_of_problem_are_both_named(check):
+    write_jsonl(check.folder / "train.jsonl", [*GOOD, *[{"text": None, "label": 0}] * 2])
     problems, _ = check()
-    assert len(problems.splitlines()) == 6
-    assert "task/train: 45 more rows have such problems" in problems
+    assert problems.endswith(f"(also row {len(GOOD) + 2})")
 
 
 def test_overlap_is_a_warning_with_its_count(check):
