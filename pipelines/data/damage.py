@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 from pipelines.data.files import format_of, reason_of
 from pipelines.errors import Problem
 
 AT_MOST = 5  # damaged lines named per file
+LEVELS = 64  # of nesting in a row
+BOM = b"\xef\xbb\xbf"
+STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')  # whole strings, so that brackets in them do not count
 
 
 def silent_damage(path: str) -> list[Problem]:
@@ -16,6 +20,40 @@ def silent_damage(path: str) -> list[Problem]:
     if format_of(path) == ".parquet":
         return []
     return broken_places(path) if format_of(path) in (".csv", ".tsv") else _broken_encoding(path, AT_MOST)
+
+
+def fatal_damage(path: str) -> list[Problem]:
+    """Damage that ends the process of whoever reads the file: Arrow's JSON reader survives neither a file of lines that
+    are no objects nor values that are nested thousands of levels deep."""
+    if format_of(path) not in (".jsonl", ".json"):
+        return []
+    problems = []
+    whole = format_of(path) == ".json" and _is_array(path)
+    with open(path, "rb") as file:
+        for number, line in enumerate([file.read()] if whole else file, 1):
+            reason = _fatal_line(line.lstrip(BOM).strip(), whole)
+            if reason:
+                problems.append(Problem(f"{path}:{number}", f"{reason}; correct or delete the line"))
+                if len(problems) == AT_MOST:
+                    break
+    return problems
+
+
+def _fatal_line(line: bytes, whole: bool) -> str | None:
+    if line.count(b"[") + line.count(b"{") > LEVELS and _depth(line) > LEVELS:
+        return f"nested more than {LEVELS} levels deep"
+    if not line or whole or line.startswith(b"{"):
+        return None
+    return _broken_json_line(line, first=False) or "expected an object"
+
+
+def _depth(text: bytes) -> int:
+    """Levels of nesting of a JSON text, whether it is valid or not."""
+    depth = deepest = 0
+    for token in STRUCTURE.finditer(text):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def broken_places(path: str, at_most: int = AT_MOST) -> list[Problem]:

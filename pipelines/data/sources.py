@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.config.paths import is_uri, looks_local
 from pipelines.config.tasks import Source
-from pipelines.data.damage import broken_places
+from pipelines.data.damage import broken_places, fatal_damage
 from pipelines.data.files import FORMATS, folder_files, folder_name, format_of, local_copy, reason_of
 from pipelines.data.node_cache import cache_folder, node_lock, published
 from pipelines.errors import DataError, Problem
@@ -120,6 +120,8 @@ def _read(files: dict[str, tuple[str, ...]], expression: str, data: str) -> data
     paths = [path for group in local.values() for path in group]
     if all(os.path.getsize(path) == 0 for path in paths):
         return datasets.Dataset.from_dict({})
+    if problems := [problem for path in paths for problem in fatal_damage(path)]:
+        raise DataError(problems)
     suffix = format_of(paths[0])
     try:
         inside = all(folder_name(path) == stem for stem, group in files.items() for path in group)

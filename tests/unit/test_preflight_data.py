@@ -123,6 +123,31 @@ def test_broken_encoding_names_file_line_and_byte(check):
         assert "UTF-8" in problems
 
 
+DEEP = 100_000
+KILLERS = {
+    "only null": ("null\n" * 50, "train.jsonl:1: expected an object, found NoneType"),
+    "a null among rows": ('{"text": "a", "label": 0}\nnull\n', "train.jsonl:2: expected an object, found NoneType"),
+    "only numbers": ("1\n" * 50, "train.jsonl:1: expected an object, found int"),
+    "deep list": ('{"text": ' + "[" * DEEP + "]" * DEEP + ', "label": 0}\n', "train.jsonl:1: nested more than 64"),
+    "deep object": ('{"text": ' * DEEP + "1" + "}" * DEEP + "\n", "train.jsonl:1: nested more than 64"),
+    "less deep": ('{"text": ' + "[" * 2000 + "]" * 2000 + ', "label": 0}\n', "train.jsonl:1: nested more than 64"),
+    "deep and broken": ("{" + "[" * DEEP + "\n", "train.jsonl:1: nested more than 64"),
+}
+
+
+@pytest.mark.parametrize(("content", "expected"), KILLERS.values(), ids=KILLERS)
+def test_what_would_kill_the_reader_is_found_before_it_reads(check, content, expected):
+    (check.folder / "train.jsonl").write_text(content)
+    problems, _ = check()
+    assert expected in problems
+
+
+def test_brackets_in_a_text_are_no_nesting(check):
+    rows = [row | {"text": "[{" * 200 + '\\"' + row["text"]} for row in GOOD]
+    write_jsonl(check.folder / "train.jsonl", rows)
+    assert check()[0] == ""
+
+
 @pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
 def test_truncated_files(check, form):
     (check.folder / "train.jsonl").unlink()
