@@ -23,8 +23,8 @@ def silent_damage(path: str) -> list[Problem]:
 
 
 def fatal_damage(path: str) -> list[Problem]:
-    """Damage that ends the process of whoever reads the file: Arrow's JSON reader survives neither a file of lines that
-    are no objects nor values that are nested thousands of levels deep."""
+    """Damage that ends the process that reads the file: Arrow's JSON reader survives neither a file of lines that are
+    no objects nor values that are nested thousands of levels deep."""
     if format_of(path) not in (".jsonl", ".json"):
         return []
     problems = []
