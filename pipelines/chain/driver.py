@@ -18,6 +18,7 @@ from pipelines.chain.plan import Plan, make_plan, planned, stored_problems
 from pipelines.chain.results import build_results
 from pipelines.chain.start import find_start
 from pipelines.config.pipeline import PipelineConfig
+from pipelines.distributed.zero_settings import ignored
 from pipelines.errors import ConfigError, Problem, RunDirectoryError, RunFailed, RunStopped, and_then
 from pipelines.lineage.background import Projector
 from pipelines.models.gguf import described
@@ -99,9 +100,7 @@ def run_chain(
         config = _resolved_start(config, run, address)
         if not group and not run.is_finished:
             stack.enter_context(early_cluster(verbose, address))
-        problems = check_data(config, warn=lambda text: on_event(Event("warning", text=text)))
-        if problems:
-            raise ConfigError(problems)
+        _check_data(config, on_event)
         config, plan = planned(with_dtype(config, run, address), run)
         lease = stack.enter_context(acquire_lease(run))
         run.open_for_writing(config)
@@ -131,6 +130,18 @@ def _resolved_start(config: PipelineConfig, run: RunDirectory, address: str | No
         config = with_dtype(config, run, address)
         find_start(config, run)
     return config
+
+
+def _check_data(config: PipelineConfig, on_event: Callable[[Event], None]) -> None:
+    """Raises ConfigError with every problem of the data; what prevents no run is a warning."""
+
+    def warn(text: str) -> None:
+        on_event(Event("warning", text=text))
+
+    if problems := check_data(config, warn):
+        raise ConfigError(problems)
+    if text := ignored(config):
+        warn(text)
 
 
 def _train(drive: Drive, groups: list, segment_length: int | None) -> None:

@@ -8,6 +8,7 @@ from pipelines.chain.base_dtype import with_dtype
 from pipelines.chain.plan import Plan, planned
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.data import held_out
+from pipelines.distributed.zero_settings import ignored
 from pipelines.errors import ConfigError, Problem, did_you_mean
 from pipelines.lineage.background import Projector
 from pipelines.preflight.data import check_data, check_trial_data
@@ -41,6 +42,8 @@ def tune(
     problems = check_data(config, warn=lambda text: on_event(Event("warning", text=text)))
     if problems:
         raise ConfigError(problems)
+    if text := ignored(config):
+        on_event(Event("warning", text=text))
     run = RunDirectory(config.run_uri)
     config, plan = planned(held_out.training_view(with_dtype(config, run, address)), run)
     if not plan.undecided:  # otherwise `planned` has checked it

@@ -113,6 +113,7 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     online = hub_available(config)
     # after hub_available: these import huggingface_hub, which reads only once whether it is offline
     from pipelines.chain.dry_run import look_ahead, with_some_dtype
+    from pipelines.distributed.zero_settings import ignored
     from pipelines.preflight.memory import memory_by_stage
     from pipelines.preflight.model import check_model, model_facts
     from pipelines.workers.device import local_device, slow_dtype
@@ -130,6 +131,8 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     problems += [problem for problem in ahead.problems if problem.field not in known]
     if problems:
         raise ConfigError(problems)
+    if unused := ignored(config):
+        warned.append(unused)
     facts = model_facts(config, ahead.depth)
     table = memory_by_stage(facts, config)
     if as_json:

@@ -45,7 +45,9 @@ class PipelineConfig(Section):
     resources: ResourcesConfig = Field(ResourcesConfig(), description="Number of workers and what each needs.")
     durability: DurabilityConfig = Field(DurabilityConfig(), description="Checkpoints, timeouts and restarts.")
     deepspeed: str | dict[str, Any] = Field(
-        "zero2", description="DeepSpeed settings: zero1, zero2, zero3, zero3-offload, path of a JSON file, or a map."
+        "zero2",
+        description="DeepSpeed settings: zero1, zero2, zero3, zero3-offload, path of a JSON file, or a map. What "
+        "training and base_model decide is not taken from it.",
     )
     tasks: list[Task] = Field(
         default_factory=list, description="Tasks in the order of training; may be empty if domains is set."

@@ -33,6 +33,12 @@ def context_length(config: transformers.PretrainedConfig) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 1024)
 
 
+def hidden_size(base: BaseModelConfig) -> int:
+    """Size of the base's hidden states, from its configuration alone."""
+    base = described(base)
+    return transformers.AutoConfig.from_pretrained(base.path, **hub_options(base)).get_text_config().hidden_size
+
+
 def load_tokenizer(base: BaseModelConfig):
     base = described(base)
     return transformers.AutoTokenizer.from_pretrained(base.path, **hub_options(base))

@@ -320,7 +320,7 @@ def cost(config: PipelineConfig, shape: Shape) -> Cost:
         ValueError: a ZeRO stage without cost model.
     """
     training, ranks = config.training, config.resources.workers
-    settings = deepspeed_settings(config.deepspeed)
+    settings = deepspeed_settings(config.deepspeed, shape.facts.hidden)
     sharding = Sharding.of(settings)
     passes = training.gradient_accumulation
     tokens = micro_batch(training, ranks) * training.max_length

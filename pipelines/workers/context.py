@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.distributed import zero_settings
 from pipelines.distributed.world import World
+from pipelines.models.base import hidden_size
 from pipelines.runs import environment
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
@@ -42,7 +43,8 @@ class WorkContext:
     def of(
         cls, assignment: Assignment, config: PipelineConfig, run: RunDirectory, world: World, heartbeat: Heartbeat
     ) -> WorkContext:
-        settings = zero_settings.complete_settings(config, world.size)
+        hidden = hidden_size(config.base_model) if zero_settings.asks_for_sizes(config.deepspeed) else None
+        settings = zero_settings.complete_settings(config, world.size, hidden)
         start = Start(**assignment.start) if assignment.start else None
         finished = {name: (run, directory) for name, directory in run.finished_steps().items()}
         if start:

@@ -106,7 +106,7 @@ class Worker:
         config = PipelineConfig.model_validate(assignment.config)
         heartbeat = Heartbeat(run, self.world.rank == 0, config.durability.hang_timeout)
         try:
-            stage = zero_settings.stage_of(zero_settings.complete_settings(config, self.world.size))
+            stage = zero_settings.stage_of(zero_settings.deepspeed_settings(config.deepspeed))
             self.world = replace(self.world, lockstep=stage == 3)
             work = WorkContext.of(assignment, config, run, self.world, heartbeat)
             self.resident.prepare(work)

@@ -68,7 +68,6 @@ def test_module_name_that_matches_nothing(call):
         ("adapter.type=lorra", "did you mean 'lora'?"),
         ("deepspeed=zero4", "unknown setting 'zero4'"),
         ("deepspeed={zero_optimization: {stage: 7}}", "stage is 7"),
-        ("deepspeed={optimizer: {type: Adam}}", "remove its optimizer"),
         ("strategy={name: sequential, strength: 2}", "does not take strength"),
         ("strategy={name: replay, shar: 0.1}", "did you mean 'share'?"),
         ("strategy={name: ewc, strength: -1}", "strength is -1; use a number of at least 0"),
