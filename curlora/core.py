@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from . import cur
@@ -27,6 +28,13 @@ class CoreSettings:
     alpha: float
     blocks: int
     config: CurloraConfig
+
+    @classmethod
+    def of(cls, config: CurloraConfig, key: str, blocks: int | None = None) -> CoreSettings:
+        """Those of the layer of that name."""
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), key), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), key), config.alpha)
+        return cls(key, rank, alpha, config.blocks if blocks is None else blocks, config)
 
 
 class CurloraCore(nn.Module):
@@ -111,11 +119,12 @@ class CurloraCore(nn.Module):
     ) -> None:
         """Set all derived tensors from the base weight (m, n) and bias (m) for the selected factors."""
         device = weight.device
-        self.rows, self.cols = rows.indices.to(device), columns.indices.to(device)
+        self._keep("rows", rows.indices.to(device))
+        self._keep("cols", columns.indices.to(device))
         self.place = (*rows.indices.tolist(), *columns.indices.tolist())
         self.read_columns(weight)
-        self.bias_rows = None if bias is None else bias[self.rows].detach().clone()
-        self.row_weight = weight[self.rows].detach().clone() if keep_rows else None
+        self._keep("bias_rows", None if bias is None else bias[self.rows].detach().clone())
+        self._keep("row_weight", weight[self.rows].detach().clone() if keep_rows else None)
         scales = torch.diag(self._scales(rows, columns, weight.shape[0]))
         if self.settings.config.whiten:
             self._set_exact("left", cur.whitening(columns.triangle) @ scales, device)
@@ -134,7 +143,7 @@ class CurloraCore(nn.Module):
     def read_columns(self, weight: Tensor) -> None:
         """C from the base weight (m, n)."""
         # (m, k) with contiguous columns, which makes both products with C faster than contiguous rows.
-        self.columns = weight[:, self.cols].detach().t().contiguous().t()
+        self._keep("columns", weight[:, self.cols].detach().t().contiguous().t())
         self.row_norm = _norm(weight[self.rows])
 
     @torch.no_grad()
@@ -157,7 +166,17 @@ class CurloraCore(nn.Module):
             setattr(self, name, torch.empty(k, k, device="meta"))
 
     def _set_exact(self, name: str, matrix: Tensor, device: torch.device) -> None:
-        setattr(self, name, matrix.to(device=device, dtype=torch.float32).contiguous())
+        self._keep(name, matrix.to(device=device, dtype=torch.float32).contiguous())
+
+    def _keep(self, name: str, value: Tensor | None) -> None:
+        """Set a derived tensor, in place where it was one of its kind: a compiled model reads it where it is."""
+        current = getattr(self, name)
+        alike = current is not None and value is not None and current.shape == value.shape
+        if alike and current.dtype == value.dtype and current.device == value.device and not current.is_inference():
+            with torch.no_grad():
+                current.copy_(value)
+        else:
+            setattr(self, name, value)
 
     def _scales(self, rows: cur.Factor, columns: cur.Factor, out_features: int) -> Tensor:
         """s per selected index (k) float64.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -11,11 +12,11 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .combining import add_weighted, hotswap
 from .config import ALL_LINEAR, CurloraConfig
 from .core import CoreSettings, CurloraCore
 from .cur import SelectionError
@@ -78,15 +79,7 @@ class CurloraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         key = current_key.removeprefix("_orig_mod.")
-        settings = CoreSettings(
-            key=key,
-            r=peft_config.rank_pattern.get(get_pattern_key(peft_config.rank_pattern.keys(), key), peft_config.r),
-            alpha=peft_config.alpha_pattern.get(
-                get_pattern_key(peft_config.alpha_pattern.keys(), key), peft_config.alpha
-            ),
-            blocks=peft_config.blocks,
-            config=peft_config,
-        )
+        settings = CoreSettings.of(peft_config, key)
         while settings.r:
             try:
                 return self._adapt(adapter_name, target, target_name, parent, settings)
@@ -206,6 +199,24 @@ class CurloraModel(BaseTuner):
         config = copy.copy(self.peft_config[adapter_name])
         config.blocks = blocks
         self.peft_config[adapter_name] = config
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add the adapter Σ weight · ΔW, exactly: the adapters must share rows and columns (one seed and selection).
+
+        Raises ValueError for adapters that do not, and for another combination than ``linear``.
+        """
+        if combination_type != "linear":
+            raise ValueError(
+                f"combination_type={combination_type!r} is not possible for CURLoRA, whose linear combination is "
+                "exact; use 'linear'."
+            )
+        add_weighted(self, adapters, weights, adapter_name)
+
+    def hotswap_adapter(self, directory: str | os.PathLike, adapter_name: str | None = None) -> None:
+        """Replace an adapter by a saved one, in place and without recompiling; see `combining.hotswap`."""
+        hotswap(self, directory, adapter_name or self.active_adapters[0])
 
     def _ready_cores(self, adapter_name: str | None) -> list[tuple[str, Linear, CurloraCore]]:
         cores = self.cores(adapter_name or self.active_adapters[0])
