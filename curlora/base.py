@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import warnings
 from collections.abc import Iterator
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .active import Active, gathered_parts, transformed
 from .functional import HALF
@@ -22,7 +25,7 @@ class BaseAccess:
         """Weight as (m, n) and bias of the base layer for reading: gathered, dequantised, transposed if necessary."""
         base, bias = self.get_base_layer(), self._bias()
         with gathered(base.weight, bias), torch.no_grad():
-            weight = self.get_base_weight()
+            weight = self.get_base_weight().flatten(1)
             yield (weight.t() if self.fan_in_fan_out else weight), bias
 
     def get_base_weight(self) -> Tensor:
@@ -55,7 +58,7 @@ class BaseAccess:
         if self._nested() or (bias is not None and y.dtype in HALF):
             weight = self._row_weight(active)
             if weight is not None:
-                return nn.functional.linear(x, weight.to(x.dtype)).to(y.dtype)
+                return self._times_rows(x, weight.to(x.dtype if x.is_floating_point() else y.dtype)).to(y.dtype)
         if not transformed():
             return None
         z = y.index_select(-1, active.rows)
@@ -68,7 +71,31 @@ class BaseAccess:
         weight = self.get_base_layer().weight
         if hasattr(weight, "ds_id") or weight.is_meta != active.rows.is_meta:
             return None
-        return weight.index_select(1, active.rows).t() if self.fan_in_fan_out else weight.index_select(0, active.rows)
+        if self.fan_in_fan_out:
+            return weight.index_select(1, active.rows).t()
+        return weight.flatten(1).index_select(0, active.rows)
+
+    def _times_rows(self, x: Tensor, weight: Tensor) -> Tensor:
+        """R x (..., k) for R (k, n)."""
+        return nn.functional.linear(x, weight)
+
+    def _channels_last(self, y: Tensor) -> Tensor:
+        """The base layer's output with its m entries in the last dimension."""
+        return y
+
+    def _channels_back(self, y: Tensor) -> Tensor:
+        """The inverse of `_channels_last`."""
+        return y
+
+    def _stored_place(self, row: int, column: int) -> tuple[int, ...]:
+        """Where the base's weight holds W[row, column]."""
+        if self.fan_in_fan_out:
+            return column, row
+        place = []
+        for size in reversed(self.get_base_layer().weight.shape[1:]):
+            column, rest = divmod(column, size)
+            place.append(rest)
+        return row, *reversed(place)
 
     def _bias_rows(self, active: Active) -> Tensor | None:
         """b[I] (k), as it is now if the bias can be read."""
@@ -78,3 +105,25 @@ class BaseAccess:
         if hasattr(bias, "ds_id") or bias.is_meta != active.rows.is_meta:
             return gathered_parts(active.cores, "bias_rows")
         return bias.index_select(0, active.rows)
+
+
+def features(base: nn.Module) -> tuple[int, int]:
+    """n and m of W (m, n)."""
+    if isinstance(base, Conv1D):
+        return base.nx, base.nf
+    if isinstance(base, nn.Embedding):
+        return base.num_embeddings, base.embedding_dim
+    if isinstance(base, nn.modules.conv._ConvNd):
+        return base.in_channels * math.prod(base.kernel_size) // base.groups, base.out_channels
+    return base.in_features, base.out_features
+
+
+def stored_transposed(base: nn.Module, fan_in_fan_out: bool) -> bool:
+    """Whether the weight is stored as (n, m). Known types decide, also for square layers; then ``fan_in_fan_out``."""
+    if isinstance(base, (Conv1D, nn.Embedding)):
+        return True
+    if isinstance(base, nn.Linear):
+        if fan_in_fan_out:
+            warnings.warn("fan_in_fan_out=True is ignored for torch.nn.Linear, which stores (out, in).", stacklevel=2)
+        return False
+    return fan_in_fan_out

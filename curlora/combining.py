@@ -8,27 +8,23 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor
 
 from .config import CurloraConfig
 from .core import CoreSettings, CurloraCore
+from .layer import Linear
 from .record import check_state
 from .zero import gathered
-
-if TYPE_CHECKING:
-    from .layer import Linear
-    from .model import CurloraModel
-
 
 # ---------------------------------------------------------------------------------------------- weighted sums
 
 
-def add_weighted(model: CurloraModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+def add_weighted(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
     """Add an adapter with ΔW = Σ weight · ΔW of the given ones, layer by layer.
 
     Raises ValueError, before anything changes, if the adapters do not share rows, columns and form in every layer.
@@ -58,7 +54,7 @@ def _relative_alpha(source: CurloraCore, target: CurloraCore) -> float:
     return source.settings.alpha / target.settings.alpha
 
 
-def _layers_of(model: CurloraModel, adapters: Sequence[str]) -> Iterator[tuple[str, Linear]]:
+def _layers_of(model: BaseTuner, adapters: Sequence[str]) -> Iterator[tuple[str, Linear]]:
     for name, layer in model.adapted_layers():
         if any(adapter in layer.curlora_core for adapter in adapters):
             layer.refresh()
@@ -70,7 +66,7 @@ def _weighted(layer: Linear, adapters: Sequence[str], weights: Sequence[float]) 
     return [(layer.curlora_core[name], weight) for name, weight in pairs if name in layer.curlora_core]
 
 
-def _check_sum(model: CurloraModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+def _check_sum(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
     unknown = [name for name in adapters if name not in model.peft_config]
     if unknown or not adapters:
         raise ValueError(f"Adapter {[*unknown, None][0]!r} does not exist; there are {[*model.peft_config]}.")
@@ -92,7 +88,7 @@ def _check_sum(model: CurloraModel, adapters: Sequence[str], weights: Sequence[f
             )
 
 
-def _joint_config(model: CurloraModel, adapters: Sequence[str], parts: dict[str, list]) -> CurloraConfig:
+def _joint_config(model: BaseTuner, adapters: Sequence[str], parts: dict[str, list]) -> CurloraConfig:
     """The first adapter's configuration, for the layers of all of them."""
     config = copy.copy(model.peft_config[adapters[0]])
     settings = {name: found[0][0].settings for name, found in parts.items()}
@@ -109,7 +105,7 @@ def _joint_config(model: CurloraModel, adapters: Sequence[str], parts: dict[str,
 # --------------------------------------------------------------------------------------------------- hot swap
 
 
-def hotswap(model: CurloraModel, directory: str | os.PathLike, adapter_name: str) -> None:
+def hotswap(model: BaseTuner, directory: str | os.PathLike, adapter_name: str) -> None:
     """Replace an adapter by one from a directory, in place: a compiled model is not compiled again.
 
     Rows, columns, alpha, seed and rule may differ; layers, ranks, blocks, ``whiten``, ``dropout`` and

@@ -10,6 +10,10 @@ import os
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -44,6 +48,7 @@ def to_lora(
     cores = model.base_model.cores(adapter_name)
     if not cores:
         raise ValueError(f"Adapter {adapter_name!r} adapts no layer; there is nothing to convert.")
+    _check_accepted(model, [name for name, _, _ in cores])
     state = _other_modules(model, adapter_name)
     for name, layer, core in cores:
         state.update(lora_weights(f"base_model.model.{name}", layer, core.settings.alpha, adapter_name))
@@ -69,10 +74,32 @@ def to_merged(
 
 
 def lora_weights(stem: str, layer: nn.Module, alpha: float, adapter_name: str) -> dict[str, Tensor]:
-    """lora_A (k, n) = R and lora_B (m, k) = C M / α of one layer, fp32 on the CPU, under PEFT's names."""
+    """lora_A (k, n) = R and lora_B (m, k) = C M / α of one layer, fp32 on the CPU, under PEFT's names and shapes."""
     columns, middle, rows = layer.factors(adapter_name)
-    weights = {"lora_A": rows, "lora_B": columns @ middle / alpha}
-    return {f"{stem}.{key}.weight": w.detach().float().cpu().contiguous() for key, w in weights.items()}
+    down, up = (w.detach().float().cpu().contiguous() for w in (rows, columns @ middle / alpha))
+    base = layer.get_base_layer()
+    if isinstance(base, nn.Embedding):
+        return {f"{stem}.lora_embedding_A": down, f"{stem}.lora_embedding_B": up}
+    if isinstance(base, nn.modules.conv._ConvNd):
+        if base.padding_mode != "zeros" or any(step != 1 for step in base.dilation):
+            raise ValueError(
+                f"{stem}: PEFT's LoRA of a convolution knows neither dilation nor padding_mode and would compute "
+                "something else; use to_merged."
+            )
+        down, up = down.view(-1, *base.weight.shape[1:]), up.view(*up.shape, *[1] * len(base.kernel_size))
+    return {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+
+
+def _check_accepted(model: PeftModel, adapted: list[str]) -> None:
+    """Raise ValueError if PEFT would not load a LoRA on these layers."""
+    for name in adapted:
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), model.base_model.model, name.rpartition(".")[2])
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: PEFT refuses a LoRA on this layer, and would not load the converted adapter ({error}) Use "
+                "to_merged, or train an adapter without it."
+            ) from error
 
 
 def _other_modules(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
@@ -114,8 +141,19 @@ def _loaded(adapter: PeftModel | str | os.PathLike, base_model: nn.Module | None
             raise ValueError(f"The model has no CURLoRA adapter {adapter_name!r}, only {list(adapter.peft_config)}.")
         return adapter
     config = CurloraConfig.from_pretrained(str(adapter))
-    base = _load_base(config) if base_model is None else base_model
-    return PeftModel.from_pretrained(base, str(adapter), adapter_name=adapter_name, config=config)
+    if base_model is None:
+        base_model = _with_saved_vocabulary(_load_base(config), str(adapter))
+    return PeftModel.from_pretrained(base_model, str(adapter), adapter_name=adapter_name, config=config)
+
+
+def _with_saved_vocabulary(base: nn.Module, directory: str) -> nn.Module:
+    """The base, its vocabulary resized to that of the embeddings that PEFT has saved with the adapter, if any."""
+    ends = [f"{name}{middle}.weight" for name in EMBEDDING_LAYER_NAMES for middle in ("", ".base_layer")]
+    with safe_open(Path(directory) / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+        saved = [file.get_slice(key).get_shape()[0] for key in file.keys() if key.endswith(tuple(ends))]  # noqa: SIM118
+    if saved and saved[0] != base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(saved[0], mean_resizing=False)
+    return base
 
 
 def _load_base(config: CurloraConfig) -> nn.Module:

@@ -20,15 +20,29 @@ from curlora.names import SELECTION_RULES
 MAX_CONDITION = 1e4
 """A factor with a larger condition number is drawn again: its whitening would amplify rounding errors."""
 
+GOOD_CONDITION = 1e3
+"""Up to this condition number the first draw is taken; above it, a better one is looked for."""
+
 ATTEMPTS = 8
-"""Number of draws before a badly conditioned factor is an error."""
+"""Number of draws before dependent vectors are passed over, one by one."""
+
+DEPENDENT = 0.01
+"""A vector is passed over if less than this part of its norm is outside the span of those taken before it."""
+
+RANKED = 4096
+"""How many vectors, in the order of the rule, are looked at for independent ones."""
 
 EXACT_SVD_LIMIT = 512
 """Singular vectors are exact up to this smaller dimension; above it, a randomised range finder computes them."""
 
 
 class SelectionError(ValueError):
-    """No acceptable set of columns or rows exists for this matrix, rank and rule."""
+    """No acceptable set of columns or rows exists for this matrix, rank and rule.
+
+    ``possible``: how many independent ones were found.
+    """
+
+    possible = 0
 
 
 @dataclass(frozen=True)
@@ -226,25 +240,68 @@ def select(
     """Choose ``rank`` columns of a (d, k) matrix that are well conditioned together with the ``previous`` ones.
 
     Deterministic in (seed, key). Columns in ``previous`` (int64) are not chosen again and come first in the result,
-    whose triangle covers both. The rule ``activation`` ranks by ``activation`` (k,).
-    Raises SelectionError if too few non-zero columns are left or if no draw has a condition number of at most 1e4.
+    whose triangle covers both. The rule ``activation`` ranks by ``activation`` (k,). Where the draws are dependent, as
+    among copied rows, the vectors are taken in the order of the rule, and those in the span of earlier ones are passed
+    over. Raises SelectionError if too few non-zero or too few independent columns are left.
     """
     candidates = _candidates(matrix, previous, activation)
     available = int(candidates.allowed.sum())
-    if available < rank:
-        raise SelectionError(f"{available} non-zero, unused vectors are left of {matrix.shape[1]}, {rank} are needed")
     head = torch.empty(0, dtype=torch.int64) if previous is None else previous.cpu()
-    condition = math.inf
+    if available < rank:
+        error = SelectionError(
+            f"{available} non-zero, unused vectors are left of {matrix.shape[1]}, {rank} are needed"
+        )
+        error.possible = len(_independent(candidates, head, available, selection, generator_for(seed, key)))
+        raise error
+    best: Factor | None = None
     for attempt in range(ATTEMPTS):
         drawn = rule_named(selection)(candidates, rank, generator_for(seed, key, attempt, len(head)))
-        indices = torch.cat([head, drawn.to(torch.int64)])
-        factor = Factor(indices, triangle_of(matrix[:, indices.to(matrix.device)]))
-        condition = min(condition, factor.condition)
-        if factor.condition <= MAX_CONDITION:
-            return factor
-    raise SelectionError(
-        f"the best of {ATTEMPTS} draws has condition number {condition:.1e}, more than {MAX_CONDITION:.0e}"
+        best = _better(best, _factor(matrix, head, drawn))
+        if best.condition <= GOOD_CONDITION:
+            return best
+    found = _independent(candidates, head, rank, selection, generator_for(seed, key, 0, len(head)))
+    if len(found) == rank:
+        best = _better(best, _factor(matrix, head, found))
+    if best.condition <= MAX_CONDITION:
+        return best
+    error = SelectionError(
+        f"the best of {ATTEMPTS} draws has condition number {best.condition:.1e}, more than {MAX_CONDITION:.0e}, and "
+        f"{len(found)} independent ones were found in the order of the rule"
     )
+    error.possible = len(found)
+    raise error
+
+
+def _factor(matrix: torch.Tensor, head: torch.Tensor, drawn: torch.Tensor) -> Factor:
+    indices = torch.cat([head, drawn.to(torch.int64)])
+    return Factor(indices, triangle_of(matrix[:, indices.to(matrix.device)]))
+
+
+def _better(first: Factor | None, second: Factor) -> Factor:
+    return second if first is None or second.condition < first.condition else first
+
+
+def _independent(
+    candidates: Candidates, head: torch.Tensor, rank: int, selection: str, generator: torch.Generator
+) -> torch.Tensor:
+    """Up to ``rank`` columns in the order of the rule, without those in the span of ``head`` and of earlier ones."""
+    limit = min(int(candidates.allowed.sum()), RANKED)
+    if selection in ("leverage", "deim"):  # their order is that of singular vectors, of which only few are meaningful
+        limit = min(limit, 4 * rank, *candidates.matrix.shape)
+    ranked = rule_named(selection)(candidates, limit, generator)
+    basis = torch.empty(candidates.matrix.shape[0], 0, dtype=torch.float64)
+    taken: list[int] = []
+    for index in [*head.tolist(), *ranked.tolist()]:
+        vector = candidates.matrix[:, index].detach().cpu().double()
+        rest = vector
+        for _ in range(2):  # once more, since rounding leaves a part in the span
+            rest = rest - basis @ (basis.t() @ rest)
+        if rest.norm() > DEPENDENT * vector.norm():
+            basis = torch.cat([basis, (rest / rest.norm())[:, None]], dim=1)
+            taken.append(index)
+        if len(taken) == len(head) + rank:
+            break
+    return torch.tensor([index for index in taken if index not in set(head.tolist())], dtype=torch.int64)
 
 
 def _candidates(matrix: torch.Tensor, previous: torch.Tensor | None, activation: torch.Tensor | None) -> Candidates:

@@ -12,12 +12,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from . import cur
 from . import record as records
 from .active import alone, join, joined_mask, plain
-from .base import BaseAccess
+from .base import BaseAccess, features, stored_transposed
 from .core import CoreSettings, CurloraCore
 from .functional import HALF, cur_added, cur_linear, cur_residual
 from .merging import Merging, floating
@@ -44,8 +43,8 @@ class CurloraLayer(BaseAccess, Merging, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             base, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
-        self.in_features, self.out_features = _features(base)
-        self.fan_in_fan_out = _stored_transposed(base, fan_in_fan_out)
+        self.in_features, self.out_features = features(base)
+        self.fan_in_fan_out = stored_transposed(base, fan_in_fan_out)
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True  # of no effect: the update takes the dtype of the base's output
         self.merged_adapters = []
@@ -136,10 +135,12 @@ class CurloraLayer(BaseAccess, Merging, BaseTunerLayer):
                 matrix, settings.r, selection, seed=seed, key=key, previous=previous, activation=activation
             )
         except cur.SelectionError as error:
-            raise cur.SelectionError(
+            named = cur.SelectionError(
                 f"{settings.key}: selection={selection!r} of {settings.r} {what} failed: {error}. "
                 "Use a smaller r, another selection, or name the layer in exclude_modules."
-            ) from error
+            )
+            named.possible = error.possible
+            raise named from error
 
     # ------------------------------------------------------------------------------------------------ blocks
 
@@ -277,7 +278,7 @@ class CurloraLayer(BaseAccess, Merging, BaseTunerLayer):
         unreadable = self.quantization_backend is not None or hasattr(base.weight, "ds_id")
         core.derive(rows, columns, weight, bias, keep_rows=self._nested() or (bias is not None and unreadable))
         place = int(rows.indices[0]), int(columns.indices[0])
-        core.probe = place[::-1] if self.fan_in_fan_out else place
+        core.probe = self._stored_place(*place)
         core.source = self._base_state(core)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -294,7 +295,10 @@ class CurloraLayer(BaseAccess, Merging, BaseTunerLayer):
 
 
 class Linear(nn.Module, CurloraLayer):
-    """A dense layer (Linear, Conv1D of Transformers, quantised) with CURLoRA adapters."""
+    """A dense layer (Linear, Conv1D of Transformers, quantised) with CURLoRA adapters; others derive from it."""
+
+    like_input = True
+    """Whether the input has the output's shape but for its last dimension."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, settings: CoreSettings, **kwargs) -> None:
         super().__init__()
@@ -330,23 +334,24 @@ class Linear(nn.Module, CurloraLayer):
             return self.base_layer(x, *args, **kwargs)
         if not torch.compiler.is_compiling():
             self._keep_current(cores)
-        active, mask, base = join(cores), joined_mask(cores, x), self.base_layer  # join before the base: see there
+        active, base = join(cores), self.base_layer  # join before the base is called: see there
         if self.training and self.quantization_backend is not None:
             self._unpack()
         if not args and not kwargs and plain(base, x):
-            kernel = base.weight if self.fan_in_fan_out else base.weight.t()
+            kernel, mask = base.weight if self.fan_in_fan_out else base.weight.t(), joined_mask(cores, x)
             return cur_linear(x, kernel, base.bias, active.rows, active.cols, active.middle, active.columns, mask)
-        y = base(x, *args, **kwargs)
+        y = self._channels_last(base(x, *args, **kwargs))
+        mask = joined_mask(cores, x if self.like_input else y)
         z = self._rows_output(x, y, active)
         if z is not None:
-            return cur_added(y, z, active.middle, active.columns, mask)
+            return self._channels_back(cur_added(y, z, active.middle, active.columns, mask))
         bias_rows = self._bias_rows(active)
-        return cur_residual(y, active.rows, bias_rows, active.middle, active.columns, mask)
+        return self._channels_back(cur_residual(y, active.rows, bias_rows, active.middle, active.columns, mask))
 
     def _mixed(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
         """The output with an adapter of its own for each row of x (B, ..., n)."""
         names = names if isinstance(names, RowNames) else RowNames(names)
-        base_output = y = self.base_layer(x, *args, **kwargs)
+        base_output = y = self._channels_last(self.base_layer(x, *args, **kwargs))
         for cores, rows in grouped(names, self.curlora_core):
             self._keep_current(cores)
             active = alone(cores[0])
@@ -355,7 +360,7 @@ class Linear(nn.Module, CurloraLayer):
                 z, bias = base_output.index_select(-1, active.rows), self._bias_rows(active)
                 z = z if bias is None else z - bias.to(z.dtype)
             y = add_rows(y, z, cores, rows)
-        return y
+        return self._channels_back(y)
 
     def _check_names(self, x: Tensor, names: list[str] | None) -> None:
         if names is None:
@@ -379,23 +384,6 @@ class Linear(nn.Module, CurloraLayer):
 
 def _refresh_loaded(layer: Linear, incompatible_keys) -> None:
     layer.refresh()
-
-
-def _features(base: nn.Module) -> tuple[int, int]:
-    if isinstance(base, Conv1D):
-        return base.nx, base.nf
-    return base.in_features, base.out_features
-
-
-def _stored_transposed(base: nn.Module, fan_in_fan_out: bool) -> bool:
-    """Whether the weight is stored as (n, m). Known types decide, also for square layers; then ``fan_in_fan_out``."""
-    if isinstance(base, Conv1D):
-        return True
-    if isinstance(base, nn.Linear):
-        if fan_in_fan_out:
-            warnings.warn("fan_in_fan_out=True is ignored for torch.nn.Linear, which stores (out, in).", stacklevel=2)
-        return False
-    return fan_in_fan_out
 
 
 def _factors_at(weight: Tensor, rows: Tensor, columns: Tensor) -> tuple[cur.Factor, cur.Factor]:

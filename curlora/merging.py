@@ -18,8 +18,13 @@ class Merging:
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW in the orientation of the stored base weight, at least fp32."""
-        delta = _product(self.factors(adapter))
-        return delta.t() if self.fan_in_fan_out else delta
+        return self._as_stored(_product(self.factors(adapter)))
+
+    def _as_stored(self, delta: Tensor) -> Tensor:
+        weight = self.get_base_layer().weight
+        if self.fan_in_fan_out:
+            return delta.t()
+        return delta.view(len(delta), *weight.shape[1:]) if weight.dim() > 2 else delta
 
     @torch.no_grad()
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,8 +82,7 @@ class Merging:
         base = self.get_base_layer()
         with gathered(base.weight, modifier_rank=0):
             weight = self.get_base_weight()
-            delta = _product(factors)
-            delta = delta.t() if self.fan_in_fan_out else delta
+            delta = self._as_stored(_product(factors))
             # Added in fp32 and rounded once; a bf16 sum with a bf16 update would round twice.
             result = weight.to(delta.dtype).add(delta, alpha=sign).to(weight.dtype)
             if check is not None and not torch.isfinite(result).all():

@@ -14,12 +14,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .combining import add_weighted, hotswap
 from .config import ALL_LINEAR, CurloraConfig
 from .core import CoreSettings, CurloraCore
 from .cur import SelectionError
+from .kinds import kind_of
 from .layer import CurloraLayer, Linear
 from .mixed import adapter_rows
 from .record import check_state, check_whole
@@ -83,10 +83,11 @@ class CurloraModel(BaseTuner):
         while settings.r:
             try:
                 return self._adapt(adapter_name, target, target_name, parent, settings)
-            except SelectionError:
+            except SelectionError as error:
                 if not hasattr(peft_config, "defaults"):
                     raise
-            settings = replace(settings, r=settings.r // 2)
+                possible = error.possible
+            settings = replace(settings, r=min(possible, settings.r - 1))
             peft_config.defaults.lower(key, settings.r, peft_config)
 
     def _adapt(
@@ -103,12 +104,14 @@ class CurloraModel(BaseTuner):
     def _create_new_module(self, target: nn.Module, adapter_name: str, settings: CoreSettings) -> Linear:
         kwargs = get_quantization_kwargs(self.model)  # torchao needs them to requantise after a merge
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-        if not isinstance(base, (nn.Linear, Conv1D)) and not hasattr(base, "in_features"):
+        kind = kind_of(base)
+        if kind is None:
             raise ValueError(
                 f"{settings.key}: a layer of type {type(base).__name__} cannot be adapted, only dense layers "
-                "(torch.nn.Linear, transformers' Conv1D and their quantised forms); remove it from target_modules."
+                "(torch.nn.Linear, transformers' Conv1D and their quantised forms), embeddings and convolutions; "
+                "remove it from target_modules."
             )
-        return Linear(target, adapter_name, settings, **kwargs)
+        return kind(target, adapter_name, settings, **kwargs)
 
     def adapted_layers(self) -> list[tuple[str, Linear]]:
         """Name in the base model and layer, for all adapted layers."""

@@ -96,7 +96,9 @@ def _place(name: str, modules: dict[str, nn.Module], config: CurloraConfig, foun
     if name.partition(".")[0] in HEADS:
         if config.task_type is None:  # else PEFT trains them
             found.left_out["output heads (name them in modules_to_save to train them)"].append(name)
-    elif own in MIXER_LAYERS and hasattr(modules.get(parent), "A_log"):
+    elif (own in MIXER_LAYERS and hasattr(modules.get(parent), "A_log")) or isinstance(
+        modules.get(parent), nn.MultiheadAttention
+    ):
         found.left_out["weights that the model passes to a kernel instead of calling the layer"].append(name)
     else:
         rank, limit = rank_of(config, name), smaller_side(modules[name])

@@ -7,7 +7,7 @@ import torch
 from curlora_cases import logits, randomise, tiny_gpt2, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from curlora import CurloraConfig
 from curlora.conversion import to_lora, to_merged
@@ -90,3 +90,32 @@ def test_another_adapter_type_is_refused(tmp_path):
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="no CURLoRA adapter 'default'"):
         to_lora(model, tmp_path)
+
+
+def test_an_adapter_of_a_resized_vocabulary_converts_with_the_base_it_names(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+
+    def resized():
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        base.resize_token_embeddings(70)
+        return base
+
+    model = trained(resized(), target_modules=["q_proj", "lm_head"])
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    to_lora(model, tmp_path / "one")
+    to_lora(tmp_path / "adapter", tmp_path / "two")
+    for folder in ("one", "two"):
+        loaded = PeftModel.from_pretrained(resized(), tmp_path / folder).eval()
+        assert (logits(loaded) - expected).abs().max() <= 1e-5
+    assert (logits(to_merged(tmp_path / "adapter", tmp_path / "merged").eval()) - expected).abs().max() <= 1e-5
+
+
+def test_what_peft_refuses_as_lora_is_refused_before_it_is_written(tmp_path):
+    config = MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, vocab_size=64)
+    model = trained(MambaForCausalLM(config), target_modules=["in_proj", "out_proj"])
+    with pytest.raises(ValueError, match=r"mixer\.out_proj: PEFT refuses a LoRA on this layer.*Use\s+to_merged"):
+        to_lora(model, tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    expected = logits(model)
+    assert (logits(to_merged(model, tmp_path)) - expected).abs().max() <= 1e-4

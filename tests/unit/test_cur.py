@@ -178,3 +178,26 @@ def test_a_line_in_the_registry_is_all_that_a_new_selection_rule_needs(monkeypat
 
 def select_first(candidates, rank, generator):
     return candidates.allowed.nonzero()[:rank, 0]
+
+
+@pytest.mark.parametrize("rule", ["inverse", "uniform", "importance", "leverage", "deim"])
+def test_copied_vectors_are_passed_over_and_counted(rule):
+    unique = matrix(24, 6)
+    a = unique.repeat_interleave(50, dim=1)  # 300 columns, of which any draw of six holds copies
+    factor = cur.select(a, 6, rule, seed=1)
+    assert sorted(index // 50 for index in factor.indices.tolist()) == list(range(6))
+    assert factor.condition < 100
+    with pytest.raises(cur.SelectionError) as error:
+        cur.select(a, 7, rule)
+    assert error.value.possible == 6
+    stacked = cur.select(a, 2, rule, previous=torch.tensor([0, 50, 100]))
+    assert sorted(index // 50 for index in stacked.indices.tolist())[:3] == [0, 1, 2]
+    assert len({index // 50 for index in stacked.indices.tolist()}) == 5
+
+
+def test_a_resized_vocabulary_does_not_give_its_new_rows_to_the_rule_of_small_norms():
+    """Transformers draws new tokens around the mean of the old ones: small, and almost alike."""
+    old = torch.randn(500, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    new = old.mean(dim=0) + 1e-5 * torch.randn(40, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    factor = cur.select(torch.cat([old, new]).t(), 16, "inverse")
+    assert factor.condition < 100 and sum(index >= 500 for index in factor.indices.tolist()) <= 1

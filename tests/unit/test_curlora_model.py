@@ -81,9 +81,9 @@ def test_a_name_that_matches_nothing_is_an_error():
         wrapped(target_modules=["nowhere"])
 
 
-def test_a_layer_that_is_not_dense_is_refused_by_name():
-    with pytest.raises(ValueError, match="embed_tokens: a layer of type Embedding cannot be adapted"):
-        wrapped(target_modules=["embed_tokens"])
+def test_a_layer_without_a_matrix_is_refused_by_name():
+    with pytest.raises(ValueError, match="norm: a layer of type LlamaRMSNorm cannot be adapted"):
+        wrapped(target_modules=["norm"])
 
 
 def test_only_u_is_trained_and_the_base_stays_frozen():

@@ -132,7 +132,7 @@ def test_dependent_rows_lower_the_rank_of_their_layer_only(tmp_path, selection):
     weights = {"full": random(32, 24), "low": LOW, "repeated": REPEATED, "zero": torch.zeros(32, 24)}
     model, warning = attached(Layers(**weights), r=16, selection=selection)
     found = ranks(model)
-    assert found["full"] == 16 and 1 <= found["low"] <= 5 and 1 <= found["repeated"] <= 4 and "zero" not in found
+    assert found == {"full": 16, "low": 5, "repeated": 4}
     assert f"low (r={found['low']})" in warning and "rows or columns that are zero or dependent: zero" in warning
     assert "full" not in warning
     config = model.peft_config["default"]
@@ -145,7 +145,7 @@ def test_dependent_rows_lower_the_rank_of_their_layer_only(tmp_path, selection):
 def test_a_second_adapter_may_be_smaller_than_the_first_and_nothing_remains_of_a_refused_one():
     model, _ = attached(Layers(full=random(32, 24), low=LOW), r=4)
     model.add_adapter("other", CurloraConfig(r=12))
-    assert {name: core.settings.r for name, _, core in model.base_model.cores("other")} == {"full": 12, "low": 3}
+    assert {name: core.settings.r for name, _, core in model.base_model.cores("other")} == {"full": 12, "low": 5}
     with pytest.raises(SelectionError, match="low"):
         model.add_adapter("literal", CurloraConfig(r=12, target_modules=["full", "low"]))
     assert "literal" not in model.base_model.model.low.curlora_core
