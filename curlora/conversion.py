@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -112,10 +113,12 @@ def _lora_config(model: PeftModel, config: CurloraConfig, cores: list) -> LoraCo
     ranks = {name: core.size for name, _, core in cores}
     alphas = {name: core.settings.alpha * core.size for name, _, core in cores}
     rank, alpha = config.r * config.blocks, config.alpha * config.r * config.blocks
+    taken = _taken_for_experts(model, list(ranks))
     return LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
-        target_modules=_target_names(model, list(ranks)),
+        target_modules=_target_names(model, [name for name in ranks if name not in taken]),
+        target_parameters=[f"{name}.weight" for name in taken] or None,
         rank_pattern={name: value for name, value in ranks.items() if value != rank},
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
         fan_in_fan_out=all(isinstance(layer.get_base_layer(), Conv1D) for _, layer, _ in cores),
@@ -126,6 +129,25 @@ def _lora_config(model: PeftModel, config: CurloraConfig, cores: list) -> LoraCo
         revision=config.revision,
         inference_mode=True,
     )
+
+
+def _taken_for_experts(model: PeftModel, adapted: list[str]) -> list[str]:
+    """Adapted dense layers that PEFT would take for experts, and must be told by their weights.
+
+    Transformers 5 fuses the experts of some models. PEFT then looks for LoRA on ``gate_proj`` in the fused tensors,
+    though the shared experts and dense blocks of those models still have a layer of that name.
+    """
+    base = model.get_base_model()
+    return [name for name in adapted if _is_redirected(base, name.rpartition(".")[2])]
+
+
+def _is_redirected(base: nn.Module, name: str) -> bool:
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, base, None)
+    except ValueError:  # one of the layers that were fused together
+        return True
+    return set(config.target_modules) != {name}
 
 
 def _target_names(model: PeftModel, adapted: list[str]) -> list[str]:

@@ -14,6 +14,10 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -128,6 +132,20 @@ def tiny_deberta(seed: int = 0) -> DebertaForMaskedLM:
     settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     attention = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 16}
     return DebertaForMaskedLM(DebertaConfig(**settings, **attention, vocab_size=64, max_position_embeddings=32)).eval()
+
+
+MIXTURE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+MIXTURE |= {"intermediate_size": 48, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "vocab_size": 64}
+
+
+def mixture_with_a_dense_block(seed: int = 0) -> Qwen3MoeForCausalLM:
+    torch.manual_seed(seed)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**MIXTURE, num_experts=6, head_dim=8, mlp_only_layers=[0])).eval()
+
+
+def mixture_with_a_shared_expert(seed: int = 0) -> Qwen2MoeForCausalLM:
+    torch.manual_seed(seed)
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**MIXTURE, num_experts=6, shared_expert_intermediate_size=24)).eval()
 
 
 def tokens(seed: int = 0) -> Tensor:

@@ -4,7 +4,14 @@ import json
 
 import pytest
 import torch
-from curlora_cases import logits, randomise, tiny_gpt2, tiny_llama
+from curlora_cases import (
+    logits,
+    mixture_with_a_dense_block,
+    mixture_with_a_shared_expert,
+    randomise,
+    tiny_gpt2,
+    tiny_llama,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
@@ -49,6 +56,17 @@ def test_conv1d_converts_with_its_own_orientation(tmp_path):
     model = trained(tiny_gpt2())
     assert to_lora(model, tmp_path).fan_in_fan_out
     assert (logits(PeftModel.from_pretrained(tiny_gpt2(), tmp_path).eval()) - logits(model)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("make", [mixture_with_a_dense_block, mixture_with_a_shared_expert])
+@pytest.mark.parametrize("target", ["all-linear", ["q_proj", "gate_proj"]])
+def test_dense_layers_that_are_named_like_fused_experts_are_not_lost(tmp_path, make, target):
+    model = trained(make(), target_modules=target, exclude_modules=["shared_expert_gate"])
+    expected = logits(model)
+    to_lora(model, tmp_path)
+    loaded = PeftModel.from_pretrained(make(), tmp_path).eval()
+    assert (logits(loaded) - expected).abs().max() <= 1e-5
+    assert sum(".lora_A." in name for name, _ in loaded.named_parameters()) == len(model.base_model.cores("default"))
 
 
 def test_rank_and_alpha_of_the_converted_adapter(tmp_path):
