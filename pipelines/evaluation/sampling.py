@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pipelines.distributed.world import World
-from pipelines.models.losses import accepts, keep_logits
+from pipelines.models.losses import cache_argument, keep_logits
 
 BATCH = 32  # sequences per forward pass
 
@@ -61,11 +61,12 @@ def _sample(model, rows: int, length: int, start: int, seed, device, forbidden) 
     generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1])
     tokens = torch.full((rows, 1), start, dtype=torch.long, device=device)
     columns, cache = [tokens], None
-    cached = accepts(model, "past_key_values")
+    cache_name = cache_argument(model)
     for _ in range(length - 1):
-        seen = tokens if cached else torch.cat(columns, 1)
-        output = model(input_ids=seen, past_key_values=cache, use_cache=cached, **keep_logits(model, 1))
-        cache = output.past_key_values if cached else None
+        seen = tokens if cache_name else torch.cat(columns, 1)
+        carried = {cache_name: cache} if cache_name else {}
+        output = model(input_ids=seen, use_cache=bool(cache_name), **carried, **keep_logits(model, 1))
+        cache = getattr(output, cache_name) if cache_name else None
         logits = output.logits[:, -1].float().cpu()
         logits[:, list(forbidden)] = -torch.inf
         tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator).to(device)

@@ -7,14 +7,25 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from pipelines.data.encoding import IGNORE, Encoded
 from pipelines.data.kinds.base import EvaluationSet, Scored
 from pipelines.distributed.world import World
 from pipelines.models.heads import get_head
-from pipelines.models.losses import accepts, keep_logits, last_hidden, next_token_losses, position_ids, token_nll
+from pipelines.models.losses import (
+    CACHE_ARGUMENTS,
+    cache_argument,
+    keep_logits,
+    last_hidden,
+    next_token_losses,
+    position_ids,
+    token_nll,
+)
 from pipelines.models.padding import Padded, last_token_features, pad
+
+KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers of a cache whose rows can be repeated for the alternatives of a prompt."""
 
 
 def by_head(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:
@@ -43,7 +54,8 @@ def by_choice(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded],
 
     Under ZeRO-3 every batch takes exactly two forward passes, whatever its lengths.
     """
-    if not accepts(model, "past_key_values") or any(item.start < 1 for item in evaluation.items):
+    cache_name = cache_argument(model)
+    if cache_name is None or any(item.start < 1 for item in evaluation.items):
         return by_likelihood(model, evaluation, batch, world)
     questions = [list(group) for _, group in itertools.groupby(batch, key=lambda item: item.example)]
     prompts = pad([group[0].input_ids[: group[0].start] for group in questions], world.device, side="left")
@@ -54,8 +66,8 @@ def by_choice(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded],
         **position_ids(model, prompts.positions),
         **keep_logits(model, 1),
     )
-    cache = seen.past_key_values
-    if not all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None])):
+    cache = getattr(seen, cache_name)
+    if not all(type(layer) in KEYS_AND_VALUES for layer in getattr(cache, "layers", [None])):
         return by_likelihood(model, evaluation, batch, world)  # e.g. a recurrent state, which is no key-value cache
     owners = [number for number, group in enumerate(questions) for _ in group]
     owner = torch.tensor(owners, device=world.device)
@@ -69,8 +81,8 @@ def by_choice(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded],
         logits = model(
             input_ids=given,
             attention_mask=torch.cat([prompts.mask[owner], answers.mask[:, : given.shape[1]]], 1),
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name: cache},
             **position_ids(model, positions),
         ).logits
         if later:
@@ -109,16 +121,17 @@ def greedy(model: nn.Module, padded: Padded, limit: int, stops: Sequence[int], w
     tokens, mask, positions, cache = padded.ids, padded.mask, padded.positions, None
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     columns: list[torch.Tensor] = []
+    cache_name = cache_argument(model) or CACHE_ARGUMENTS[0]
     for _ in range(limit):
         output = model(
             input_ids=tokens,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name: cache},
             **position_ids(model, positions),
             **keep_logits(model, 1),
         )
-        cache = output.past_key_values
+        cache = getattr(output, cache_name)
         tokens = output.logits[:, -1:].argmax(-1)
         done = done | torch.isin(tokens[:, 0], stop)
         columns.append(torch.where(done, -1, tokens[:, 0]))

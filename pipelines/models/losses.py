@@ -128,6 +128,15 @@ def accepts(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(causal_lm(model).forward).parameters
 
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""Names of the key-value cache in Transformers, newest first: an argument of the forward, a field of its output."""
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """The name under which the language model's forward takes its cache; None if it takes none."""
+    return next((name for name in CACHE_ARGUMENTS if accepts(model, name)), None)
+
+
 def keep_logits(model: nn.Module, positions: Tensor | int) -> dict:
     """`logits_to_keep` for models that accept it: in a small model, unused logits cost more than everything else."""
     return {"logits_to_keep": positions} if accepts(model, "logits_to_keep") else {}
