@@ -164,19 +164,19 @@ def _workers(drive: Drive, group: WorkerGroup | None, verbose: bool, address: st
     """
     config = drive.config
     if group:
-        _check_fits(config, drive.plan)
+        _check_fits(drive)
         yield [group]
         return
     with cluster(config, verbose, address):
         if drive.plan.undecided:
-            _check_fits(config, drive.plan)
+            _check_fits(drive)
             with run_search.warm_groups(config, drive.run, gpus_per_worker(config), verbose) as groups:
                 yield groups
             return
         group = WorkerGroup(config, config.run_uri, gpus_per_worker(config), verbose)
         group.start()
         try:
-            _check_fits(config, drive.plan)  # while the workers import their modules
+            _check_fits(drive)  # while the workers import their modules
         except ConfigError:
             group.kill()
             raise
@@ -184,11 +184,14 @@ def _workers(drive: Drive, group: WorkerGroup | None, verbose: bool, address: st
         group.close()
 
 
-def _check_fits(config: PipelineConfig, plan: Plan) -> None:
+def _check_fits(drive: Drive) -> None:
     """Raises ConfigError if the adapter or the strategy does not fit the model."""
     from pipelines.preflight.model import check_fits  # imports torch and PEFT
 
-    check_fits(config, plan.steps[-1].depth)
+    def warn(text: str) -> None:
+        drive.on_event(Event("warning", text=text))
+
+    check_fits(drive.config, drive.plan.steps[-1].depth, warn)
 
 
 @contextlib.contextmanager

@@ -39,7 +39,11 @@ def tune(
     """
     if config.search is None:
         raise ConfigError([Problem("search", f"is null; set what to search, e.g. {EXAMPLE}")])
-    problems = check_data(config, warn=lambda text: on_event(Event("warning", text=text)))
+
+    def warn(text: str) -> None:
+        on_event(Event("warning", text=text))
+
+    problems = check_data(config, warn)
     if problems:
         raise ConfigError(problems)
     if text := ignored(config):
@@ -57,7 +61,7 @@ def tune(
         if found is None:
             from pipelines.preflight.model import check_fits  # imports torch and PEFT
 
-            check_fits(config)
+            check_fits(config, warn=warn)
             parent = plan.steps[step.position - 2].directory if step.position > 1 else None
             with (
                 cluster(config, verbose, address),
@@ -66,7 +70,7 @@ def tune(
                 found = run_search.search(target, run, parent, plan.base_directory, lease, groups, on_event)
         sent = Projector(run, config, [step.fingerprint for step in plan.decided]).finish()
         if sent.warning:
-            on_event(Event("warning", text=sent.warning))
+            warn(sent.warning)
         return found
 
 

@@ -134,6 +134,7 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     if unused := ignored(config):
         warned.append(unused)
     facts = model_facts(config, ahead.depth)
+    warned += facts.warnings
     table = memory_by_stage(facts, config)
     if as_json:
         found = {"model": facts.__dict__, "memory_gib": table, "unchecked": unreachable, "warnings": warned}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.models.base import QUANTISED_BYTES
@@ -40,6 +41,18 @@ class ModelFacts:
     context: int
     buffer_bytes: int = 0  # of the adapter's buffers, whole on every worker
     linear_parameters: int = 0  # base parameters that `base_model.quantization` covers
+    unadapted_experts: Mapping[str, int] = field(default_factory=dict)  # parameters of fused expert tensors, by name
+
+    @property
+    def warnings(self) -> list[str]:
+        """What of the base no adapter reaches, though a user may expect it."""
+        if not self.unadapted_experts:
+            return []
+        count = sum(self.unadapted_experts.values())
+        return [
+            f"the adapter does not reach the experts {', '.join(self.unadapted_experts)}: {count:,} of "
+            f"{self.base_parameters:,} parameters of the base ({count / self.base_parameters:.1%}) stay as they are"
+        ]
 
 
 def memory_by_stage(facts: ModelFacts, config: PipelineConfig) -> dict[str, dict[str, float]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,19 +18,24 @@ from curlora.sizes import adapter_file_bytes
 from pipelines.config.paths import is_gguf, looks_local
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.sections import BaseModelConfig
+from pipelines.config.tasks import LanguageModelingTask
 from pipelines.data.kinds import kind_of
 from pipelines.distributed.zero_settings import deepspeed_settings, stage_of
 from pipelines.errors import ConfigError, Problem
 from pipelines.models import frozen_lora
 from pipelines.models.adapters import adapter_parameters, attach_adapter, attach_final_form
 from pipelines.models.base import quantised_numbers
+from pipelines.models.experts import fused_experts, unadapted
 from pipelines.models.gguf import described
+from pipelines.models.packing import separates_documents
 from pipelines.preflight.memory import ModelFacts
 
 
-def check_fits(config: PipelineConfig, depth: int | None = None) -> None:
+def check_fits(
+    config: PipelineConfig, depth: int | None = None, warn: Callable[[str], None] = lambda text: None
+) -> None:
     """Raise ConfigError with every problem that `check_model` finds."""
-    problems = check_model(config, depth)
+    problems = check_model(config, depth, warn)
     if problems:
         raise ConfigError(problems)
 
@@ -91,19 +96,42 @@ def _description(base: BaseModelConfig):
         return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def check_model(config: PipelineConfig, depth: int | None = None) -> list[Problem]:
+def check_model(
+    config: PipelineConfig, depth: int | None = None, warn: Callable[[str], None] = lambda text: None
+) -> list[Problem]:
     """Every problem of base, adapter, strategy and DeepSpeed settings.
 
     Args:
         depth: steps from the base to the last one of the chain, which `start_from` adds to; default: one per task.
+        warn: called with every finding that does not prevent a run.
     """
+
+    def check_adapter(config: PipelineConfig) -> None:
+        for text in model_facts(config, depth).warnings:
+            warn(text)
+
     problems: list[Problem] = []
-    for check in (functools.partial(model_facts, depth=depth), _check_deepspeed, _check_strategy):
+    for check in (check_adapter, _check_documents, _check_deepspeed, _check_strategy):
         try:
             check(config)
         except ConfigError as error:
-            problems += error.problems
+            problems += [problem for problem in error.problems if problem not in problems]
     return problems
+
+
+def _check_documents(config: PipelineConfig) -> None:
+    """Raise ConfigError for tasks whose documents the base would not keep apart."""
+    fields = [
+        f"tasks.{number}.documents"
+        for number, task in enumerate(config.tasks)
+        if isinstance(task, LanguageModelingTask) and task.documents == "separate"
+    ]
+    if not fields:
+        return
+    base = base_on_meta(config)
+    if separates_documents(base) is False:
+        reason = f"a base of type '{base.config.model_type}' lets every document of a block see those before it"
+        raise ConfigError([Problem(field, f"is separate, but {reason}; set documents: joined") for field in fields])
 
 
 def _check_deepspeed(config: PipelineConfig) -> None:
@@ -148,7 +176,7 @@ def model_facts(config: PipelineConfig, depth: int | None = None) -> ModelFacts:
     """
     base = base_on_meta(config)
     base_parameters, linear_parameters = sum(p.numel() for p in base.parameters()), quantised_numbers(base)
-    text = base.config.get_text_config()
+    text, fused = base.config.get_text_config(), fused_experts(base)
     model = attach_adapter(base, config.adapter, config.training.seed)
     steps = depth or (1 if config.is_joint else len(config.tasks))
     final = attach_final_form(base_on_meta(config), config.adapter, config.training.seed, steps)
@@ -163,6 +191,7 @@ def model_facts(config: PipelineConfig, depth: int | None = None) -> ModelFacts:
         context=getattr(text, "max_position_embeddings", 0) or 0,
         buffer_bytes=adapter_buffer_bytes(model, config.adapter.type) if adapted else 0,
         linear_parameters=linear_parameters,
+        unadapted_experts=unadapted(fused, model) if adapted else {},
     )
 
 
