@@ -7,6 +7,7 @@ loss, however the batch is sliced.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -19,7 +20,7 @@ from torch import nn
 
 from curlora.continual import Example, Strategy, TaskContext
 from pipelines.config.sections import TrainingConfig
-from pipelines.distributed import optimizer_state
+from pipelines.distributed import optimizer_state, sparse
 from pipelines.distributed.world import World
 from pipelines.errors import DivergedError, Stopped
 from pipelines.models.heads import trainable_heads
@@ -97,6 +98,12 @@ class ContinualTrainer(transformers.Trainer):
         self._next_synchronisation = self.first_step + 1
         self._last_synchronisation = time.monotonic()
         self.add_callback(_StrategyCallback(self))
+
+    def train(self, *args, **kwargs):
+        # ZeRO-3 sees to it by itself
+        together = contextlib.nullcontext() if self.world.lockstep else sparse.experts_ready_together(self.model)
+        with together:
+            return super().train(*args, **kwargs)
 
     @property
     def step(self) -> int:

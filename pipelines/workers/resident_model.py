@@ -18,7 +18,7 @@ from pipelines.config.tasks import ClassificationTask
 from pipelines.data.kinds import kind_of
 from pipelines.data.kinds.base import EvaluationSet
 from pipelines.data.sets import evaluation_set
-from pipelines.distributed import engine
+from pipelines.distributed import engine, sparse
 from pipelines.distributed.world import World
 from pipelines.models import adapters, heads
 from pipelines.models.base import context_length, load_base, load_tokenizer
@@ -170,6 +170,8 @@ def load_frozen_base(base: BaseModelConfig, settings: dict, world: World) -> tup
         model = load_base(base, None if partitioning else world.device)
     model.requires_grad_(False)
     model.config.use_cache = False
+    if partitioning:
+        sparse.gather_experts_together(model)
     return model, load_tokenizer(base), partitioning
 
 
