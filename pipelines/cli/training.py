@@ -112,6 +112,7 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     config = load_config(path, overrides)
     online = hub_available(config)
     # after hub_available: these import huggingface_hub, which reads only once whether it is offline
+    from pipelines.chain.adapter_folder import doubt
     from pipelines.chain.dry_run import look_ahead, with_some_dtype
     from pipelines.distributed.zero_settings import ignored
     from pipelines.preflight.memory import memory_by_stage
@@ -131,8 +132,8 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     problems += [problem for problem in ahead.problems if problem.field not in known]
     if problems:
         raise ConfigError(problems)
-    if unused := ignored(config):
-        warned.append(unused)
+    start = ahead.plan.start if ahead.plan else None
+    warned += filter(None, (ignored(config), doubt(config, start)))
     facts = model_facts(config, ahead.depth)
     warned += facts.warnings
     table = memory_by_stage(facts, config)
