@@ -49,6 +49,14 @@ class BaseAccess:
     def _bias(self) -> Tensor | None:
         return getattr(self.get_base_layer(), "bias", None)
 
+    def rows_output(self, x: Tensor, y: Tensor, active: Active) -> Tensor:
+        """z = R x (..., k) of an input x and the base layer's output y (..., m)."""
+        z = self._rows_output(x, y, active)
+        if z is None:
+            z, bias = y.index_select(-1, active.rows), self._bias_rows(active)
+            z = z if bias is None else z - bias.to(z.dtype)
+        return z
+
     def _rows_output(self, x: Tensor, y: Tensor, active: Active) -> Tensor | None:
         """z = R x (..., k) where it must not be gathered from y (..., m); None where it can be.
 
@@ -79,12 +87,12 @@ class BaseAccess:
         """R x (..., k) for R (k, n)."""
         return nn.functional.linear(x, weight)
 
-    def _channels_last(self, y: Tensor) -> Tensor:
+    def channels_last(self, y: Tensor) -> Tensor:
         """The base layer's output with its m entries in the last dimension."""
         return y
 
     def _channels_back(self, y: Tensor) -> Tensor:
-        """The inverse of `_channels_last`."""
+        """The inverse of `channels_last`."""
         return y
 
     def _stored_place(self, row: int, column: int) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ class Conv(Linear):
             )
         super().check_fit(settings)
 
-    def _channels_last(self, y: Tensor) -> Tensor:
+    def channels_last(self, y: Tensor) -> Tensor:
         return y.movedim(1, -1)
 
     def _channels_back(self, y: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Conv(Linear):
 
     def _times_rows(self, x: Tensor, weight: Tensor) -> Tensor:
         base = self.get_base_layer()
-        return self._channels_last(base._conv_forward(x, weight.view(-1, *base.weight.shape[1:]), None))
+        return self.channels_last(base._conv_forward(x, weight.view(-1, *base.weight.shape[1:]), None))
 
 
 def _refuse_calibration(layer: Linear, settings: CoreSettings) -> None:

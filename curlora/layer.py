@@ -340,7 +340,7 @@ class Linear(nn.Module, CurloraLayer):
         if not args and not kwargs and plain(base, x):
             kernel, mask = base.weight if self.fan_in_fan_out else base.weight.t(), joined_mask(cores, x)
             return cur_linear(x, kernel, base.bias, active.rows, active.cols, active.middle, active.columns, mask)
-        y = self._channels_last(base(x, *args, **kwargs))
+        y = self.channels_last(base(x, *args, **kwargs))
         mask = joined_mask(cores, x if self.like_input else y)
         z = self._rows_output(x, y, active)
         if z is not None:
@@ -351,14 +351,10 @@ class Linear(nn.Module, CurloraLayer):
     def _mixed(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
         """The output with an adapter of its own for each row of x (B, ..., n)."""
         names = names if isinstance(names, RowNames) else RowNames(names)
-        base_output = y = self._channels_last(self.base_layer(x, *args, **kwargs))
+        base_output = y = self.channels_last(self.base_layer(x, *args, **kwargs))
         for cores, rows in grouped(names, self.curlora_core):
             self._keep_current(cores)
-            active = alone(cores[0])
-            z = self._rows_output(x, base_output, active)
-            if z is None:
-                z, bias = base_output.index_select(-1, active.rows), self._bias_rows(active)
-                z = z if bias is None else z - bias.to(z.dtype)
+            z = self.rows_output(x, base_output, alone(cores[0]))
             y = add_rows(y, z, cores, rows)
         return self._channels_back(y)
 

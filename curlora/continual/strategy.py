@@ -7,6 +7,7 @@ below.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +48,10 @@ class TaskContext:
         position: of the task in the sequence, from 1.
         seed: seed of the run.
         examples: the training set, the same on every rank.
-        losses: (model, examples) → (batch,) loss per example, differentiable, outside the optimizer's engine.
+        losses: (model, examples) → (batch,) loss per example, differentiable, outside the optimizer's engine: in
+            `after_task`, and in `before_task` inside `ready`.
+        draw: (model, examples, seed) → the same examples with targets that the model itself has drawn; as `losses`.
+        ready: model → a context in which it can run a forward and a backward pass before training; a collective call.
         write: (model, rows, length) → token sequences sampled from the model before training; a collective call.
         rank, size: this process and the number of training processes. Under ZeRO-3 all must call `losses` equally
             often.
@@ -59,6 +63,8 @@ class TaskContext:
     seed: int
     examples: Sequence[Example] = field(repr=False, default=())
     losses: Callable[[nn.Module, Sequence[Example]], torch.Tensor] | None = None
+    draw: Callable[[nn.Module, Sequence[Example], Sequence[int]], list[Example]] | None = None
+    ready: Callable[[nn.Module], contextlib.AbstractContextManager] = contextlib.nullcontext
     write: Callable[[nn.Module, int, int], list[tuple[int, ...]]] | None = None
     rank: int = 0
     size: int = 1

@@ -82,7 +82,11 @@ def parameters_held(model: nn.Module) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def ready_for_inference(model: nn.Module, settings: dict, world: World) -> Iterator[nn.Module]:
-    """Make `model` callable: as it is, or through a ZeRO-3 engine if its weights are partitioned."""
+    """Make `model` callable: as it is, or through a ZeRO-3 engine if its weights are partitioned.
+
+    Backward passes may follow, by `torch.autograd.grad`. They leave parameters gathered: the next forward pass with
+    gradients, or leaving the block, partitions them again.
+    """
     if not is_partitioned(model):
         yield model.to(world.device)
         return
@@ -90,9 +94,17 @@ def ready_for_inference(model: nn.Module, settings: dict, world: World) -> Itera
 
     with hooks_restored(model):
         engine, *_ = deepspeed.initialize(model=model, config=settings)
+
+        def release(*_) -> None:
+            if torch.is_grad_enabled():
+                engine.optimizer.empty_partition_cache()
+
+        hook = model.register_forward_pre_hook(release)
         try:
             yield model
         finally:
+            hook.remove()
+            release()
             engine.destroy()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,13 +25,7 @@ def example_losses(model: nn.Module, batch: MicroBatch, held: Iterable[str] = ()
         held: tasks with frozen heads that may still have examples in the batch; the same on every rank.
     """
     labels, mask, examples = batch.labels, batch.attention_mask, batch.examples
-    if batch.position_ids is None:
-        seen = {"attention_mask": mask}
-    else:
-        # without a mask, Transformers separates packed documents where positions restart; padding follows the
-        # real tokens, which never attend to it
-        seen = position_ids(model, batch.position_ids)
-    found = next_token_losses(model, labels, input_ids=batch.input_ids, **seen)
+    found = next_token_losses(model, labels, input_ids=batch.input_ids, **_seen(model, batch))
     hidden = found.hidden
     losses = found.losses.sum(1) / (labels[:, 1:] != IGNORE).sum(1).clamp(min=1)
     features = last_token_features(hidden, mask)
@@ -51,6 +47,51 @@ def example_losses(model: nn.Module, batch: MicroBatch, held: Iterable[str] = ()
     return losses, StepOutput(losses.sum(), hidden, mask, logits=found.logits, held_scores=held_scores)
 
 
+def _seen(model: nn.Module, batch: MicroBatch) -> dict:
+    """What a token may attend to, as an argument of the model."""
+    if batch.position_ids is None:
+        return {"attention_mask": batch.attention_mask}
+    # without a mask, Transformers separates packed documents where positions restart; padding follows the real
+    # tokens, which never attend to it
+    return position_ids(model, batch.position_ids)
+
+
 def losses_alone(model: nn.Module, examples: Sequence[Example], device: torch.device) -> torch.Tensor:
     """(batch,) differentiable losses of examples that only this process has; strategies call it after training."""
     return example_losses(model, collate(list(examples), World(0, 1, device)).to(device))[0]
+
+
+@torch.no_grad()
+def drawn_targets(
+    model: nn.Module, examples: Sequence[Example], device: torch.device, seed: Sequence[int]
+) -> list[Example]:
+    """The examples with every target replaced by one that the model draws from its own prediction.
+
+    The draws depend on the seed and the place of the example only. Gradients of the loss on them give the Fisher
+    information, where targets of the data would give the empirical one.
+    """
+    batch = collate(list(examples), World(0, 1, device)).to(device)
+    ids = batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORE)
+    found = next_token_losses(model, ids, input_ids=batch.input_ids, **_seen(model, batch))
+    features = last_token_features(found.hidden, batch.attention_mask)
+    trained = trainable_heads(model)
+    drawn = []
+    for row, example in enumerate(examples):
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([*seed, row]).generate_state(1)[0]))
+        if example.labels is not None:
+            tokens = _draw(found.logits([row], len(example.input_ids) - 1)[0], generator)
+            pairs = zip(example.labels[1:], tokens, strict=True)
+            labels = (IGNORE, *(IGNORE if label == IGNORE else token for label, token in pairs))
+            drawn.append(replace(example, labels=labels))
+        else:
+            head = trained[example.task]
+            scores = head(features[row : row + 1].to(head.weight.dtype))
+            drawn.append(replace(example, target=_draw(scores, generator)[0]))
+    return drawn
+
+
+def _draw(logits: torch.Tensor, generator: torch.Generator) -> list[int]:
+    """One index for each row of logits (rows, choices), by inversion: the random numbers come from the CPU."""
+    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
+    cumulated = logits.double().softmax(-1).cumsum(-1)
+    return torch.searchsorted(cumulated, uniform * cumulated[:, -1:])[:, 0].clamp(max=logits.shape[-1] - 1).tolist()

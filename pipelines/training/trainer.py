@@ -27,7 +27,7 @@ from pipelines.models.heads import trainable_heads
 from pipelines.training.arguments import taken_for_adapted
 from pipelines.training.batches import GlobalBatches, MicroBatch
 from pipelines.training.checkpoint import Checkpoint
-from pipelines.training.example_losses import example_losses, losses_alone
+from pipelines.training.example_losses import drawn_targets, example_losses, losses_alone
 
 SYNCHRONISE_SECONDS = 1.0  # about the time between synchronisation points: each waits for the device and all ranks
 MOST_STEPS_BETWEEN = 50  # at most so many optimizer steps between two synchronisation points
@@ -167,12 +167,16 @@ class ContinualTrainer(transformers.Trainer):
 
     def end_task(self, task: TaskContext) -> None:
         """The strategy's `after_task`, while the model can still run under the engine that trained it."""
-        self.strategy.after_task(self.model, replace(task, losses=self._losses_alone))
+        self.strategy.after_task(self.model, replace(task, losses=self._losses_alone, draw=self._drawn_targets))
         self._release_leftovers()
 
     def _losses_alone(self, model: nn.Module, examples: Sequence[Example]) -> torch.Tensor:
         self._release_leftovers()
         return losses_alone(model, examples, self.world.device)
+
+    def _drawn_targets(self, model: nn.Module, examples: Sequence[Example], seed: Sequence[int]) -> list[Example]:
+        self._release_leftovers()
+        return drawn_targets(model, examples, self.world.device, seed)
 
     def _release_leftovers(self) -> None:
         """Under ZeRO-3: re-partition parameters that a backward pass outside the engine has left gathered."""

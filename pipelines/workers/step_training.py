@@ -27,6 +27,7 @@ from pipelines.runs.step_record import PublishedFile, Seconds, TrainedStep, Trai
 from pipelines.training import checkpoint
 from pipelines.training.arguments import optimizer_steps, training_arguments
 from pipelines.training.checkpoint import Checkpoint
+from pipelines.training.example_losses import losses_alone
 from pipelines.training.trainer import ContinualTrainer
 from pipelines.workers.assignment import RungScores, rung_file, verdict_file
 from pipelines.workers.context import WorkContext
@@ -159,11 +160,20 @@ class StepTraining:
             plan.depth,
             self.work.config.training.seed,
             examples,
+            losses=lambda model, rows: losses_alone(model, rows, world.device),
+            ready=self._ready,
             write=self._sample_text,
             rank=world.rank,
             size=world.size,
             total=world.total,
         )
+
+    @contextlib.contextmanager
+    def _ready(self, model: nn.Module) -> Iterator[None]:
+        """A context in which a strategy can run passes before a step is trained."""
+        self.work.heartbeat.report("measuring")
+        with engine.ready_for_inference(model, self.work.settings, self.work.world), self.work.heartbeat.guard():
+            yield
 
     def _sample_text(self, model: nn.Module, rows: int, length: int) -> list[tuple[int, ...]]:
         """Unconditional samples from the model, for strategies, before a step is trained."""

@@ -25,6 +25,7 @@ from pipelines.distributed.world import World
 from pipelines.evaluation.sampling import sample_text
 from pipelines.models import heads
 from pipelines.training.arguments import training_arguments
+from pipelines.training.example_losses import losses_alone
 from pipelines.training.trainer import ContinualTrainer
 
 CASES = {
@@ -33,6 +34,8 @@ CASES = {
     "ewc": ("curlora", {"strength": 1e6, "examples": 5}),
     "clora": ("lora", {"k": 6, "strength": 0.3}),
     "olora": ("lora", {"strength": 0.05}),
+    "curvature": ("curlora", {"base_rows": 20, "base_length": 6, "examples": 20, "strength": 1e5}),
+    "curvature of classes": ("curlora", {"base_rows": 20, "base_length": 6, "strength": 1e5, "share": 0.2}),
     "replay": ("curlora", {"size": 3}),
     "replay of classes": ("curlora", {"size": 3}),  # through the first task's head, which does not train
     "sequential of classes": ("curlora", {}),
@@ -152,7 +155,14 @@ def strategies(base, config: dict, world: World) -> dict:
                 with engine.ready_for_inference(model, config, world):
                     return sample_text(model, rows, length, 1, 0, world)
 
+            def ready(model):
+                return engine.ready_for_inference(model, config, world)
+
+            def losses(model, rows):
+                return losses_alone(model, rows, world.device)
+
             places = {"rank": world.rank, "size": world.size, "total": total, "write": write_rows}
+            places |= {"ready": ready, "losses": losses}
             context = TaskContext(task, position, 0, examples(task, position, classes), **places)
             trained = train(model, strategy, context, config, world)
             published = trained | (strategy.evaluation_weights(model) or {})

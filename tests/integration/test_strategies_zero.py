@@ -14,6 +14,8 @@ NAMES = (
     "ilora",
     "coma",
     "ewc",
+    "curvature",
+    "curvature of classes",
     "clora",
     "olora",
 )
@@ -45,7 +47,7 @@ def test_two_ranks_train_what_one_process_trains(runs, stage, name):
 OTHER = {"clora": "olora", "olora": "clora", "lwf of classes": "sequential of classes"}
 
 
-@pytest.mark.parametrize("name", ["ilora", "coma", "lwf of classes", "ewc", "clora", "olora"])
+@pytest.mark.parametrize("name", ["ilora", "coma", "lwf of classes", "ewc", "curvature", "clora", "olora"])
 def test_a_penalty_changes_what_is_trained(runs, name):
     trained = {kind: runs["one"][0][kind]["trained"] for kind in runs["one"][0]}
     other = OTHER.get(name, "replay")

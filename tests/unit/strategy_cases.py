@@ -1,6 +1,7 @@
 """A plain training loop (torch and PEFT, no Ray, no pipelines) in which the strategy tests run."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import peft
@@ -34,15 +35,15 @@ def adapted(model, kind: str):
 
 def forward(model, examples):
     ids = torch.zeros(len(examples), max(len(e.input_ids) for e in examples), dtype=torch.long)
-    mask = torch.zeros_like(ids)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
     for row, example in enumerate(examples):
         ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
+        labels[row, : len(example.input_ids)] = torch.tensor(example.labels)
         mask[row, : len(example.input_ids)] = 1
     output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
-    targets = torch.where(mask.bool(), ids, -100)[:, 1:]
-    losses = cross_entropy(output.logits[:, :-1].transpose(1, 2), targets, reduction="none").sum(1)
+    each = cross_entropy(output.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none").sum(1)
     return (
-        losses / mask[:, 1:].sum(1),
+        each / mask[:, 1:].sum(1),
         output.hidden_states[-1],
         mask,
         lambda rows, length: output.logits[rows, :length],
@@ -50,9 +51,23 @@ def forward(model, examples):
 
 
 def context(name: str, position: int, examples) -> TaskContext:
-    return TaskContext(
-        name, position, 0, examples, losses=lambda model, chosen: forward(model, chosen)[0], write=write_
-    )
+    return TaskContext(name, position, 0, examples, losses=losses, draw=draw, write=write_)
+
+
+def losses(model, examples):
+    return forward(model, examples)[0]
+
+
+def draw(model, examples, seed):
+    """The same rows with next tokens drawn from the model."""
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
+    drawn = []
+    with torch.no_grad():
+        for example in examples:
+            scores = model(input_ids=torch.tensor([example.input_ids])).logits[0, :-1].double().softmax(-1)
+            tokens = torch.multinomial(scores, 1, generator=generator)[:, 0].tolist()
+            drawn.append(replace(example, labels=(-100, *tokens)))
+    return drawn
 
 
 def write_(model, count: int, length: int) -> list[tuple[int, ...]]:

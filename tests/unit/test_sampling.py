@@ -34,3 +34,12 @@ def test_second_tokens_come_in_the_models_own_proportions(model):
     assert likely.values.sum() > 0.05
     error = (wanted * (1 - wanted) / 2000).sqrt()
     assert ((counts / 2000 - wanted).abs() <= 4.5 * error + 1e-9)[likely.indices].all()
+
+
+def test_every_token_is_computed_once(model):
+    """Without the cache of keys and values every pass would run over all tokens so far."""
+    seen = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, inputs, output: seen.append(output.shape[1]))
+    sample_text(model, 2, 9, 1, 5, ALONE)
+    hook.remove()
+    assert seen == [1] * 8

@@ -32,6 +32,7 @@ OFF = {
     "lwf": {"weight": 0.0},
     "clora": {"strength": 0.0, "k": 4},
     "ewc": {"strength": 0.0},
+    "curvature": {"strength": 0.0, "base_strength": 0.0},
     "olora": {"strength": 0.0},
 }
 
@@ -40,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("name", sorted(OFF))
 def test_without_weight_a_strategy_is_sequential_to_the_bit(model, name):
-    wrapped, results = adapted(model, "lora"), []
+    wrapped, results = adapted(model, "curlora" if name == "curvature" else "lora"), []
     start = read(adapter_parameters(wrapped))
     for strategy in (make_strategy("sequential"), make_strategy(name, **OFF[name])):
         write(adapter_parameters(wrapped), start)
@@ -59,12 +60,16 @@ def test_without_weight_a_strategy_is_sequential_to_the_bit(model, name):
         ("ilora", {}),
         ("coma", {"share": 0.2}),
         ("ewc", {"strength": 1e4, "examples": 6}),
+        ("curvature", {"examples": 6, "base_rows": 5, "base_length": 6, "share": 0.2}),
+        ("curvature", {"examples": 6, "base_rows": 5, "base_length": 6, "pool": True}),
         ("clora", {"k": 4}),
     ],
 )
 def test_an_interrupted_task_goes_on_with_the_same_bits(model, name, options, kind):
     if name == "clora" and kind == "curlora":
         pytest.skip("clora needs LoRA's factors")
+    if name == "curvature" and kind == "lora":
+        pytest.skip("curvature needs frozen factors")
     wrapped = adapted(model, kind)
     tasks = [context("first", 1, rows("first", 12, 1)), context("second", 2, rows("second", 12, 2))]
     strategy = make_strategy(name, **options)
@@ -139,6 +144,8 @@ def test_strategies_import_neither_ray_nor_pipelines():
         ("ewc", {"strength": True}, "strength is True; use a number of at least 0"),
         ("ewc", {"decay": float("nan")}, r"decay is nan; use a number in \[0, 1\]"),
         ("ewc", {"strength": -1}, "strength is -1"),
+        ("curvature", {"pool": 1}, "pool is 1; use true or false, e.g. False"),
+        ("curvature", {"size": 3}, "does not take size"),
     ],
 )
 def test_impossible_options_are_refused_with_the_remedy(name, options, message):
@@ -200,7 +207,7 @@ def test_a_file_is_all_that_a_new_strategy_needs(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["ilora", "lwf", "ewc", "clora", "olora"])
+@pytest.mark.parametrize("name", ["ilora", "lwf", "ewc", "curvature", "clora", "olora"])
 def test_without_an_adapter_there_is_nothing_to_protect(model, name):
     with pytest.raises(ValueError, match=r"adapter|LoRA"):
         make_strategy(name).check(model)
