@@ -86,7 +86,10 @@ class Merging:
             # Added in fp32 and rounded once; a bf16 sum with a bf16 update would round twice.
             result = weight.to(delta.dtype).add(delta, alpha=sign).to(weight.dtype)
             if check is not None and not torch.isfinite(result).all():
-                raise ValueError(f"Merging adapter {check!r} gives weights that are not finite; nothing was changed.")
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {check} seems to be broken: the weights would "
+                    "not be finite; nothing was changed."
+                )
             if self.quantization_backend is None:
                 weight.copy_(result)
             else:

@@ -12,14 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from .combining import add_weighted, hotswap
 from .config import ALL_LINEAR, CurloraConfig
-from .core import CoreSettings, CurloraCore
+from .core import CurloraCore
 from .cur import SelectionError
-from .kinds import kind_of
+from .injection import inject
 from .layer import CurloraLayer, Linear
 from .mixed import adapter_rows
 from .record import check_state, check_whole
@@ -78,40 +77,7 @@ class CurloraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        key = current_key.removeprefix("_orig_mod.")
-        settings = CoreSettings.of(peft_config, key)
-        while settings.r:
-            try:
-                return self._adapt(adapter_name, target, target_name, parent, settings)
-            except SelectionError as error:
-                if not hasattr(peft_config, "defaults"):
-                    raise
-                possible = error.possible
-            settings = replace(settings, r=min(possible, settings.r - 1))
-            peft_config.defaults.lower(key, settings.r, peft_config)
-
-    def _adapt(
-        self, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, settings: CoreSettings
-    ) -> None:
-        if isinstance(target, CurloraLayer):
-            target.update_layer(adapter_name, settings, inference_mode=settings.config.inference_mode)
-            return
-        layer = self._create_new_module(target, adapter_name, settings)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-    def _create_new_module(self, target: nn.Module, adapter_name: str, settings: CoreSettings) -> Linear:
-        kwargs = get_quantization_kwargs(self.model)  # torchao needs them to requantise after a merge
-        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-        kind = kind_of(base)
-        if kind is None:
-            raise ValueError(
-                f"{settings.key}: a layer of type {type(base).__name__} cannot be adapted, only dense layers "
-                "(torch.nn.Linear, transformers' Conv1D and their quantised forms), embeddings and convolutions; "
-                "remove it from target_modules."
-            )
-        return kind(target, adapter_name, settings, **kwargs)
+        inject(self, peft_config, adapter_name, target, target_name, parent, current_key)
 
     def adapted_layers(self) -> list[tuple[str, Linear]]:
         """Name in the base model and layer, for all adapted layers."""

@@ -7,12 +7,14 @@ whether after a crash or after a change of the configuration.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pipelines.chain.adapter_folder import doubt, import_folder
 from pipelines.chain.base_dtype import with_dtype
 from pipelines.chain.plan import Plan, make_plan, planned, stored_problems
 from pipelines.chain.results import build_results
@@ -102,8 +104,10 @@ def run_chain(
             stack.enter_context(early_cluster(verbose, address))
         _check_data(config, on_event)
         config, plan = planned(with_dtype(config, run, address), run)
+        _warn(on_event, doubt(config, plan.start))
         lease = stack.enter_context(acquire_lease(run))
         run.open_for_writing(config)
+        import_folder(config, plan.start)
         record_start(run, plan.start)
         run.remove("stop.json")  # a request to an earlier driver
         _forget(run, plan, redo)
@@ -134,14 +138,14 @@ def _resolved_start(config: PipelineConfig, run: RunDirectory, address: str | No
 
 def _check_data(config: PipelineConfig, on_event: Callable[[Event], None]) -> None:
     """Raises ConfigError with every problem of the data; what prevents no run is a warning."""
-
-    def warn(text: str) -> None:
-        on_event(Event("warning", text=text))
-
-    if problems := check_data(config, warn):
+    if problems := check_data(config, functools.partial(_warn, on_event)):
         raise ConfigError(problems)
-    if text := ignored(config):
-        warn(text)
+    _warn(on_event, ignored(config))
+
+
+def _warn(on_event: Callable[[Event], None], text: str | None) -> None:
+    if text:
+        on_event(Event("warning", text=text))
 
 
 def _train(drive: Drive, groups: list, segment_length: int | None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pipelines.chain.base_dtype import with_dtype
 from pipelines.chain.plan import Plan, planned, stored_problems
 from pipelines.chain.start import find_start
+from pipelines.chain.why import StepAhead, steps_ahead
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import ConfigError, Problem
 from pipelines.preflight.hub import is_hub_id
@@ -19,10 +20,12 @@ class Ahead:
 
     Attributes:
         plan: None if it cannot be made.
+        steps: what a run would do with each step of the plan, and why.
         unchecked: what could not be checked, without access to the hub.
     """
 
     plan: Plan | None = None
+    steps: list[StepAhead] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
@@ -54,7 +57,7 @@ def look_ahead(config: PipelineConfig, readable: bool) -> Ahead:
             find_start(config, run)
             return Ahead()
         searched, plan = planned(config, run)
-        return Ahead(plan, stored_problems(searched, run, plan))
+        return Ahead(plan, steps_ahead(searched, run, plan), stored_problems(searched, run, plan))
     except ConfigError as error:
         return Ahead(problems=error.problems)
     except OSError as error:

@@ -1,7 +1,8 @@
 """Resolves `start_from`: the finished step of an earlier run that a chain starts from instead of the base model.
 
 `<run URI or path>/<step>` names a step by task, position, fingerprint or directory. `models:/name@alias` is resolved
-in the model registry *once* per run: aliases move, and a resumed run must not change its parent.
+in the model registry *once* per run: aliases move, and a resumed run must not change its parent. Plain PEFT adapters
+are the business of `adapter_folder.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import posixpath
 from collections.abc import Iterator
 
+from pipelines.chain.adapter_folder import find_folder, misfits, start_of_folder
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import ConfigError, LineageError, Problem
 from pipelines.lineage.registry import by_alias
@@ -36,6 +38,8 @@ def find_start(config: PipelineConfig, run: RunDirectory | None = None) -> Start
     record = run.read_json(RECORD) if run else None
     if record and record["named"] == config.start_from:
         start = Start(**record)
+    elif folder := _plain_adapter(config.start_from):
+        start = start_of_folder(config, folder)
     else:
         start = _read(config, *_run_and_step(config))
     problems = list(_misfits(config, start))
@@ -45,12 +49,14 @@ def find_start(config: PipelineConfig, run: RunDirectory | None = None) -> Start
 
 
 def dtype_of_start(config: PipelineConfig) -> str | None:
-    """Data type of the base that the step of `start_from` was trained on; None if the chain starts from the base.
+    """Data type of the base that the step of `start_from` was trained on; None if there is none or it is not known.
 
     Raises:
         ConfigError: no such run, step, model or alias.
     """
-    return _read(config, *_run_and_step(config)).base["dtype"] if config.start_from else None
+    if config.start_from is None or _plain_adapter(config.start_from):
+        return None
+    return _read(config, *_run_and_step(config)).base["dtype"]
 
 
 # -- resolution
@@ -58,11 +64,24 @@ def _fault(message: str) -> ConfigError:
     return ConfigError([Problem("start_from", message)])
 
 
+def _plain_adapter(named: str) -> RunDirectory | None:
+    """The folder of an adapter that is not the step of a run."""
+    return None if _is_published(named) else find_folder(named)
+
+
+def _is_published(named: str) -> bool:
+    """Whether `named` is `<run>/steps/<step>/adapter`."""
+    step, _, last = named.rstrip("/").rpartition("/")
+    return last == "adapter" and RunDirectory(step).exists("metrics.json")
+
+
 def _run_and_step(config: PipelineConfig) -> tuple[str, str]:
     """(run URI, step) of `start_from`."""
     named = config.start_from
     if named.startswith("models:/"):
         return _registered(config)
+    if _is_published(named):
+        named = named.rstrip("/").rpartition("/")[0]
     run, _, step = named.rstrip("/").rpartition("/")
     if posixpath.basename(run) == "steps":
         run = posixpath.dirname(run)
@@ -91,7 +110,8 @@ def _read(config: PipelineConfig, run_uri: str, step: str) -> Start:
     run = RunDirectory(run_uri)
     results = run.results()
     if results is None:
-        raise _fault(f"'{config.start_from}': {run_uri} is not a run with results; write <run URI or path>/<step>")
+        remedy = "write <run URI or path>/<step>, or a folder with adapter_config.json"
+        raise _fault(f"'{config.start_from}': {run_uri} is not a run with results; {remedy}")
     named = [f"steps/{step}"] if run.metrics(f"steps/{step}") else []
     try:
         directory = named[0] if named else choose_step(run, step)
@@ -127,7 +147,11 @@ def _learned(run: RunDirectory, directory: str) -> dict[str, str]:
 
 # -- files
 def file_problems(config: PipelineConfig, start: Start) -> Iterator[Problem]:
-    """What is wrong with the files of the start: missing, damaged, or heads of other classes than the tasks have."""
+    """What is wrong with the files of the start: missing, damaged, or made for another model or other classes."""
+    if start.source:
+        yield from misfits(config, start)
+        if start.run.metrics(start.directory) is None:
+            return  # not imported yet
     run, metrics = start.run, start.run.metrics(start.directory)
     files = {"metrics.json": None} if metrics is None else metrics.files or {}
     damaged = [name for name in files if not _is_intact(run, f"{start.directory}/{name}", files[name])]

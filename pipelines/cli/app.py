@@ -69,7 +69,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context):
         signal.signal(signal.SIGTERM, _interrupt)  # sent by schedulers; has the effect of Ctrl-C
         if "--verbose" not in sys.argv:
-            warnings.simplefilter("ignore", FutureWarning)  # between libraries; a user can do nothing about them
+            for kind in (FutureWarning, RuntimeWarning, UserWarning):  # what concerns a user is said in words of ours
+                warnings.simplefilter("ignore", kind)
             logging.disable(logging.WARNING)
         try:
             return super().invoke(ctx)

@@ -112,6 +112,7 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     config = load_config(path, overrides)
     online = hub_available(config)
     # after hub_available: these import huggingface_hub, which reads only once whether it is offline
+    from pipelines.chain.adapter_folder import doubt
     from pipelines.chain.dry_run import look_ahead, with_some_dtype
     from pipelines.distributed.zero_settings import ignored
     from pipelines.preflight.memory import memory_by_stage
@@ -131,13 +132,14 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     problems += [problem for problem in ahead.problems if problem.field not in known]
     if problems:
         raise ConfigError(problems)
-    if unused := ignored(config):
-        warned.append(unused)
+    start = ahead.plan.start if ahead.plan else None
+    warned += filter(None, (ignored(config), doubt(config, start)))
     facts = model_facts(config, ahead.depth)
     warned += facts.warnings
     table = memory_by_stage(facts, config)
     if as_json:
         found = {"model": facts.__dict__, "memory_gib": table, "unchecked": unreachable, "warnings": warned}
+        found["steps"] = [step.to_json() for step in ahead.steps]
         click.echo(json.dumps(found, indent=1))
         return
     for line in warned:
@@ -145,6 +147,7 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     for line in unreachable:
         click.echo(f"not checked: {line}", err=True)
     _print_facts(config, facts, table)
+    _print_steps(ahead.steps)
 
 
 def _print_facts(config, facts, table: dict) -> None:
@@ -171,6 +174,14 @@ def _print_facts(config, facts, table: dict) -> None:
         console.print(f"host memory under zero3-offload: {host_bytes(facts, config) / 2**30:.4g} GiB per worker")
     _print_step_cost(config, console)
     console.print(ARITHMETIC, style="dim", highlight=False, soft_wrap=True)
+
+
+def _print_steps(steps) -> None:
+    """Print what a run would do with every step, and why."""
+    console, width = new_console(), max((len(step.task) for step in steps), default=0)
+    for step in steps:
+        line = f"step {step.position:<3} {step.task:<{width}}  {step.sentence}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_step_cost(config, console) -> None:

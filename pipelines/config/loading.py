@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipelines.config.explaining import false_numbers, problem_of
-from pipelines.config.paths import CONFIGS, absolute_path, absolute_sqlite, is_uri
+from pipelines.config.paths import CONFIGS, absolute_path, absolute_sqlite, is_hub_adapter, is_uri
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.search_space import check_space
 from pipelines.config.type_defaults import with_type_defaults
@@ -27,7 +27,8 @@ def resolve(config: PipelineConfig) -> PipelineConfig:
     raw["base_model"]["path"] = absolute_path(raw["base_model"]["path"])
     if not is_uri(raw["storage"]):
         raw["storage"] = os.path.abspath(os.path.expanduser(os.path.expandvars(raw["storage"])))
-    if raw["start_from"] and not is_uri(raw["start_from"]) and not raw["start_from"].startswith("models:/"):
+    start = raw["start_from"]
+    if start and not is_uri(start) and not start.startswith("models:/") and not is_hub_adapter(start):
         raw["start_from"] = os.path.abspath(os.path.expanduser(os.path.expandvars(raw["start_from"])))
     for source in [*raw["tasks"], *raw["retention"]]:
         source["data"] = absolute_path(source["data"])

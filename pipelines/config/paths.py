@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 """Folder of the configurations that come with the package."""
+
+
+HUB_ADAPTER = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def is_uri(value: str) -> bool:
@@ -26,6 +30,11 @@ def looks_local(value: str) -> bool:
 def absolute_path(value: str) -> str:
     value = os.path.expandvars(value)
     return os.path.abspath(os.path.expanduser(value)) if looks_local(value) else value
+
+
+def is_hub_adapter(value: str) -> bool:
+    """Whether `start_from` is a hub id, `owner/name` or `owner/name@revision`, and no path on this machine."""
+    return bool(HUB_ADAPTER.fullmatch(value)) and not Path(value.partition("/")[0]).exists()
 
 
 def absolute_sqlite(uri: str) -> str:

@@ -35,8 +35,8 @@ class PipelineConfig(Section):
     storage: str = Field("./runs", description="Folder or URI, visible to all nodes, in which runs are kept.")
     start_from: str | None = Field(
         None,
-        description="Adapter to continue from: <run path or URI>/<step> or models:/<name>@<alias>; null: start at the "
-        "base.",
+        description="Adapter to continue from: <run path or URI>/<step>, models:/<name>@<alias>, or a PEFT adapter "
+        "(folder, URI or hub id); null: start at the base.",
     )
     adapter: AdapterConfig = Field(AdapterConfig(), description="The adapter that is trained.")
     strategy: StrategyConfig = Field(StrategyConfig(), description="How earlier tasks are protected.")

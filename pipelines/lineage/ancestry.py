@@ -39,6 +39,7 @@ class Link:
         settings: adapter, strategy and training, as dotted name → text.
         scores: metric → value after this step, named as in MLflow.
         finished: Unix time in seconds, to the millisecond.
+        origin: folder or hub id that an adapter was imported from; None for one that was trained here.
     """
 
     position: int
@@ -52,6 +53,7 @@ class Link:
     settings: dict[str, str]
     scores: dict[str, float]
     finished: float
+    origin: str | None = None
 
     @property
     def title(self) -> str:
@@ -146,6 +148,7 @@ def _link_of_step(run: RunDirectory, directory: str, metrics: StepRecord) -> Lin
         settings=flatten({name: getattr(metrics.setting, name) for name in SETTINGS} if metrics.setting else {}),
         scores=_scores(score_points(metrics)),
         finished=round(metrics.finished, 3),
+        origin=metrics.origin,
     )
 
 
@@ -246,7 +249,8 @@ def _link_of_run(run) -> Link:
     tags, params = run.data.tags, run.data.params
     tasks = tuple(tags[PREFIX + "tasks"].split(","))
     at_most = int(params["training.max_train_examples"]) if "training.max_train_examples" in params else None
-    splits = {task: (params[f"data.{task}.train.digest"], int(params[f"data.{task}.train.rows"])) for task in tasks}
+    trained = [task for task in tasks if f"data.{task}.train.digest" in params]  # not those of an imported adapter
+    splits = {task: (params[f"data.{task}.train.digest"], int(params[f"data.{task}.train.rows"])) for task in trained}
     return Link(
         position=int(tags[PREFIX + "position"]),
         label=tags[PREFIX + "task"],
@@ -262,6 +266,7 @@ def _link_of_run(run) -> Link:
         settings={key: value for key, value in params.items() if key.split(".")[0] in SETTINGS},
         scores={k: v for k, v in sorted(run.data.metrics.items()) if "/" in k and not k.startswith(NOT_SCORES)},
         finished=run.info.end_time / 1000,
+        origin=tags.get(PREFIX + "origin"),
     )
 
 
@@ -295,6 +300,8 @@ def as_text(ancestry: Ancestry) -> str:
         lines += ["  ↓", f"{link.title}", f"      fingerprint {link.fingerprint}"]
         if link.run_uri != above.run_uri:
             lines.append(f"      run {link.run_uri}")
+        if link.origin:
+            lines.append(f"      imported from {link.origin}")
         for task, data in link.data.items():
             lines.append(f"      trained on {task}: {rows_in_words(data)}, digest {data['digest']}")
         changed = {key: value for key, value in link.settings.items() if before.get(key) != value}

@@ -9,7 +9,8 @@ Conventions that dashboards can rely on, the same for every sequence:
     tags (`curlora.` + …)   kind (chain | step), run, run_uri, base_model, adapter, strategy on every run;
                             tasks, last_step, base_fingerprint, gate, gate_reasons on the parent;
                             step_fingerprint, parent_fingerprint, parent_run (if its parent is another run's step),
-                            step_directory, task, tasks, position on a child; model_error if it has no logged model
+                            step_directory, task, tasks, position on a child; model_error if it has no logged model,
+                            origin of an imported adapter, which has none either
     metrics of the parent   score/<task>, for generated answers also rouge_l/<task>, token_f1/<task> and
                             exact_match/<task>; for retained text nll/<corpus>, perplexity/<corpus>; step = position in
                             the sequence, 0 = untrained base; average_accuracy, forgetting, …; step = number of steps
@@ -57,6 +58,7 @@ from pipelines.runs.records import (
     score_points,
     started_at,
 )
+from pipelines.runs.start import RECORD
 from pipelines.runs.step_record import StepRecord
 from pipelines.runs.verdict import Verdict
 
@@ -134,17 +136,26 @@ class Projection:
         self.unlogged: dict[str, str] = {}
         self._known: _Known | None = None
         self._last: str | None = None  # fingerprint of the step that was sent last
+        self._origin_is_sent = False
 
     def send(self, chain: Sequence[str] | None = None) -> dict[str, str]:
         """See `project`."""
         with errors(self.uri, f"nothing is lost; send it later with: curlora sync {self.run.uri}"), quiet():
             steps, client = current_steps(self.run, chain), connect(self.uri)
+            self._send_origin()
             known, self._known = self._known, None  # dropped if an error follows
             known = self._refreshed(known, client, steps) or self._load(client, steps)
             ids = _send(known, steps)
             self.unlogged = known.unlogged
             self._known, self._last = known, steps[-1][1].fingerprint if steps else None
             return ids
+
+    def _send_origin(self) -> None:
+        """Send the run that a plain adapter was imported as, on which this chain's ancestry ends."""
+        record = None if self._origin_is_sent else self.run.read_json(RECORD)
+        if record and record.get("source"):
+            Projection(RunDirectory(record["run_uri"]), self.uri, self.experiment).send([record["fingerprint"]])
+        self._origin_is_sent = True
 
     def send_all(self, chain: Sequence[str] | None = None) -> Sent:
         """`send`, with what could not be logged."""
@@ -313,6 +324,8 @@ def _new_child(to: Target, parent_id: str, directory: str, metrics: StepRecord):
     }
     if origin := metrics.parent_run:
         tags[PREFIX + "parent_run"] = origin
+    if metrics.origin:
+        tags[PREFIX + "origin"] = metrics.origin
     if commit := metrics.environment.get("git_commit"):
         tags["mlflow.source.git.commit"] = commit
     name = f"{metrics.position}-{metrics.label}"
@@ -359,13 +372,13 @@ def _send_step(known: _Known, directory: str, metrics: StepRecord) -> str:
     send_inputs(to, run_id, metrics)
     send_inputs(to, known.parent_id, metrics)
     row = score_points(metrics)
-    model_id = _send_model(known, child, directory, metrics)
+    model_id = None if metrics.origin else _send_model(known, child, directory, metrics)
     send_metrics(to, run_id, row, model_id, metric_datasets(metrics))
     send_metrics(to, run_id, [*cost_points(metrics), *curve_points(metrics.curve)])
     send_metrics(to, known.parent_id, row)
     upload_folder(to, run_id, directory, "")
     to.client.set_terminated(run_id, "FINISHED", milliseconds(metrics.finished))
-    if model_id:
+    if model_id or metrics.origin:
         to.client.set_tag(run_id, PREFIX + "sent", digest)
     known.sent[name] = digest
     return run_id

@@ -6,14 +6,16 @@ import os
 import socket
 from urllib.parse import urlsplit
 
-from pipelines.config.paths import is_uri, looks_local
+from pipelines.config.paths import is_hub_adapter, is_uri, looks_local
 from pipelines.config.pipeline import PipelineConfig
 
 TIMEOUT_SECONDS = 3.0
 
 
 def uses_hub(config: PipelineConfig) -> bool:
-    """Whether the base model or any data is on the hub."""
+    """Whether the base model, the adapter to start from or any data is on the hub."""
+    if config.start_from and is_hub_adapter(config.start_from):
+        return True
     names = [config.base_model.path, *(source.data for source in [*config.tasks, *config.retention])]
     return any(is_hub_id(name) for name in names)
 

@@ -42,16 +42,18 @@ class ModelFacts:
     buffer_bytes: int = 0  # of the adapter's buffers, whole on every worker
     linear_parameters: int = 0  # base parameters that `base_model.quantization` covers
     unadapted_experts: Mapping[str, int] = field(default_factory=dict)  # parameters of fused expert tensors, by name
+    said: tuple[str, ...] = ()  # warnings of the adapter itself
 
     @property
     def warnings(self) -> list[str]:
-        """What of the base no adapter reaches, though a user may expect it."""
-        if not self.unadapted_experts:
-            return []
+        """What of the base the adapter does not reach as configured, though a user may expect it."""
+        if not self.unadapted_experts or any(name in text for text in self.said for name in self.unadapted_experts):
+            return list(self.said)
         count = sum(self.unadapted_experts.values())
         return [
+            *self.said,
             f"the adapter does not reach the experts {', '.join(self.unadapted_experts)}: {count:,} of "
-            f"{self.base_parameters:,} parameters of the base ({count / self.base_parameters:.1%}) stay as they are"
+            f"{self.base_parameters:,} parameters of the base ({count / self.base_parameters:.1%}) stay as they are",
         ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -177,9 +178,12 @@ def model_facts(config: PipelineConfig, depth: int | None = None) -> ModelFacts:
     base = base_on_meta(config)
     base_parameters, linear_parameters = sum(p.numel() for p in base.parameters()), quantised_numbers(base)
     text, fused = base.config.get_text_config(), fused_experts(base)
-    model = attach_adapter(base, config.adapter, config.training.seed)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        model = attach_adapter(base, config.adapter, config.training.seed)
     steps = depth or (1 if config.is_joint else len(config.tasks))
-    final = attach_final_form(base_on_meta(config), config.adapter, config.training.seed, steps)
+    with warnings.catch_warnings(action="ignore"):  # the same again
+        final = attach_final_form(base_on_meta(config), config.adapter, config.training.seed, steps)
     adapted = config.adapter.type != "none"
     return ModelFacts(
         base_parameters=base_parameters,
@@ -192,6 +196,7 @@ def model_facts(config: PipelineConfig, depth: int | None = None) -> ModelFacts:
         buffer_bytes=adapter_buffer_bytes(model, config.adapter.type) if adapted else 0,
         linear_parameters=linear_parameters,
         unadapted_experts=unadapted(fused, model) if adapted else {},
+        said=tuple(dict.fromkeys(str(entry.message) for entry in said if entry.category is UserWarning)),
     )
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from pipelines.config.paths import is_uri, looks_local
+from pipelines.config.paths import is_hub_adapter, is_uri, looks_local
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import Problem
 
@@ -23,7 +23,8 @@ TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|ghp_[A-Za-z0-9]{20,
 def named_paths(config: PipelineConfig) -> Iterator[tuple[str, str]]:
     """(field, value) of every path and URI that a configuration reads or writes; hub ids are neither."""
     yield "storage", config.storage
-    if config.start_from and not config.start_from.startswith("models:/"):
+    start = config.start_from
+    if start and not start.startswith("models:/") and not is_hub_adapter(start):
         yield "start_from", config.start_from
     if config.domains:
         yield "domains.inbox", config.domains.inbox

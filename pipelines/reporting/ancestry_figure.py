@@ -69,6 +69,7 @@ def _card(ancestry: Ancestry, index: int) -> list[str]:
     lines = [ancestry.base_model] if link.is_base else []
     if index and link.run_uri != above.run_uri and not above.is_base:
         lines.append(f"run {link.run_uri}")
+    lines += [f"imported from {link.origin}"] if link.origin else []
     lines += [f"{task}: {rows_in_words(data)}, digest {data['digest'][:12]}" for task, data in link.data.items()]
     new = {key: link.settings.get(key) for key in SHOWN_SETTINGS if link.settings.get(key) != above.settings.get(key)}
     if new:

@@ -8,6 +8,7 @@ its `metrics.json` exists, which is written last. Layout, below `<storage>/<name
     steps/0-base-<fp8>/              row 0, the untouched base: only predictions/ and metrics.json; with
                                      start_from: 0-start-<fp8>, the step that the chain continues from
     start.json                       the step that start_from resolved to
+    origins/<name>/                  a plain adapter of start_from, as the only step of a run of its own
     train/<fp8>/                     checkpoints within a step; deleted when it is done
     search/<k>-<task>-<fp8>/         the search before a step: trials/<fp8>/ (each a run directory), results.json
     events/<time>-<id>.json          immutable, one file per event

@@ -20,6 +20,7 @@ class Start:
         base: `path`, `dtype` and `quantization` of its base model.
         adapter: its `adapter:` section.
         strategy: name of the strategy whose state it holds; None if there is none.
+        source: folder of a plain PEFT adapter, which is imported as that step; None for the step of a run.
     """
 
     named: str
@@ -32,6 +33,7 @@ class Start:
     base: dict[str, str]
     adapter: dict
     strategy: str | None
+    source: str | None = None
 
     @property
     def run(self) -> RunDirectory:

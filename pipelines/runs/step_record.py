@@ -166,6 +166,7 @@ class StepRecord(Record):
         peak_memory_bytes: peak of the worker that wrote this record.
         started, finished: Unix time.
         environment: versions, hardware, commit.
+        origin: folder or hub id that the adapter was imported from; it was not trained here.
     """
 
     fingerprint: str
@@ -189,6 +190,7 @@ class StepRecord(Record):
     self_test: SelfTest | None = field(default=None, metadata=OPTIONAL)
     seconds: Seconds
     environment: dict[str, Any]
+    origin: str | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def label(self) -> str:

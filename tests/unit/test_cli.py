@@ -57,6 +57,13 @@ def test_rank_above_the_smaller_side(call):
     assert "adapter" in found
 
 
+def test_layers_that_get_a_lower_rank_are_named_in_one_warning(call):
+    result = call("--dry-run", "--set", "adapter.r=13")
+    assert result.exit_code == 0
+    (line,) = [line for line in result.stderr.splitlines() if "smaller rank" in line]
+    assert line.startswith("warning: CURLoRA on all linear layers: a smaller rank for 2 × model.layers.*.")
+
+
 def test_module_name_that_matches_nothing(call):
     found = bad_input(call("--dry-run", "--set", "adapter.target_modules=[qq_proj]"))
     assert "qq_proj" in found

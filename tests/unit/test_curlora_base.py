@@ -6,8 +6,16 @@ import warnings
 import pytest
 import torch
 from curlora_cases import adapted, core_of, dense_update, layer_of, one_layer
-from peft import LoraConfig, PeftModel, inject_adapter_in_model, set_base_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftMixedModel,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_base_model_state_dict,
+)
 from peft.helpers import disable_input_dtype_casting
+from torch import nn
 from torch.nn import functional as F
 
 from curlora import CurloraConfig, cur
@@ -290,3 +298,51 @@ def test_adapters_of_two_types_on_one_layer_add_their_updates(first):
 
 def _has(layer, name):
     return name in getattr(layer, "curlora_core", {}) or name in getattr(layer, "lora_A", {})
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(14, 16), nn.Linear(16, 12)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+def mixed_pair(**curlora):
+    model = get_peft_model(Two(), CurloraConfig(r=3, init_weights=False, **curlora), adapter_name="one", mixed=True)
+    model.add_adapter("two", LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False))
+    return model.eval()
+
+
+@pytest.mark.parametrize("targets", [["first", "second"], ["second"]])
+def test_a_mixed_model_holds_adapters_of_both_types(targets):
+    model, x = mixed_pair(target_modules=targets), torch.randn(5, 14)
+    outputs = {}
+    for active in ("one", "two", ["one", "two"]):
+        model.set_adapter(active)
+        outputs[str(active)] = model(x)
+    with model.disable_adapter():
+        assert torch.allclose(model(x), Two()(x), atol=1e-6)
+    assert len({tuple(output.flatten().tolist()) for output in outputs.values()}) == 3
+    trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"one", "two"}
+    model.set_adapter(["one", "two"])
+    expected = model(x)
+    assert torch.allclose(copy.deepcopy(model).merge_and_unload()(x), expected, atol=1e-4)
+    model.delete_adapter("two")
+    assert torch.allclose(model(x), outputs["one"], atol=1e-6)
+    assert torch.allclose(model.unload()(x), Two()(x), atol=1e-6)
+
+
+def test_a_saved_adapter_loads_into_a_mixed_model(tmp_path):
+    saved = get_peft_model(Two(), CurloraConfig(r=3, init_weights=False, target_modules=["second"])).eval()
+    saved.save_pretrained(tmp_path)
+    x = torch.randn(5, 14)
+    loaded = PeftMixedModel.from_pretrained(Two(), tmp_path).eval()
+    assert torch.equal(loaded(x), saved(x))
+    model = get_peft_model(Two(), LoraConfig(r=2, target_modules=["first"]), mixed=True)
+    model.load_adapter(tmp_path, "second")
+    model.set_adapter("second")
+    assert torch.allclose(model.eval()(x), saved(x), atol=1e-6)

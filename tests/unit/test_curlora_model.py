@@ -224,7 +224,7 @@ def test_safe_merge_of_a_broken_adapter_changes_nothing():
     before = layer.weight.clone()
     with torch.no_grad():
         layer.curlora_core["default"].U[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="not finite; nothing was changed"):
+    with pytest.raises(ValueError, match=r"adapter default seems to be broken.*not be finite; nothing was changed"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(layer.weight, before) and not layer.merged
 

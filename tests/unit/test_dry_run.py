@@ -74,8 +74,8 @@ def other_adapter(raw, run):
     return raw | {"adapter": {"type": "curlora", "r": 3}}
 
 
-def plain_folder(raw, run):
-    return raw | {"start_from": f"{run.uri}/{step_of(run)}/adapter"}
+def other_folder(raw, run):
+    return raw | {"start_from": raw["base_model"]["path"]}
 
 
 def unknown_step(raw, run):
@@ -149,7 +149,7 @@ def outgrown_stack(raw, run):
 
 REFUSED = {
     other_adapter: "adapter.r: is 3, but the adapter of",
-    plain_folder: "is not a run with results",
+    other_folder: "is not a run with results; write <run URI or path>/<step>, or a folder with adapter_config.json",
     unknown_step: "has no finished step 'ghost'; finished: first",
     no_alias: "has no alias; write models:/<name>@champion",
     no_registry: "needs a model registry; set tracking.uri",
@@ -187,8 +187,11 @@ def test_what_run_refuses_is_refused_by_a_dry_run(change, raw, earlier, dry_run)
     assert REFUSED[change] in str(refused.value)
 
 
-def test_a_start_that_fits_passes(raw, earlier, dry_run):
-    called = dry_run(raw | {"start_from": f"{earlier.uri}/first"})
+@pytest.mark.parametrize("form", ["{run}/first", "{run}/{step}", "{run}/{step}/adapter"])
+def test_a_start_that_fits_passes(raw, earlier, dry_run, form):
+    (step,) = earlier.results().steps
+    earlier.write_json(f"{step.directory}/adapter/adapter_config.json", {"peft_type": "CURLORA"})
+    called = dry_run(raw | {"start_from": form.format(run=earlier.uri, step=step.directory)})
     assert called.exit_code == 0, called.output
 
 
