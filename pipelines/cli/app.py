@@ -21,6 +21,8 @@ from pipelines.errors import ConfigError, LeaseHeld, RunDirectoryError, Unavaila
 COMMANDS = {
     "demo": "pipelines.cli.training:demo",
     "base": "pipelines.cli.bases:base",
+    "init": "pipelines.cli.editor:init",
+    "schema": "pipelines.cli.editor:schema",
     "run": "pipelines.cli.training:run",
     "tune": "pipelines.cli.training:tune",
     "compare": "pipelines.cli.training:compare",
@@ -43,7 +45,7 @@ COMMANDS = {
 """Command → "module:function", imported on demand. This table is the only way from here up to `cluster`."""
 
 GROUPS = {
-    "Training": ("demo", "base", "run", "tune", "compare"),
+    "Training": ("demo", "base", "init", "schema", "run", "tune", "compare"),
     "Runs and results": ("status", "cancel", "report", "predict", "export", "connectivity", "delete"),
     "MLflow and registry": ("lineage", "sync", "promote", "ui"),
     "Cluster and machine": ("submit", "tick", "schedule", "doctor"),
@@ -123,5 +125,6 @@ def main() -> None:
 
     \b
     Try it:         curlora demo
+    Start:          curlora init my-project
     Your own data:  curlora run my.yaml --dry-run
     """

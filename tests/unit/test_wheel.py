@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("curlora", "pipelines", "cluster")
 DATA = {
     "pipelines/comparison/methods.yaml",
+    *(str(file.relative_to(ROOT)) for file in (ROOT / "pipelines" / "starter").rglob("*.*")),
     *(str(file.relative_to(ROOT)) for file in (ROOT / "pipelines" / "reporting" / "templates").iterdir()),
     *(
         f"pipelines/configs/{name}.yaml"
