@@ -7,6 +7,7 @@ can: a layer that is too small gets a smaller rank, what cannot be adapted is le
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -139,16 +140,21 @@ def smaller_side(module: nn.Module) -> int | None:
 def _note_fused(modules: dict[str, nn.Module], found: Defaults) -> None:
     """Note tensors that hold several weights at once, as mixtures of experts do: no layer's output to gather from."""
     fused = {
-        f"{name}.{key}": parameter.numel()
+        f"{name}.{key}": math.prod(shape_of(parameter))
         for name, module in modules.items()
         if not isinstance(module, nn.modules.conv._ConvNd) and ".curlora_core." not in f".{name}."
         for key, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and parameter.is_floating_point() and min(parameter.shape[1:]) > 1
+        if len(shape_of(parameter)) == 3 and parameter.is_floating_point() and min(shape_of(parameter)[1:]) > 1
     }
     if fused:
-        total = sum(parameter.numel() for parameter in modules[""].parameters())
+        total = sum(math.prod(shape_of(parameter)) for parameter in modules[""].parameters())
         share = f"{sum(fused.values()) / total:.0%} of the parameters"
         found.left_out[f"fused expert weights, {share} (LoRA's target_parameters can)"] += fused
+
+
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The whole shape, also of a parameter that ZeRO-3 has partitioned."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _in_layers(names: set[str], config: CurloraConfig) -> set[str]:

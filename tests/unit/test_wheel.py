@@ -1,13 +1,18 @@
 """The wheel: all that the system needs, nothing else; and whether these tests run on an installed one."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import sysconfig
 import zipfile
+from email.parser import Parser
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import cluster
 import curlora
@@ -55,10 +60,60 @@ def test_the_wheel_holds_every_module_and_what_they_read_and_nothing_else(wheel)
     assert held == modules | DATA
 
 
+def test_the_adapter_type_alone_asks_for_torch_and_peft_and_nothing_else(wheel):
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = Parser().parsestr(wheel.read(name).decode())
+    needs = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    assert {r.name for r in needs if r.marker is None} == {"torch", "peft"}
+    system = {r.name for r in needs if r.marker and r.marker.evaluate({"extra": "pipelines"})}
+    assert {"ray", "mlflow", "deepspeed", "transformers", "click"} <= system
+
+
+def required(*names: str) -> dict[str, Distribution]:
+    """The installed distributions of these names and of all that they require."""
+    found: dict[str, Distribution] = {}
+    left = list(names)
+    while left:
+        name = canonicalize_name(left.pop())
+        with contextlib.suppress(PackageNotFoundError):
+            if name not in found:
+                found[name] = distribution(name)
+                needs = map(Requirement, found[name].requires or ())
+                left += [r.name for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_every_module_of_the_adapter_type_imports_with_torch_and_peft_only(tmp_path):
+    """On a path that holds links to what those two require, and nothing else."""
+    for package in required("torch", "peft").values():
+        tops = {file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")}
+        for top in tops:
+            if not (tmp_path / top).exists():
+                (tmp_path / top).symlink_to(package.locate_file(top))
+    (tmp_path / "curlora").symlink_to(Path(curlora.__file__).parent)
+    assert not any((tmp_path / name).exists() for name in ("ray", "mlflow", "deepspeed", "datasets", "pipelines"))
+    paths = [path.relative_to(ROOT) for path in (ROOT / "curlora").rglob("*.py")]
+    modules = sorted(".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths)
+    code = f"import importlib\nfor name in {modules!r}: importlib.import_module(name)"
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-S", "-c", code]  # without site-packages
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_says_what_to_install_where_only_the_adapter_type_is(wheel, tmp_path):
+    wheel.extractall(tmp_path)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from pipelines.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)  # without site-packages
+    assert (
+        done.returncode == 1 and "pip install 'curlora[pipelines]'" in done.stderr and "Traceback" not in done.stderr
+    )
+
+
 def test_the_command_starts_in_an_empty_folder(wheel, tmp_path):
     wheel.extractall(tmp_path / "site")
     (tmp_path / "empty").mkdir()
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from pipelines.cli.app import main; main()"
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from pipelines.__main__ import main; main()"
     options = {"cwd": tmp_path / "empty", "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "site"), "--help"], **options)
     assert done.returncode == 0, done.stderr
