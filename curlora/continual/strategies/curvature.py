@@ -141,10 +141,8 @@ EARLIER = "earlier tasks"
 
 def _together(old: Factors, new: Factors) -> Factors:
     """One Γ and S for both: the Kronecker product nearest to their sum, around the newer adapter."""
-    pairs = {
-        name: pooled(
-            torch.stack([old.outputs[name], gamma]), torch.stack([old.inputs[name], new.inputs[name]]), [1, 1]
-        )
-        for name, gamma in new.outputs.items()
-    }
-    return Factors({name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()})
+    outputs, inputs = {}, {}
+    for name in new.outputs:
+        gammas = torch.stack([old.outputs[name], new.outputs[name]])
+        outputs[name], inputs[name] = pooled(gammas, torch.stack([old.inputs[name], new.inputs[name]]))
+    return Factors(outputs, inputs)
