@@ -65,6 +65,12 @@ class Chains:
             self._results[name] = self.bench.run_warm(config, on_event=events.append)
         return self._results[name]
 
+    def said_of_experts(self, family: str, stage: str) -> list[str]:
+        """Warnings of a run of two workers that are about experts."""
+        self.results(family, stage)
+        events = self.events[f"{family}-{stage}-2"]
+        return [event.text for event in events if event.kind == "warning" and "experts" in event.text]
+
     def adapter(self, results: dict, step: int) -> dict[str, torch.Tensor]:
         return load_file(self.bench.step(results, step) / "adapter" / "adapter_model.safetensors")
 
@@ -97,7 +103,7 @@ def test_one_worker_and_two_under_either_stage_train_the_same(chains, family):
         two = chains.results(family, stage)
         for step in (0, 1):
             expected = chains.trained(one, step)
-            assert (chains.trained(two, step) - expected).abs().max() <= 0.02 * expected.abs().max()
+            assert (chains.trained(two, step) - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, LISTED])
@@ -131,16 +137,13 @@ def test_exported_adapters_compute_in_stock_peft_what_the_workers_computed(chain
 
 def test_experts_that_no_adapter_reaches_are_named_once_in_a_run_and_before_it(chains):
     for family in FUSED:
-        chains.results(family, "zero3")
-        said = [event.text for event in chains.events[f"{family}-zero3-2"] if event.kind == "warning"]
-        assert len(said) == 1
-        assert "model.layers.*.mlp.experts.gate_up_proj, model.layers.*.mlp.experts.down_proj" in said[0]
+        (said,) = chains.said_of_experts(family, "zero3")
+        assert "model.layers.*.mlp.experts.gate_up_proj" in said and "model.layers.*.mlp.experts.down_proj" in said
         config = chains.config(family, "zero3", f"{family}-dry")
         before = json.loads(chains.bench.command("run", str(config), "--dry-run", "--json"))
-        assert before["warnings"] == said
+        assert said in before["warnings"]
     for family in ("qwen3", LISTED):
-        chains.results(family, "zero3")
-        assert not [event for event in chains.events[f"{family}-zero3-2"] if event.kind == "warning"]
+        assert chains.said_of_experts(family, "zero3") == []
 
 
 @pytest.mark.parametrize(("family", "stage"), [("qwen3-moe", "zero3"), ("gpt2", "zero2"), ("falcon", "zero3")])
