@@ -125,7 +125,7 @@ def greedy(model: nn.Module, padded: Padded, limit: int, stops: Sequence[int], w
     for _ in range(limit):
         output = model(
             input_ids=tokens,
-            attention_mask=mask,
+            attention_mask=mask if cache is None or _is_of_tokens(cache) else None,
             use_cache=True,
             **{cache_name: cache},
             **position_ids(model, positions),
@@ -141,6 +141,12 @@ def greedy(model: nn.Module, padded: Padded, limit: int, stops: Sequence[int], w
             break
     rows = torch.stack(columns, 1).tolist()
     return [[token for token in row if token >= 0] for row in rows]
+
+
+def _is_of_tokens(cache) -> bool:
+    """Whether later passes attend to earlier tokens, which a mask may hide; a recurrent state has none."""
+    layers = getattr(cache, "layers", None)
+    return layers is None or any(isinstance(layer, DynamicLayer) for layer in layers)
 
 
 def _all_done(here: bool, world: World) -> bool:

@@ -15,21 +15,24 @@ SEPARATION = "find_packed_sequence_indices"
 """What Transformers calls while it builds an attention mask from positions, to find the documents of a block."""
 
 
-class _SeparatedError(Exception):
-    """The model has asked where the documents of its block begin."""
+class _KnownError(Exception):
+    """Ends the forward pass as soon as it is known whether the model separates documents."""
+
+    def __init__(self, separates: bool):
+        self.separates = separates
 
 
 def separates_documents(model: nn.Module) -> bool | None:
     """Whether tokens attend only to their own document, if positions restart at each document of a block.
 
-    Most models of Transformers pass their positions on to the attention mask. Some do not (OPT, BLOOM, XGLM), and
+    Most models of Transformers pass their positions on to the attention mask. Some do not (OPT, BLOOM, GPT-OSS), and
     recurrent ones have no mask: there, every document sees those before it.
 
     Args:
-        model: on the meta device; only the part that builds the mask runs.
+        model: on the meta device; only what comes before its first layer runs.
 
     Returns:
-        None if the model does not run on the meta device, or if Transformers no longer has `SEPARATION`.
+        None if that does not run on the meta device, or if Transformers no longer has `SEPARATION`.
     """
     if not accepts(model, "position_ids"):
         return False
@@ -37,26 +40,33 @@ def separates_documents(model: nn.Module) -> bool | None:
         return None
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
     try:
-        with _stops_at_separation(), _without_pad_token(model.config), torch.no_grad():
+        with _ends_when_known(model), _without_pad_token(model.config), torch.no_grad():
             model(input_ids=ids, position_ids=ids, use_cache=False)
-    except _SeparatedError:
-        return True
+    except _KnownError as known:
+        return known.separates
     except RuntimeError:  # an operation that needs values
         return None
     return False
 
 
 @contextlib.contextmanager
-def _stops_at_separation() -> Iterator[None]:
-    def stop(*args, **kwargs):
-        raise _SeparatedError
+def _ends_when_known(model: nn.Module) -> Iterator[None]:
+    def separated(*args, **kwargs):
+        raise _KnownError(True)
 
+    def first_layer(*args):
+        raise _KnownError(False)
+
+    layers = next((module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)), [])
+    hooks = [layer.register_forward_pre_hook(first_layer) for layer in layers]
     original = getattr(masking_utils, SEPARATION)
-    setattr(masking_utils, SEPARATION, stop)
+    setattr(masking_utils, SEPARATION, separated)
     try:
         yield
     finally:
         setattr(masking_utils, SEPARATION, original)
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager

@@ -20,12 +20,12 @@ from pipelines.preflight.model import check_model, model_facts
 from pipelines.training.batches import collate
 from pipelines.training.example_losses import example_losses
 from tests.conftest import minimal
-from tests.families import FAMILIES, FUSED, tiny, write
+from tests.families import FAMILIES, FUSED, OTHERS, SEPARATING, tiny, write
 
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, *OTHERS])
 def model(request, tokenizer):
     return tiny(request.param, tokenizer, scale=4)
 
@@ -105,7 +105,7 @@ def test_training_losses_do_not_see_padding(model, tokenizer):
     assert losses.tolist() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_documents_of_a_block_are_kept_apart_or_are_known_not_to_be(family, tokenizer):
     model = tiny(family, tokenizer, scale=4)
     first, second = (tuple(ids.tolist()) for ids in prompts(len(tokenizer), (6, 5)))
@@ -118,7 +118,7 @@ def test_documents_of_a_block_are_kept_apart_or_are_known_not_to_be(family, toke
     with torch.device("meta"):
         described = transformers.AutoModelForCausalLM.from_config(model.config)
     assert separates_documents(described) is kept_apart
-    assert kept_apart is (family != "opt")
+    assert kept_apart is (family in SEPARATING)
 
 
 @pytest.fixture
