@@ -113,7 +113,7 @@ def run_chain(
         _forget(run, plan, redo)
         _check_files(config, run, plan)
         projector = Projector(run, config, [step.fingerprint for step in plan.steps])
-        ran = bool(plan.missing_steps(run) or any(plan.missing_cells(run).values()) or plan.undecided)
+        ran = bool(plan.missing_steps(run) or plan.lacks_scores(run) or plan.undecided)
         if ran:
             drive = Drive(config, plan, run, lease, projector, on_event)
             with _stops_cleanly(drive), _workers(drive, group, verbose, address) as groups:
@@ -267,7 +267,7 @@ def _run_segments(drive: Drive, segment_length: int | None) -> None:
     length = segment_length or len(drive.plan.steps)
     while True:
         missing = drive.plan.missing_steps(drive.run)
-        if not missing and not any(drive.plan.missing_cells(drive.run).values()):
+        if not missing and not drive.plan.lacks_scores(drive.run):
             if drive.plan.undecided is None:
                 return
             _search(drive)
@@ -348,6 +348,8 @@ def _assignment(drive: Drive, steps: tuple[StepPlan, ...]) -> Assignment:
         cell_keys=plan.cell_keys,
         start=plan.start.to_json() if plan.start else None,
         lease=drive.lease.token,
+        questions=plan.questions,
+        unanswered=plan.unanswered(drive.run),
     )
 
 

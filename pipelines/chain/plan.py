@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipelines.chain.start import file_problems, find_start
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.tasks import ClassificationTask
 from pipelines.data.held_out import training_view
 from pipelines.data.identity import data_identity, score_identity
+from pipelines.data.samples import questions_of
 from pipelines.errors import ConfigError, Problem
 from pipelines.preflight.data import check_trial_data
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan, base_fingerprint, fingerprint, step_fingerprint
+from pipelines.runs.samples import Question
 from pipelines.runs.start import Start
 from pipelines.runs.step_record import base_directory
 from pipelines.search.step_search import settings_found
@@ -33,6 +35,8 @@ class Plan:
         undecided: position of the first step whose setting has not been searched yet; that step and later ones use
             the configuration as it is.
         earlier: tasks learned by the step that the chain starts from; they are scored but not trained.
+        questions: the prompts of `evaluation.samples`.
+        asked: step directory → keys of the questions that this row answers.
     """
 
     base_fingerprint: str
@@ -44,6 +48,8 @@ class Plan:
     undecided: int | None = None
     start: Start | None = None
     earlier: tuple[str, ...] = ()
+    questions: tuple[Question, ...] = ()
+    asked: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def decided(self) -> tuple[StepPlan, ...]:
@@ -59,14 +65,30 @@ class Plan:
     def missing_cells(self, run: RunDirectory) -> dict[str, list[str]]:
         """step directory → cells that have not been scored yet."""
         missing = {}
-        known = {self.base_directory, *(step.directory for step in self.decided)}
-        for directory, names in self.needed.items():
-            if directory not in known:
-                continue
+        for directory in self._rows():
             row = run.metrics(directory)
             keys = {cell.key for cell in row.cells} if row else set()
-            missing[directory] = [name for name in names if self.cell_keys[name] not in keys]
+            missing[directory] = [name for name in self.needed[directory] if self.cell_keys[name] not in keys]
         return missing
+
+    def unanswered(self, run: RunDirectory) -> dict[str, list[str]]:
+        """step directory → keys of the questions of `evaluation.samples` that it has not answered yet."""
+        if not self.questions:
+            return {}
+        missing = {}
+        for directory in self._rows():
+            row = run.metrics(directory)
+            known = {sample.key for sample in (row.samples or ())} if row else set()
+            missing[directory] = [key for key in self.asked[directory] if key not in known]
+        return missing
+
+    def _rows(self) -> list[str]:
+        """The step directories whose setting is known, row 0 first."""
+        return [self.base_directory, *(step.directory for step in self.decided)]
+
+    def lacks_scores(self, run: RunDirectory) -> bool:
+        """Whether a cell or a sample is missing."""
+        return any(self.missing_cells(run).values()) or any(self.unanswered(run).values())
 
     def missing_steps(self, run: RunDirectory) -> list[StepPlan]:
         return [step for step in self.decided if run.metrics(step.directory) is None]
@@ -107,8 +129,10 @@ def make_plan(
         parent = steps[-1].fingerprint
     first = f"steps/0-start-{start.fingerprint[:8]}" if start else base_directory(base)
     needed = _needed(config, first, steps, earlier)
-    keys = _cell_keys(settings[0])
-    return Plan(base, first, tuple(steps), keys, needed, tuple(settings), undecided, start, earlier)
+    keys, questions = _cell_keys(settings[0]), questions_of(settings[0])
+    asked = _asked(config, questions, first, steps, earlier)
+    settings = tuple(settings)
+    return Plan(base, first, tuple(steps), keys, needed, settings, undecided, start, earlier, questions, asked)
 
 
 def _cell_keys(config: PipelineConfig) -> dict[str, str]:
@@ -135,6 +159,22 @@ def _needed(
         behind = [n for n in names if n in (seen if whole else step.tasks)]
         needed[step.directory] = (*behind, *ahead, *corpora)
     return needed
+
+
+def _asked(
+    config: PipelineConfig,
+    questions: Sequence[Question],
+    first: str,
+    steps: Sequence[StepPlan],
+    earlier: tuple[str, ...],
+) -> dict[str, tuple[str, ...]]:
+    """The keys of the questions per step directory: all of them, except those of a task with an untrained head."""
+    headless = {task.name for task in config.tasks if has_untrained_head(config, task.name)} - set(earlier)
+    asked = {}
+    for directory, learned in [(first, ()), *((step.directory, step.tasks) for step in steps)]:
+        headless -= set(learned)
+        asked[directory] = tuple(question.key for question in questions if question.task not in headless)
+    return asked
 
 
 def has_untrained_head(config: PipelineConfig, name: str) -> bool:

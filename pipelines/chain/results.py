@@ -46,6 +46,7 @@ def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status:
         seconds=_seconds(run, [row for row in rows if row]),
         steps=tuple(_step_summary(step, row) for step, row in zip(plan.steps, rows[1:], strict=True)),
         searches=_searches(config, plan, run),
+        samples=tuple(question.key for question in plan.questions) or None,
     )
 
 

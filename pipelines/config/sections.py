@@ -156,6 +156,38 @@ class TrainingConfig(Section):
         return self
 
 
+class SamplesConfig(Section):
+    """Prompts that the base and every step answer by greedy decoding, to be read side by side.
+
+    They change no score, enter no fingerprint, and are answered for finished steps if they are added later.
+    """
+
+    prompts: list[str] = Field(
+        default_factory=list,
+        description="General prompts, each a user's message where the tokenizer has a chat template, else plain text.",
+    )
+    per_task: int = Field(1, ge=0, description="Rows of each task's test split that are answered, by evaluation.seed.")
+    max_new_tokens: int = Field(
+        48, gt=0, description="Longest answer in tokens; a generation task's own max_new_tokens holds for its rows."
+    )
+
+    @field_validator("prompts")
+    @classmethod
+    def _say_something(cls, value: list[str]) -> list[str]:
+        for number, prompt in enumerate(value):
+            if not prompt.strip():
+                raise ValueError(f"prompt {number} is empty; write it or remove it")
+            if prompt in value[:number]:
+                raise ValueError(f"prompt {number} repeats prompt {value.index(prompt)}; remove one of them")
+        return value
+
+    @model_validator(mode="after")
+    def _ask_something(self):
+        if not self.prompts and not self.per_task:
+            raise ValueError("prompts is empty and per_task is 0; give a prompt, or set samples: null")
+        return self
+
+
 class EvaluationConfig(Section):
     """What is scored after each step, and how much of it."""
 
@@ -171,6 +203,9 @@ class EvaluationConfig(Section):
     batch_tokens: int = Field(8192, gt=0, le=2**31, description="Tokens per forward pass, padding included.")
     earlier_every: int = Field(
         1, gt=0, le=10**6, description="Score earlier tasks after every n-th step, and after the last one."
+    )
+    samples: SamplesConfig | None = Field(
+        None, description="Prompts answered by the base and after every step, for reading; null: none."
     )
 
 

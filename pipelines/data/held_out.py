@@ -44,7 +44,11 @@ def trial_view(config: PipelineConfig, position: int) -> PipelineConfig:
         for task in config.tasks
     ]
     limits = config.search.objective
-    evaluation = {"max_examples": limits.max_examples, "max_retention_tokens": limits.max_retention_tokens}
+    evaluation = {
+        "max_examples": limits.max_examples,
+        "max_retention_tokens": limits.max_retention_tokens,
+        "samples": None,
+    }
     return config.model_copy(
         update={
             "tasks": [*tasks[:seen], *config.tasks[seen:]],

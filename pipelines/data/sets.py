@@ -151,12 +151,21 @@ def scored_length(source: Source, config: PipelineConfig, context: int) -> int:
 
 
 def prediction_set(
-    task: TaskSource, rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: PipelineConfig, context: int
+    task: TaskSource,
+    rows: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PipelineConfig,
+    context: int,
+    max_length: int | None = None,
 ) -> EvaluationSet:
-    """New rows (with the task's input columns) encoded like `evaluation_set`; text as one document per row."""
+    """New rows (with the task's input columns) encoded like `evaluation_set`; text as one document per row.
+
+    Args:
+        max_length: tokens that a sequence is cut to; default: as in an evaluation.
+    """
     if isinstance(task, LanguageModelingTask):
         task = task.model_copy(update={"documents": "separate"})
-    encoder, kind = Encoder(tokenizer, scored_length(task, config, context)), kind_of(task)
+    encoder, kind = Encoder(tokenizer, max_length or scored_length(task, config, context)), kind_of(task)
     columns = {name: [row[name] for row in rows] for name in kind.inputs(task)}
     items = tuple(
         Encoded(item.example, np.asarray(item.input_ids, dtype=np.int32), item.start, item.choice)

@@ -1,1 +1,1 @@
-"""Scores a model on evaluation sets, and samples text from it."""
+"""Scores a model on evaluation sets, lets it answer sample prompts, and samples text from it."""

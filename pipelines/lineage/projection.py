@@ -16,6 +16,7 @@ Conventions that dashboards can rely on, the same for every sequence:
                             the sequence, 0 = untrained base; average_accuracy, forgetting, …; step = number of steps
     metrics of a child      train/loss, train/learning_rate; step = optimizer step; its own row of scores and its cost
     inputs                  <task>/train and <name>/test with the digest of the run directory
+    tables                  samples.json: answers to evaluation.samples; the parent's has a column per step
     logged model of a child the adapter (logged_models.py), its row of scores by dataset, its parent as input
 """
 
@@ -44,6 +45,7 @@ from pipelines.lineage.mlflow_records import (
     upload_files,
     upload_folder,
 )
+from pipelines.lineage.sample_tables import send_chain_table, send_step_table
 from pipelines.lineage.searches import project_searches
 from pipelines.lineage.store import artifact_root, connect, errors, quiet
 from pipelines.runs.directory import RunDirectory
@@ -276,6 +278,7 @@ def _send_parent(to: Target, models, parent, steps: Steps) -> None:
     models.link_chain(parent)
     files = ["config.yaml", "results.json", "report.html", *(f"figures/{name}" for name in run.list("figures"))]
     upload_files(to, run_id, {name: name for name in files if run.exists(name)})
+    send_chain_table(to, parent, steps, results.samples if results else None)
     tags = {PREFIX + "tasks": ",".join(task.name for task in to.config.tasks)[:TAG_LENGTH]}
     if steps:
         tags[PREFIX + "last_step"] = steps[-1][1].fingerprint
@@ -377,6 +380,7 @@ def _send_step(known: _Known, directory: str, metrics: StepRecord) -> str:
     send_metrics(to, run_id, [*cost_points(metrics), *curve_points(metrics.curve)])
     send_metrics(to, known.parent_id, row)
     upload_folder(to, run_id, directory, "")
+    send_step_table(to, child, metrics)
     to.client.set_terminated(run_id, "FINISHED", milliseconds(metrics.finished))
     if model_id or metrics.origin:
         to.client.set_tag(run_id, PREFIX + "sent", digest)

@@ -25,6 +25,7 @@ from pipelines.data.sets import scored_length
 from pipelines.data.sources import digest_of, load_split, records
 from pipelines.errors import ConfigError, DataError, Problem, did_you_mean
 from pipelines.models.gguf import described
+from pipelines.preflight.samples import sample_problems
 
 AT_MOST = 5  # rows named per kind of problem; the rest are counted
 VALUE = re.compile(r"'[^']*'|\"[^\"]*\"|[-+]?\d[\d.e+-]*")  # what differs between rows with the same kind of problem
@@ -60,7 +61,7 @@ def check_data(config: PipelineConfig, warn: Warn = lambda text: None) -> list[P
             elif tokenizer is not None:
                 encoder = Encoder(tokenizer, length)
             problems += _Check(f"{section}.{number}.data", source, encoder, warn).problems()
-    return problems
+    return [*problems, *sample_problems(config, tokenizer, context)]
 
 
 def _tokenizer(config: PipelineConfig):

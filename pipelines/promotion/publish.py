@@ -121,7 +121,8 @@ def _identity(results: Results, config: PipelineConfig) -> str:
     model = config.tracking.register_as if config.tracking else None
     gate = config.gate.model_dump() if config.gate else None
     steps = [step.fingerprint for step in results.steps]
-    return fingerprint([results.scores, results.nll, steps, model, gate])
+    shown = [results.samples] if results.samples else []  # the identity of runs without samples has not changed
+    return fingerprint([results.scores, results.nll, steps, model, gate, *shown])
 
 
 def _with_run_ids(steps: Sequence[StepSummary], runs: dict[str, str]) -> tuple[StepSummary, ...]:

@@ -81,6 +81,9 @@ class ChainProgress:
     def _on_evaluating(self, event: Event) -> None:
         self._activity(f"evaluating {event.name}", event)
 
+    def _on_sampling(self, event: Event) -> None:
+        self._activity("answering sample prompts", event)
+
     def _on_resumed(self, event: Event) -> None:
         self._line(f"{event.task}: goes on from the checkpoint after step {event.step}", always=True)
 

@@ -16,7 +16,7 @@ from pipelines.reporting.figures import draw_matrix, draw_perplexity, draw_tasks
 from pipelines.reporting.formatting import number, whole
 from pipelines.reporting.summary import MANY, direction, headlines, histories, row_labels, story, trained_row
 from pipelines.runs.directory import RunDirectory
-from pipelines.runs.records import current_steps
+from pipelines.runs.records import Answers, answers_of, current_steps
 from pipelines.runs.results import Results
 from pipelines.runs.step_record import Seconds, Setting, StepRecord
 from pipelines.runs.verdict import Verdict
@@ -57,6 +57,7 @@ def page_values(
         **_matrix(results),
         **_curves(results, steps),
         **_costs(results, steps),
+        **_samples(results, steps),
         **_ancestry(run, results, steps),
     }
 
@@ -159,6 +160,47 @@ def _perplexity_alt(results: Results) -> str:
 def _training_alt(steps: Sequence[StepRecord]) -> str:
     ends = [f"{', '.join(step.tasks)} ends at {number(step.training.final_loss)}" for step in steps if step.training]
     return "Training loss of every step: " + "; ".join(ends)
+
+
+# -- sample answers
+
+
+@dataclass(frozen=True)
+class AnswerCell:
+    """An answer; `own`: of the step that trained its task, `same`: as the step before, `right`: as the reference."""
+
+    answer: str | None
+    generated: str | None = None
+    own: bool = False
+    same: bool = False
+    right: bool = False
+
+
+def _samples(results: Results, steps: Sequence[StepRecord]) -> dict[str, Any]:
+    """Prompts with the answers of every step, side by side."""
+    rows = [
+        {
+            "task": row.question.task,
+            "prompt": row.question.prompt,
+            "reference": row.question.reference,
+            "cells": [_answer_cell(row, steps, number) for number in range(len(steps))],
+        }
+        for row in answers_of(steps, results.samples)
+    ]
+    return {"samples": rows, "sample_columns": [_title(step, row_labels(results)[0]) for step in steps]}
+
+
+def _answer_cell(row: Answers, steps: Sequence[StepRecord], number: int) -> AnswerCell:
+    found, before = row.by_step[number], row.by_step[number - 1] if number else None
+    if found is None:
+        return AnswerCell(None)
+    return AnswerCell(
+        answer=found.answer,
+        generated=found.generated,
+        own=found.task in steps[number].tasks,
+        same=before is not None and (before.answer, before.generated) == (found.answer, found.generated),
+        right=found.reference is not None and found.answer.strip() == found.reference.strip(),
+    )
 
 
 # -- cost

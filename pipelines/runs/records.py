@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from pipelines.errors import ConfigError, Problem
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.samples import Question, Sample
 from pipelines.runs.step_record import Cell, StepRecord, base_directory
 
 
@@ -113,6 +115,22 @@ def score_points(metrics: StepRecord) -> list[Point]:
 def newest_cells(metrics: StepRecord) -> list[Cell]:
     """The newest cell per name: after a change of the test split there is an older one, too."""
     return list({cell.name: cell for cell in sorted(metrics.cells, key=lambda cell: cell.time)}.values())
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One prompt of `evaluation.samples` with the answers of some steps; None where a step was not asked."""
+
+    question: Question
+    by_step: tuple[Sample | None, ...]
+
+
+def answers_of(steps: Sequence[StepRecord], keys: Sequence[str] | None) -> list[Answers]:
+    """The answers of steps to the questions `keys` (`Results.samples`), in this order; those of no step are left
+    out."""
+    given = [{sample.key: sample for sample in step.samples or ()} for step in steps]
+    rows = [tuple(found.get(key) for found in given) for key in keys or ()]
+    return [Answers(next(filter(None, row)), row) for row in rows if any(row)]
 
 
 def cost_points(metrics: StepRecord) -> list[Point]:

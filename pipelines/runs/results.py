@@ -71,6 +71,7 @@ class Results(Record):
         extras: task → its other metrics in every row.
         gate: the verdict, `{"passed", "reasons", …}`.
         registry: the registered version, `{"name", "version", "uri", "promoted", …}`, or `failure`: why there is none.
+        samples: keys of the questions of `evaluation.samples`, in order; the steps' `metrics.json` holds the answers.
         ran: whether the call that returned this had anything to do. Not in the file.
     """
 
@@ -106,6 +107,7 @@ class Results(Record):
     seconds: Seconds = field(default_factory=Seconds)
     steps: tuple[StepSummary, ...] = ()
     searches: tuple[SearchSummary, ...] | None = field(default=None, metadata=OPTIONAL)
+    samples: tuple[str, ...] | None = field(default=None, metadata=OPTIONAL)
     ran: bool | None = field(default=None, metadata=OPTIONAL)
 
     @property

@@ -58,6 +58,7 @@ def _say(event: Event) -> str:
         "failed": "failed: {error}",
         "stopped": "stopped: {reason}",
         "evaluating": "evaluating {name}" + (", {done} of {count}" if event.count else ""),
+        "sampling": "answering sample prompts",
         "checkpoint": "{task}: checkpoint at step {step}",
         "step_started": "{task} started",
     }.get(event.kind, event.kind.replace("_", " "))

@@ -16,6 +16,7 @@ from typing import Any
 
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.runs.record import OPTIONAL, Record
+from pipelines.runs.samples import Sample
 
 
 def base_directory(fingerprint: str) -> str:
@@ -165,6 +166,7 @@ class StepRecord(Record):
         classes: classification task → its class names.
         peak_memory_bytes: peak of the worker that wrote this record.
         started, finished: Unix time.
+        samples: answers to `evaluation.samples`; None if nothing was asked.
         environment: versions, hardware, commit.
         origin: folder or hub id that the adapter was imported from; it was not trained here.
     """
@@ -187,6 +189,7 @@ class StepRecord(Record):
     training: Training | None = field(default=None, metadata=OPTIONAL)
     started: float
     cells: tuple[Cell, ...]
+    samples: tuple[Sample, ...] | None = field(default=None, metadata=OPTIONAL)
     self_test: SelfTest | None = field(default=None, metadata=OPTIONAL)
     seconds: Seconds
     environment: dict[str, Any]

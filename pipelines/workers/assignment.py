@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
 from pipelines.runs.record import Record
+from pipelines.runs.samples import Question
 from pipelines.runs.step_record import Cell
 
 
@@ -95,10 +96,20 @@ class Assignment:
     rungs: tuple[float, ...] = ()  # for a trial: fractions of the step at which it is scored and awaits a verdict
     trial: bool = False  # if it cannot succeed, the workers report that and stay alive
     verbose: bool = False
+    questions: tuple[Question, ...] = ()  # of `evaluation.samples`
+    unanswered: dict[str, list[str]] = field(default_factory=dict)  # step directory → keys of questions to answer
+
+    def questions_for(self, directory: str) -> list[Question]:
+        """The questions that a step has yet to answer."""
+        wanted = set(self.unanswered.get(directory, ()))
+        return [question for question in self.questions if question.key in wanted]
 
     def to_json(self) -> dict:
-        return self.__dict__ | {"steps": [step.to_json() for step in self.steps]}
+        lists = {"steps": self.steps, "questions": self.questions}
+        return self.__dict__ | {name: [item.to_json() for item in items] for name, items in lists.items()}
 
     @classmethod
     def from_json(cls, raw: dict) -> Assignment:
-        return cls(**(raw | {"steps": tuple(StepPlan.from_json(step) for step in raw["steps"])}))
+        steps = tuple(StepPlan.from_json(step) for step in raw["steps"])
+        questions = tuple(Question.from_json(question) for question in raw["questions"])
+        return cls(**(raw | {"steps": steps, "questions": questions}))

@@ -10,9 +10,12 @@ import time
 import torch
 from torch import nn
 
+from pipelines.data.samples import parts_of
 from pipelines.distributed import engine
 from pipelines.errors import DivergedError
 from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.samples import answer
+from pipelines.runs.samples import Sample
 from pipelines.runs.step_record import Cell, SelfTest
 from pipelines.workers.context import WorkContext
 from pipelines.workers.resident_model import ResidentModel
@@ -76,6 +79,20 @@ class StepScoring:
         lines = "".join(json.dumps(outcome) + "\n" for outcome in outcomes)
         work.run.write_bytes(f"{directory}/predictions/{name}.jsonl", lines.encode())
         return [cell]
+
+    def sample(self, model: nn.Module, directory: str) -> list[Sample]:
+        """Answer what the step has yet to answer of `evaluation.samples`; on rank 0, an empty list elsewhere."""
+        work, questions = self.work, self.work.assignment.questions_for(directory)
+        if not questions:
+            return []
+        parts = parts_of(questions, self.resident.tokenizer, work.config, self.resident.context)
+        count = sum(len(part.questions) for part in parts)
+
+        def progress(done: int) -> None:
+            work.heartbeat.report("sampling", directory=directory, done=done, count=count)
+
+        with engine.ready_for_inference(model, work.settings, work.world), work.heartbeat.guard():
+            return answer(model, questions, parts, work.world, work.config.evaluation.batch_tokens, progress)
 
     def self_test(self, model: nn.Module) -> SelfTest:
         """A few logits that this worker computes, against which anyone who loads the adapter can check it."""

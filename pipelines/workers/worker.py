@@ -29,6 +29,7 @@ from pipelines.distributed.world import World, current_world
 from pipelines.errors import Stopped
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
+from pipelines.runs.samples import Sample
 from pipelines.runs.step_record import Cell, Seconds, Setting, Split, StepRecord, TaskData, TrainedStep
 from pipelines.workers.assignment import Assignment, Queue
 from pipelines.workers.context import WorkContext
@@ -159,13 +160,15 @@ class Segment:
             metrics = work.run.metrics(directory)
             if metrics is None and directory == work.assignment.base_directory:
                 metrics = self._row_zero()
-            if metrics is None or not names:
+            if metrics is None or not (names or work.assignment.questions_for(directory)):
                 continue  # a step that is still to be trained scores its own row
             model = self.resident.of_step(metrics)
-            cells = self.scoring.score(model, directory, names)
+            cells = self.scoring.score(model, directory, names) if names else []
+            samples = self.scoring.sample(model, directory)
             self.resident.detach(model)
             if work.is_writer:
-                work.run.write_json(f"{directory}/metrics.json", _with_cells(metrics, cells, time.time() - begun))
+                scored = _with_scores(metrics, cells, samples, time.time() - begun)
+                work.run.write_json(f"{directory}/metrics.json", scored)
                 work.run.event("evaluated", directory=directory, cells=tuple(cells))
             work.world.barrier()
 
@@ -200,6 +203,7 @@ class Segment:
         self.control.stop_if_requested()
         begun = time.time()
         cells = self.scoring.score(model, plan.directory, work.assignment.missing.get(plan.directory, []))
+        samples = self.scoring.sample(model, plan.directory)
         self_test = self.scoring.self_test(model)
         evaluate_seconds = time.time() - begun
         held, whole = engine.parameters_held(self.resident.base)
@@ -210,6 +214,7 @@ class Segment:
         record = replace(
             self._record(plan, trained),
             cells=tuple(cells),
+            samples=tuple(samples) or None,
             self_test=self_test,
             seconds=replace(trained.seconds, evaluate=evaluate_seconds, overhead=overhead, total=total),
             environment=work.environment() | {"base_numbers_held": held, "base_numbers": whole},
@@ -254,11 +259,13 @@ class Segment:
         work.world.barrier()
 
 
-def _with_cells(metrics: StepRecord, cells: Sequence[Cell], took: float) -> StepRecord:
-    """The record of a step with further cells."""
+def _with_scores(metrics: StepRecord, cells: Sequence[Cell], samples: Sequence[Sample], took: float) -> StepRecord:
+    """The record of a step with further cells and sample answers."""
     before = metrics.seconds
     seconds = replace(before, evaluate=before.evaluate + took, total=before.total + took)
-    return replace(metrics, cells=(*metrics.cells, *cells), seconds=seconds, finished=time.time())
+    answered = (*(metrics.samples or ()), *samples) or None
+    cells = (*metrics.cells, *cells)
+    return replace(metrics, cells=cells, samples=answered, seconds=seconds, finished=time.time())
 
 
 def _training_data(config: PipelineConfig, name: str) -> TaskData:

@@ -125,6 +125,14 @@ class Kind:
         """The input of a row as one text, to compare splits and to find empty rows."""
         return "\n".join(str(row[column]) for column in self.inputs(task))
 
+    def question(self, task, row: Row) -> str:
+        """What a row asks, as a person reads it; for tasks with a prompt, the text that the model continues."""
+        return self.text(task, row)
+
+    def reference(self, task, row: Row) -> str | None:
+        """The expected answer of a row, as a person reads it; None if there is none."""
+        return None
+
     # -- sequences
 
     def train(self, task, rows: Iterable[Mapping[str, list]], encoder: Encoder) -> Iterator[Encoded]:

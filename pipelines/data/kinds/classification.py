@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.tasks import ClassificationTask, template_fields
-from pipelines.data.encoding import Encoded, Encoder
+from pipelines.data.encoding import Encoded, Encoder, fill
 from pipelines.data.files import read_sibling
 from pipelines.data.kinds.base import EvaluationSet, Kind, Row, Scored, Summary, short, template_problems
 from pipelines.data.kinds.choosing import (
@@ -121,6 +121,11 @@ class _Classification(Kind):
         labels = label_set(task)
         return lambda row: labels.of(row[task.label])
 
+    def reference(self, task: ClassificationTask, row: Row) -> str | None:
+        labels = label_set(task)
+        found = labels.of(row[task.label])
+        return None if found is None else labels.names[found]
+
     def targets(self, task: ClassificationTask, rows: datasets.Dataset, encoder: Encoder) -> dict[str, Any]:
         labels = label_set(task)
         return {"labels": tuple(labels.of(row[task.label]) for row in records(rows, [task.label]))}
@@ -186,6 +191,9 @@ class Verbalizer(_Classification):
 
     def input_problems(self, task: ClassificationTask, row: Row) -> Iterator[str]:
         return template_problems(task.prompt, row)
+
+    def question(self, task: ClassificationTask, row: Row) -> str:
+        return fill(task.prompt, row)
 
     def task_problems(self, task: ClassificationTask, encoder: Encoder | None) -> Iterator[str]:
         names = label_set(task).names

@@ -70,6 +70,17 @@ class Generation(Kind):
             return "\n".join(message["content"] for message in _asked(row[task.messages]))
         return super().text(task, row)
 
+    def question(self, task: GenerationTask, row: Row) -> str:
+        if not task.messages:
+            return fill(task.prompt, row)
+        asked = _asked(row[task.messages])
+        if len(asked) == 1:
+            return asked[0]["content"]
+        return "\n".join(f"{message['role']}: {message['content']}" for message in asked)
+
+    def reference(self, task: GenerationTask, row: Row) -> str | None:
+        return row[task.messages][-1]["content"] if task.messages else fill(task.completion, row)
+
     # -- sequences
 
     def train(self, task: GenerationTask, rows: Iterable[Mapping[str, list]], encoder: Encoder) -> Iterator[Encoded]:
@@ -101,9 +112,7 @@ class Generation(Kind):
         return [[*answer, encoder.end] for answer in answers]
 
     def targets(self, task: GenerationTask, rows: datasets.Dataset, encoder: Encoder) -> dict[str, Any]:
-        if task.messages:
-            return {"references": tuple(row[task.messages][-1]["content"] for row in records(rows))}
-        return {"references": tuple(fill(task.completion, row) for row in records(rows))}
+        return {"references": tuple(self.reference(task, row) for row in records(rows))}
 
     def settings(self, task: GenerationTask, encoder: Encoder) -> dict[str, Any]:
         stops = {encoder.end}

@@ -13,6 +13,9 @@ from pipelines.data.encoding import Encoded, Encoder, pack, token_stream, window
 from pipelines.data.kinds.base import EvaluationSet, Kind, Row, Scored, Summary, text_problems
 from pipelines.metrics import score_matrix
 
+BEGINNING = 160  # characters of a document that a sample continues
+CONTINUATION = 400  # characters of its own continuation that are shown
+
 Batches = Iterable[Mapping[str, list]]
 
 
@@ -62,6 +65,12 @@ class LanguageModeling(_Text):
 
     name = "language-modeling"
 
+    def question(self, task: LanguageModelingTask, row: Row) -> str:
+        return _parts(row[task.text])[0]
+
+    def reference(self, task: LanguageModelingTask, row: Row) -> str | None:
+        return _parts(row[task.text])[1]
+
     def train(self, task: LanguageModelingTask, rows: Batches, encoder: Encoder) -> Iterator[Encoded]:
         separate = task.documents == "separate"
         for number, (block, breaks) in enumerate(pack(_documents(task, rows, encoder), encoder.max_length)):
@@ -85,6 +94,16 @@ class Retention(_Text):
     def items(self, task: RetentionCorpus, rows: Batches, encoder: Encoder) -> Iterator[Encoded]:
         stream = token_stream(([text + "\n" for text in batch[task.text]] for batch in rows), encoder, end=False)
         yield from windows(stream, encoder.max_length, task.stride or max(1, encoder.max_length // 2))
+
+
+def _parts(document: str) -> tuple[str, str]:
+    """(beginning, what follows it) of a document, for reading: the beginning ends between two words if it can."""
+    text = document.strip()
+    length = min(BEGINNING, (len(text) + 1) // 2)
+    words = text[: length + 1].rsplit(maxsplit=1)
+    shown = words[0] if len(words) > 1 else text[:length]
+    rest = text[len(shown) :].strip()
+    return shown, rest if len(rest) <= CONTINUATION else f"{rest[:CONTINUATION]}…"
 
 
 def _documents(task: LanguageModelingTask, rows: Batches, encoder: Encoder) -> Iterator[list[int]]:

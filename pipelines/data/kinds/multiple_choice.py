@@ -87,6 +87,14 @@ class MultipleChoice(Kind):
     def reader(self, task: MultipleChoiceTask) -> Callable[[Row], int | None]:
         return lambda row: right_choice(row[task.label], choices_of(task, row))
 
+    def question(self, task: MultipleChoiceTask, row: Row) -> str:
+        return fill(task.prompt, row)
+
+    def reference(self, task: MultipleChoiceTask, row: Row) -> str | None:
+        choices = choices_of(task, row)
+        found = right_choice(row[task.label], choices)
+        return None if found is None else choices[found]
+
     def train(self, task: MultipleChoiceTask, rows: Iterable[Mapping[str, list]], encoder: Encoder):
         for number, (prompt, row) in enumerate(prompted(task.prompt, rows, encoder)):
             choices = choices_of(task, row)
