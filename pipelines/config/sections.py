@@ -166,9 +166,14 @@ class SamplesConfig(Section):
         default_factory=list,
         description="General prompts, each a user's message where the tokenizer has a chat template, else plain text.",
     )
-    per_task: int = Field(1, ge=0, description="Rows of each task's test split that are answered, by evaluation.seed.")
+    per_task: int = Field(
+        1, ge=0, le=10_000, description="Rows of each task's test split that are answered, drawn by evaluation.seed."
+    )
     max_new_tokens: int = Field(
-        48, gt=0, description="Longest answer in tokens; a generation task's own max_new_tokens holds for its rows."
+        48,
+        gt=0,
+        le=10**6,
+        description="Longest answer in tokens; a generation task's own max_new_tokens holds for its rows.",
     )
 
     @field_validator("prompts")

@@ -21,6 +21,7 @@ from pipelines.data.sources import digest_of
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.event import Event
 from pipelines.runs.identity import StepPlan, fingerprint
+from pipelines.runs.samples import Sample
 from pipelines.runs.start import record_start
 from pipelines.runs.step_record import (
     Cell,
@@ -216,6 +217,7 @@ def _measured(
         run.write_bytes(f"{directory}/predictions/{cell.name}.jsonl", rows.encode())
     return {
         "cells": cells,
+        "samples": _samples(plan, directory, position),
         "started": started,
         "finished": started + 95,
         "peak_memory_bytes": 1_400_000_000,
@@ -269,6 +271,16 @@ def _cells(config: PipelineConfig, plan: Plan, names, depth: int, moment: float,
         value = retention_nll(index, depth)
         cells.append(_cell(plan, corpus, "retention", corpus.split, "nll", value, moment + 10 + index, None))
     return tuple(cell for cell in cells if cell.name in names)
+
+
+def _samples(plan: Plan, directory: str, position: int) -> tuple[Sample, ...] | None:
+    """Answers that tell the step, to the questions of `evaluation.samples`; the first one is always right."""
+    asked = [question for question in plan.questions if question.key in plan.asked[directory]]
+    answers = [
+        Sample.of(q, q.reference if q.reference and q == asked[0] else f"answer {number} after {position}", "")
+        for number, q in enumerate(asked)
+    ]
+    return tuple(answers) or None
 
 
 def _cell(plan: Plan, source, role: str, split: str, metric: str, value: float, moment: float, majority) -> Cell:

@@ -225,6 +225,34 @@ def test_cell_measured_later_is_sent(tmp_path, store, client):
     assert json.loads(Path(path).read_text())["cells"][-1]["name"] == "books"
 
 
+def test_sample_answers_are_tables_of_every_step_and_side_by_side_of_the_chain(tmp_path, store, client, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)  # `load_table` looks runs up there
+    asked = {"evaluation": {"samples": {"prompts": ["Who are you?"]}}}
+    plain = project(make_run(tmp_path, tasks=("mrpc", "sst2")), store, "samples")
+    assert not [name for run_id in plain.values() for name in artifacts(client, run_id) if "samples.json" in name]
+    run = make_run(tmp_path, tasks=("mrpc", "sst2"), **asked)
+    ids = project(run, store, "samples")
+    assert ids == plain  # the same runs, with the answers that were added
+    before = everything(client, "samples")
+    assert project(run, store, "samples") == ids
+    assert everything(client, "samples") == before
+    first = run.metrics(run.finished_steps()[run.results().steps[0].fingerprint])
+    found = table(client, "samples", ids[first.fingerprint])
+    columns = ("task", "prompt", "reference", "answer", "generated")
+    assert found == [{name: getattr(sample, name) for name in columns} for sample in first.samples]
+    side_by_side = table(client, "samples", ids["parent"])
+    assert list(side_by_side[0]) == ["task", "prompt", "0 base", "1 mrpc", "2 sst2", "reference"]
+    assert side_by_side[0]["1 mrpc"] == "answer 0 after 1 | "
+    assert [row["prompt"] for row in side_by_side] == [sample.prompt for sample in first.samples]
+
+
+def table(client, experiment: str, run_id: str) -> list[dict]:
+    """A run's table as MLflow reads it, of runs that it lists as having one."""
+    found = client.get_experiment_by_name(experiment).experiment_id
+    rows = client.load_table(found, "samples.json", run_ids=[run_id]).to_dict("records")
+    return [{key: None if value != value else value for key, value in row.items()} for row in rows]
+
+
 def test_joint_run_is_one_child_of_all_tasks(tmp_path, store, client):
     run = make_run(tmp_path, strategy={"name": "joint"})
     ids = project(run, store, "joint")

@@ -70,6 +70,10 @@ STEP = {
     },
     "started": 1_760_000_100.0,
     "cells": [CELL, CELL | {"name": "wikitext2", "role": "retention", "metric": "nll", "value": 4.4, "nll": 4.4}],
+    "samples": [
+        {"key": "g", "task": None, "row": None, "prompt": "Hello", "reference": None, "answer": "Hi"},
+        {"key": "q", "task": "sst2", "row": 3, "prompt": "a", "reference": "b", "answer": "c", "generated": ""},
+    ],
     "self_test": {"input_ids": [1, 2], "last_logits": [0.5, -0.5]},
     "seconds": {"train": 70.0, "evaluate": 15.0, "overhead": 10.0, "total": 95.0},
     "environment": {"torch": "2.13.0", "base_numbers_held": 5},

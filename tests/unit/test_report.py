@@ -154,8 +154,9 @@ def renamed(value, names: dict[str, str]):
 def test_no_text_can_leave_its_element_or_attribute(tmp_path):
     """Names are safe in a configuration; a page of records from elsewhere must not rely on it."""
     evil = "<script>alert(1)</script>\"'"
-    run = make_run(tmp_path)
-    names = dict.fromkeys(("mrpc", "accuracy", "sequential", "curlora", "cpu"), evil)
+    run = make_run(tmp_path, evaluation={"samples": SAMPLES})
+    names = dict.fromkeys(("mrpc", "accuracy", "sequential", "curlora", "cpu", "Who are you?"), evil)
+    names |= dict.fromkeys(("good", "bad", *(f"answer 0 after {k}" for k in range(4))), evil)
     for directory in run.finished_steps().values():
         run.write_json(f"{directory}/metrics.json", renamed(run.metrics(directory).to_json(), names))
     results = renamed(run.results().to_json(), names)
@@ -184,6 +185,45 @@ def test_no_text_can_leave_its_element_or_attribute(tmp_path):
     assert {name for _, attrs in page.tags for name in attrs} <= known | {"style"}
     assert sum(evil in attrs.get("alt", "") for _, attrs in page.tags) >= 3
     assert ("span", {"class": f"status {evil}"}) in page.tags
+
+
+SAMPLES = {"prompts": ["Who are you?"], "per_task": 1}
+
+
+def test_answers_stand_side_by_side_only_where_there_are_any(mixed, tmp_path):
+    assert "What it says" not in mixed[1].text
+    run = make_run(tmp_path, evaluation={"samples": SAMPLES})
+    page = page_of(run)
+    start = next(i for i, row in enumerate(page.rows) if row and row[0] == "prompt")
+    columns = ["base", "1 mrpc", "2 sst2", "3 biomed"]
+    assert page.rows[start] == ["prompt", *columns, "reference"]
+    general, mrpc, _, biomed = page.rows[start + 1 : start + 5]
+    assert general == ["Who are you?", *(f"answer 0 after {k}writes:(nothing)" for k in range(4)), "–"]
+    question = next(s for s in run.metrics("steps/" + run.list("steps")[0]).samples if s.task == "mrpc")
+    assert mrpc[0] == f"mrpc{question.prompt}"
+    assert mrpc[-1] == question.reference
+    assert biomed[4].startswith("answer 3 after 3")
+    own = [i for i, (tag, attrs) in enumerate(page.tags) if tag == "td" and attrs.get("class", "").startswith("own ")]
+    assert len(own) == 3
+
+
+def test_a_right_answer_and_one_that_did_not_change_are_marked(tmp_path):
+    run = make_run(tmp_path, tasks=("mrpc", "sst2"), evaluation={"samples": {"per_task": 2}})
+    page = page_of(run)
+    right, wrong = next(page.rows[i + 1 : i + 3] for i, row in enumerate(page.rows) if row and row[0] == "prompt")
+    assert all(cell.startswith("✓ ") for cell in right[1:4])
+    assert not any(cell.startswith("✓ ") for cell in wrong[1:4])
+    marks = [attrs["class"] for tag, attrs in page.tags if tag == "td" and "class" in attrs]
+    assert marks.count("same") + marks.count("own same") == 2  # after the base, the right answer stays what it is
+
+
+def test_answers_to_questions_of_an_earlier_configuration_are_not_shown(tmp_path):
+    run = make_run(tmp_path, evaluation={"samples": SAMPLES})
+    results = run.results()
+    run.write_json("results.json", replace(results, samples=results.samples[:1]))
+    assert sum("answer" in cell for row in page_of(run).rows for cell in row) == 4
+    run.write_json("results.json", replace(results, samples=None))
+    assert "What it says" not in page_of(run).text
 
 
 def test_matrix_table_is_the_score_matrix(mixed):

@@ -71,7 +71,8 @@ async def looked_at(url: str, width: int, profile: Path) -> dict:
 @pytest.mark.parametrize("width", [1280, 360])
 @pytest.mark.parametrize("tasks", [("mrpc", "sst2", "biomed"), tuple(f"t{k}" for k in range(20))], ids=len)
 def test_page_is_whole_on_screen_phone_and_paper(tmp_path, width, tasks):
-    url = written(tmp_path, tasks=tasks)
+    prompts = ["Who are you?", "a-word-without-any-space-" * 40, "many words " * 300]
+    url = written(tmp_path, tasks=tasks, evaluation={"samples": {"prompts": prompts}})
     seen = asyncio.run(looked_at(url, width, tmp_path / "profile"))
     assert seen["complaints"] == []
     assert [address for address in seen["requested"] if not address.startswith("data:")] == [url]
@@ -79,5 +80,5 @@ def test_page_is_whole_on_screen_phone_and_paper(tmp_path, width, tasks):
     assert len(seen["images"]) >= 4
     assert all(image["drawn"] and len(image["alt"]) > 20 for image in seen["images"])
     assert seen["smallest_text"] >= 11
-    assert {"Score matrix", "Gate refused", "Ancestry", "Configuration"} <= set(seen["headings"])
+    assert {"Score matrix", "What it says", "Gate refused", "Ancestry", "Configuration"} <= set(seen["headings"])
     assert seen["pdf"].startswith(b"%PDF") and seen["pdf"].count(b"/Type /Page\n") >= 2

@@ -63,6 +63,7 @@ def changed(raw, path: str, value) -> dict:
         ("deepspeed", "zero3"),
         ("gate", {"max_forgetting": 0.5}),
         ("evaluation", {"max_examples": 5}),
+        ("evaluation", {"samples": {"prompts": ["Who are you?"]}}),
         ("tasks.0.metric", "macro_f1"),
     ],
 )
