@@ -115,8 +115,35 @@ class Bench:
     def step(self, results: dict, step: int) -> Path:
         return self.directory(results["run"]) / results["steps"][step]["directory"]
 
+    def samples(self, results: dict) -> list[list[dict]]:
+        """The sample answers of row 0 and of every step, as recorded."""
+        base = next((self.directory(results["run"]) / "steps").glob("0-*/metrics.json"))
+        records = [
+            json.loads(base.read_text()),
+            *(self.metrics(results, step) for step in range(len(results["steps"]))),
+        ]
+        return [record["samples"] for record in records]
+
     def adapter_bytes(self, results: dict, step: int) -> bytes:
         return (self.step(results, step) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def answered_alone(run: Path, step: str) -> list[dict]:
+    """The sample answers of a run's model after a step (`base`: before any), by one process without Ray."""
+    import torch
+
+    from pipelines.data.samples import parts_of, questions_of
+    from pipelines.distributed.world import World
+    from pipelines.evaluation.samples import answer
+    from pipelines.inference.predict import load_trained
+    from pipelines.runs.directory import RunDirectory
+
+    trained = load_trained(RunDirectory(str(run)), step)
+    heads = {task.name for task in trained.config.tasks if getattr(task, "head", None) == "classifier"}
+    asked = [q for q in questions_of(trained.config) if q.task not in heads - trained.tasks]
+    parts = parts_of(asked, trained.tokenizer, trained.config, trained.context)
+    found = answer(trained.model, asked, parts, World(0, 1, torch.device("cpu")), 8192)
+    return [sample.to_json() for sample in found]
 
 
 def all_gone(pids: Iterable[int]) -> bool:

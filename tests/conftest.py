@@ -170,6 +170,7 @@ def bench(demo_assets, warm_workers, tmp_path_factory) -> Bench:
             {"name": "text", "kind": "language-modeling", "data": str(text)},
         ],
         "retention": [{"name": "other", "data": str(demo_assets.retention), "window": 48}],
+        "evaluation": {"samples": {"prompts": ["This function returns"], "max_new_tokens": 8}},
         "tracking": None,
         "storage": str(root / "runs"),
     }

@@ -1,17 +1,20 @@
 """The chain on real Ray, real DeepSpeed, a real model and real text."""
 
+import html
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pipelines.inference.export import export_step
 from pipelines.runs.directory import RunDirectory
-from tests.bench import wait_for
+from tests.bench import answered_alone, wait_for
 
 TEXT_LEARNING = 0.005  # nats a token in 24 steps of a model of 30 thousand parameters
 
@@ -89,6 +92,40 @@ def test_report_is_written(bench, reference):
     assert all(task in page for task in reference["tasks"])
 
 
+def test_base_and_every_step_answer_the_same_prompts(bench, reference):
+    rows = bench.samples(reference)
+    assert [[sample["task"] for sample in row] for row in rows] == [
+        [None, "word", "text"],  # no head is trained yet
+        *([[None, "part", "word", "text"]] * 3),
+    ]
+    last = {sample["task"]: sample for sample in rows[3]}
+    names = json.loads((Path(bench.raw["tasks"][0]["data"]) / "labels.json").read_text())
+    assert {last["part"]["answer"], last["word"]["answer"]} <= set(names)
+    assert last["word"]["generated"]
+    assert "generated" not in last["part"]
+    assert len({row[0]["answer"] for row in rows}) > 1  # what it says has changed
+    for row, step in zip(rows, ("base", *reference["tasks"]), strict=True):
+        assert row == answered_alone(bench.directory("reference"), step)
+
+
+def test_answers_are_on_the_page_and_in_mlflow(bench, reference):
+    import mlflow
+
+    rows = bench.samples(reference)
+    page = (bench.directory("reference") / "report.html").read_text()
+    assert "<h2>What it says</h2>" in page
+    assert html.escape(rows[3][0]["prompt"]) in page
+    client = mlflow.MlflowClient(f"sqlite:///{bench.root}/mlflow.db")
+    child = client.get_run(reference["steps"][1]["mlflow_run_id"])
+    parent = child.data.tags["mlflow.parentRunId"]
+    folders = [client.get_run(run_id).info.artifact_uri for run_id in (child.info.run_id, parent)]
+    found = [json.loads(mlflow.artifacts.load_text(f"{folder}/samples.json")) for folder in folders]
+    assert [row[3] for row in found[0]["data"]] == [sample["answer"] for sample in rows[2]]
+    assert found[1]["columns"] == ["task", "prompt", "0 base", "1 part", "2 word", "3 text", "reference"]
+    general = next(row for row in found[1]["data"] if row[0] is None)
+    assert general[2:6] == [row[0]["answer"] for row in rows]
+
+
 def test_the_adapter_gives_the_workers_logits_in_a_bare_process(bench, reference):
     step = bench.root / "runs" / "reference" / reference["steps"][-1]["directory"]
     code = (
@@ -129,6 +166,7 @@ def test_losses_and_scores_do_not_depend_on_stage_or_workers(bench, reference, n
             if score is not None:
                 bound = 0.01 if reference["metric"][task] == "nll" else 2 * (0.25 / 64) ** 0.5
                 assert abs(score - expected) <= bound
+    assert bench.samples(other)[0] == bench.samples(reference)[0]  # texts of the same base
     environment = bench.metrics(other, 0)["environment"]
     whole, held = environment["base_numbers"], environment["base_numbers_held"]
     assert held == whole if name == "alone" else held <= 0.51 * whole
@@ -153,6 +191,27 @@ def test_killed_driver_goes_on_from_the_last_finished_step(bench, reference):
     assert first.read_bytes() == before
     assert results["scores"] == reference["scores"]
     assert bench.adapter_bytes(results, 2) == bench.adapter_bytes(reference, 2)
+
+
+def test_prompts_added_later_are_answered_without_training(bench, reference):
+    shutil.copytree(bench.directory("reference"), bench.directory("asked"))
+    before, answered = [bench.metrics(reference, step) for step in range(3)], bench.samples(reference)
+    samples = {"prompts": ["This function returns", "The documentation"], "max_new_tokens": 8, "per_task": 2}
+    results = bench.run_warm(bench.config("asked", evaluation={"samples": samples}))
+    assert results["ran"] is True
+    assert results["scores"] == reference["scores"]
+    for step, old in enumerate(before):
+        new = bench.metrics(results, step)
+        assert {name: value for name, value in new.items() if name not in ("samples", "seconds", "finished")} == {
+            name: value for name, value in old.items() if name not in ("samples", "seconds", "finished")
+        }
+    for row, old, step in zip(bench.samples(results), answered, ("base", *reference["tasks"]), strict=True):
+        assert row[: len(old)] == old  # not asked again
+        alone = {sample["key"]: sample for sample in answered_alone(bench.directory("asked"), step)}
+        assert alone == {sample["key"]: sample for sample in row}
+        assert len(row) == 2 * len(old)
+    again = bench.run_warm(bench.config("asked", evaluation={"samples": samples}))
+    assert again["ran"] is False
 
 
 def test_a_corpus_added_later_costs_only_its_cells(bench, reference):

@@ -10,10 +10,12 @@ import torch
 
 from pipelines.config.loading import parse_config
 from pipelines.data.encoding import Encoder
+from pipelines.data.samples import parts_of, questions_of
 from pipelines.data.sets import evaluation_set
 from pipelines.data.sources import load_split, records
 from pipelines.distributed.world import World
 from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.samples import answer
 from tests.conftest import write_jsonl
 
 CPU = torch.device("cpu")
@@ -39,6 +41,7 @@ def config(shared, tmp_path_factory):
         "name": "x",
         "base_model": {"path": str(shared / "models" / "tiny-llama"), "dtype": "float32"},
         "training": {"max_length": 64},
+        "evaluation": {"samples": {"prompts": ["The capital of", "She said"], "per_task": 2, "max_new_tokens": 12}},
     }
     return parse_config(raw | {"tasks": [task | {"data": str(folder)} for task in tasks]})
 
@@ -61,7 +64,11 @@ def work(rank: int, size: int, port: int, config: dict, batch_tokens: int, targe
         result = evaluate(model, evaluation, World(rank, size, CPU, size > 1, group), batch_tokens, "task", "key")
         if result is not None:
             found[task.name] = {"cell": result[0].to_json(), "outcomes": result[1]}
+    questions = questions_of(config)
+    asked = parts_of(questions, tokenizer, config, 512)
+    samples = answer(model, questions, asked, World(rank, size, CPU, size > 1, group), batch_tokens)
     if rank == 0:
+        found["samples"] = [sample.to_json() for sample in samples]
         Path(target).write_text(json.dumps(found))
     if size > 1:
         torch.distributed.destroy_process_group()
@@ -94,10 +101,17 @@ def results(config, tmp_path_factory) -> dict:
     return found
 
 
-def test_scores_do_not_depend_on_workers_or_batch_size(results):
+def test_sample_answers_do_not_depend_on_workers_or_batch_size(results):
+    wanted = results[1, 8192]["samples"]
+    assert len(wanted) == 2 + 2 * 5
+    assert all(found["samples"] == wanted for found in results.values())
+
+
+def test_scores_do_not_depend_on_workers_or_batch_size(config, results):
     wanted = results[1, 8192]
     for found in results.values():
-        for name, result in found.items():
+        for name in (task.name for task in config.tasks):
+            result = found[name]
             cell, expected = result["cell"], wanted[name]["cell"]
             assert cell["count"] == expected["count"]
             assert cell["tokens"] == expected["tokens"]

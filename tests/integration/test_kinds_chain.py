@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from tests.bench import answered_alone
+
 
 @pytest.fixture(scope="module")
 def chain(bench) -> dict:
@@ -16,7 +18,8 @@ def chain(bench) -> dict:
         bench.raw["tasks"][2],
     ]
     tasks[1]["max_new_tokens"] = 4
-    changes = {"tasks": tasks, "deepspeed": "zero3", "evaluation": {"max_examples": 30}}
+    evaluation = {"max_examples": 30, "samples": {"prompts": ["This function returns"], "max_new_tokens": 6}}
+    changes = {"tasks": tasks, "deepspeed": "zero3", "evaluation": evaluation}
     training = bench.raw["training"] | {"max_steps": 4}
     return bench.run_warm(bench.config("kinds", **changes, training=training))
 
@@ -46,6 +49,14 @@ def test_predict_in_one_process_agrees_with_the_sharded_evaluation(bench, chain,
         assert [p["nll"] * p["tokens"] for p in found] == pytest.approx([o["nll"] for o in outcomes], rel=1e-4)
     else:
         assert [p["prediction"] for p in found] == [o["prediction"] for o in outcomes]
+
+
+@pytest.mark.parametrize("step", ["base", "write", "text"])
+def test_sharded_workers_say_what_one_process_says(bench, chain, step):
+    row = ["base", "part", "write", "choose", "text"].index(step)
+    found = bench.samples(chain)[row]
+    assert {sample["task"] for sample in found} == {None, "write", "choose", "text"} | ({"part"} if row else set())
+    assert found == answered_alone(bench.directory("kinds"), step)
 
 
 def bench_tasks(run) -> list[dict]:

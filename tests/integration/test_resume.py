@@ -70,6 +70,7 @@ def test_the_same_workers_end_with_the_same_bits_even_from_a_checkpoint_before_a
     assert bench.adapter_bytes(results, 0) == bench.adapter_bytes(calm, 0)
     assert curve(bench, results) == curve(bench, calm)
     assert results["scores"] == calm["scores"]
+    assert bench.samples(results)[1] == bench.samples(calm)[1]
 
 
 @pytest.mark.parametrize(
