@@ -53,6 +53,7 @@ def test_the_demo_on_it_runs_a_plain_and_a_protected_chain(bench, smollm2):
         "training.max_length": 48,
         "evaluation.max_examples": 4,
         "evaluation.max_retention_tokens": 256,
+        "evaluation.samples": "null",
         "resources.cpus_per_worker": SHARE,
         "tracking": "null",
         "tasks.1.max_new_tokens": 4,
