@@ -38,7 +38,8 @@ def forward(model, examples):
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
     for row, example in enumerate(examples):
         ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
-        labels[row, : len(example.input_ids)] = torch.tensor(example.labels)
+        if example.labels is not None:
+            labels[row, : len(example.input_ids)] = torch.tensor(example.labels)
         mask[row, : len(example.input_ids)] = 1
     output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
     each = cross_entropy(output.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none").sum(1)
