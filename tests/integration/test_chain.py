@@ -177,6 +177,7 @@ def test_one_segment_a_step_gives_the_same_bits(bench, reference):
     assert other["scores"] == reference["scores"]
     for step in range(3):
         assert bench.adapter_bytes(other, step) == bench.adapter_bytes(reference, step)
+    assert bench.samples(other) == bench.samples(reference)
 
 
 def test_killed_driver_goes_on_from_the_last_finished_step(bench, reference):
@@ -191,6 +192,7 @@ def test_killed_driver_goes_on_from_the_last_finished_step(bench, reference):
     assert first.read_bytes() == before
     assert results["scores"] == reference["scores"]
     assert bench.adapter_bytes(results, 2) == bench.adapter_bytes(reference, 2)
+    assert bench.samples(results) == bench.samples(reference)
 
 
 def test_prompts_added_later_are_answered_without_training(bench, reference):
