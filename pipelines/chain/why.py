@@ -27,7 +27,7 @@ class StepAhead:
     """What will happen to a step.
 
     Attributes:
-        state: done; scored (trained, some scores are missing); resumed (from a checkpoint); trained.
+        state: done; scored (trained, some scores or sample answers are missing); resumed (from a checkpoint); trained.
         why: one reason per entry; empty if the step is done.
     """
 
@@ -49,9 +49,11 @@ def steps_ahead(config: PipelineConfig, run: RunDirectory, plan: Plan) -> list[S
     """What a run would do with every step of its plan."""
     before = run.config() if run.exists("config.yaml") else None
     recorded = [metrics for name in run.list("steps") if (metrics := run.metrics(f"steps/{name}"))]
-    missing, found = plan.missing_cells(run), []
+    missing, unanswered, found = plan.missing_cells(run), plan.unanswered(run), []
     for step in plan.steps:
         state, why = DONE, tuple(f"no score on {name}" for name in missing.get(step.directory, ()))
+        if count := len(unanswered.get(step.directory, ())):
+            why += (f"{count} sample prompt{'s' if count > 1 else ''} without an answer",)
         if run.metrics(step.directory) is None:
             state, why = _state_of(run, step), tuple(_reasons(config, before, plan, step, recorded))
         elif why:

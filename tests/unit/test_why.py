@@ -84,3 +84,9 @@ def test_a_checkpoint_and_a_trained_step_are_seen(tmp_path):
     run.write_json(f"{second.checkpoints}/00000012.json", {})
     states = [step.state for step in steps_ahead(config, run, make_plan(config, run))]
     assert states == ["trained", "resumed", "trained"]
+
+
+def test_prompts_added_to_a_finished_chain_are_the_only_thing_to_do(tmp_path):
+    make_run(tmp_path)
+    asked = make_config(tmp_path, evaluation={"samples": {"prompts": ["Who are you?"], "per_task": 0}})
+    assert sentences(asked) == ["will be scored: 1 sample prompt without an answer"] * 3
