@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .active import Active, gathered_parts, transformed
 from .functional import HALF
-from .zero import gathered
+from .zero import gathered, peek
 
 
 class BaseAccess:
@@ -47,7 +47,7 @@ class BaseAccess:
         return isinstance(self.base_layer, BaseTunerLayer)
 
     def _bias(self) -> Tensor | None:
-        return getattr(self.get_base_layer(), "bias", None)
+        return peek(self.get_base_layer(), "bias")
 
     def rows_output(self, x: Tensor, y: Tensor, active: Active) -> Tensor:
         """z = R x (..., k) of an input x and the base layer's output y (..., m)."""
@@ -76,7 +76,7 @@ class BaseAccess:
         """R (k, n), kept or read from the base; None if the base is elsewhere."""
         if active.cores[0].row_weight is not None:
             return gathered_parts(active.cores, "row_weight")
-        weight = self.get_base_layer().weight
+        weight = peek(self.get_base_layer(), "weight")
         if hasattr(weight, "ds_id") or weight.is_meta != active.rows.is_meta:
             return None
         if self.fan_in_fan_out:

@@ -22,7 +22,7 @@ from .functional import HALF, cur_added, cur_linear, cur_residual
 from .merging import Merging, floating
 from .mixed import RowNames, add_rows, grouped
 from .rounding import check_factors
-from .zero import gathered
+from .zero import gathered, peek
 
 CHANGED = (
     "The base weight of an adapted layer has changed since its adapter was attached or loaded. The adapter's rows and "
@@ -230,7 +230,7 @@ class CurloraLayer(BaseAccess, Merging, BaseTunerLayer):
         On a CPU one element is read as well: writing through ``.data`` leaves no other trace. None where the base's
         own weight cannot be read now: partitioned by ZeRO-3, offloaded, or with an adapter of another type merged.
         """
-        weight = self.get_base_layer().weight
+        weight = peek(self.get_base_layer(), "weight")
         if hasattr(weight, "ds_id") or weight.is_meta or not core.ready or core.rows.is_meta:
             return None
         if self._nested() and self.base_layer.merged:

@@ -30,3 +30,9 @@ def set_master_copy(parameter: nn.Parameter, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param  # only under DeepSpeed: the import takes a second
 
         safe_set_full_fp32_param(parameter, value.float())
+
+
+def peek(module: nn.Module, name: str) -> Tensor | None:
+    """A tensor of a module as it is; reading the attribute in a forward pass would make ZeRO-3 gather it."""
+    found = module._parameters.get(name)  # no call of __getitem__, which DeepSpeed has replaced
+    return getattr(module, name, None) if found is None else found

@@ -90,7 +90,7 @@ def test_a_finished_step_without_its_adapter_is_found_and_redone_on_request(benc
     wanted = adapter.read_bytes()
     adapter.unlink()
     err = bench.command("run", str(config), code=2)
-    assert "adapter_model.safetensors is missing" in err
+    assert "adapter_model.safetensors: is missing" in err
     assert "--redo part" in err
     results = bench.run_warm(config, redo=["part"])
     assert adapter.read_bytes() == wanted
