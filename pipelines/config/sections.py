@@ -113,7 +113,7 @@ class TrainingConfig(Section):
     learning_rate: float = Field(
         3.0e-3,
         gt=0,
-        le=1.0e30,
+        le=100.0,
         description="Peak learning rate of the adapter. Default: 3e-3 for curlora, 2e-4 for lora.",
     )
     head_learning_rate: float = Field(

@@ -58,7 +58,7 @@ def through_the_worker(plan: Plan, result: Result, table: Table) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         chain = Chain.make(Path(scratch), plan, steps=20)
         training = chain.raw["training"]
-        faults = {"loss is not a number": {"training": training | {"learning_rate": 1e30}}}
+        faults = {"loss is not a number": {"training": training | {"learning_rate": 100.0, "weight_decay": 100.0}}}
         if GPU:
             long = save_text(chain.root / "long", {"train": BATCH, "test": 8}, words=WORDS)
             task = {"name": "long", "kind": "language-modeling", "data": str(long)}

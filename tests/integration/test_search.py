@@ -9,22 +9,28 @@ import pytest
 
 from tests.bench import wait_for
 
-STEPS = 18
+STEPS = 24
 TRIALS = 3
+DIVERGING = {"training.learning_rate": 100.0, "training.weight_decay": 100.0}
 
 
 @pytest.fixture(scope="module")
 def changes(bench) -> dict:
     """Two workers a trial: on two cores nothing is left for anything else to reserve."""
     return {
-        "training": bench.raw["training"] | {"max_steps": STEPS},
+        "training": bench.raw["training"] | {"max_steps": STEPS, "warmup_ratio": 0.0},
         "tracking": {"uri": f"sqlite:///{bench.root}/search.db", "experiment": "search"},
         # the bench's own has a test split only, on which no search may look
         "retention": [{"name": "other", "data": bench.raw["tasks"][2]["data"], "window": 48}],
         "search": {
             "when": "every",
-            "space": {"training.learning_rate": {"low": 1e-3, "high": 3e-2, "log": True}},
-            "start_with": [{"training.learning_rate": 1e-2}, {"training.learning_rate": 1e30}],
+            "space": {
+                "training.learning_rate": {"low": 1e-3, "high": 3e-2, "log": True},
+                "training.weight_decay": {"low": 0.0, "high": 0.1},
+            },
+            "start_with": [{"training.learning_rate": 1e-2, "training.weight_decay": 0.0}, DIVERGING],
+            "reduction": 2,
+            "rungs": 1,
             "trials": TRIALS,
             "objective": {"max_examples": 24, "max_retention_tokens": 500},
         },
@@ -69,7 +75,7 @@ def test_trials_that_had_ended_before_the_kill_are_not_repeated(searched, bench)
 
 def test_a_trial_that_diverges_is_recorded_and_ends_nothing(searched, bench):
     failed = [r for r in records(bench).values() if r["status"] == "failed"]
-    assert [r["values"]["training.learning_rate"] for r in failed] == [1e30] * 3
+    assert [r["values"] for r in failed] == [DIVERGING] * 3
     assert all("not finite" in r["error"] for r in failed)
 
 
@@ -79,8 +85,8 @@ def test_the_winner_is_taken_over_with_the_bits_of_a_run_configured_by_hand(sear
     events = [json.loads(path.read_text()) for path in (bench.directory("searched") / "events").glob("*.json")]
     assert sum(event["kind"] == "adopted" for event in events) == 3
     assert not any(event["kind"] == "step_started" for event in events)  # the chain itself trained nothing
-    rate = results["searches"][0]["values"]["training.learning_rate"]
-    plain = {"training": changes["training"] | {"learning_rate": rate}, "tasks": bench.raw["tasks"][:1]}
+    chosen = {name.split(".")[1]: value for name, value in results["searches"][0]["values"].items()}
+    plain = {"training": changes["training"] | chosen, "tasks": bench.raw["tasks"][:1]}
     # the search holds a tenth of train back where there is no validation split
     splits = json.loads(json.dumps(bench_splits(bench)))
     plain["tasks"] = [task | {"splits": splits[task["name"]]} for task in plain["tasks"]]

@@ -142,7 +142,7 @@ def test_a_pruned_trial_ends_at_its_rung_and_goes_on_from_there_to_the_same_bits
 
 
 def test_training_that_diverges_is_recorded_with_its_reason_and_the_workers_go_on(spec, group):
-    values = {"training.learning_rate": 1e30}
+    values = {"training.learning_rate": 100.0, "training.weight_decay": 100.0}
     trial = Trial(spec, 1, values, group)
     while not next_report(trial).get("done"):
         pass

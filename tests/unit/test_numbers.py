@@ -65,7 +65,7 @@ def problems(tmp_path, place: str, value) -> str:
     return found[0]
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan"), float("-inf"), 10**40, -(10**40), True, False])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), float("-inf"), 10**30, -(10**30), True, False])
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_no_number_of_its_range_is_refused_by_name(tmp_path, place, value):
     message = problems(tmp_path, place, value)
