@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Callable, Iterable
 
 from pipelines.data.files import format_of, reason_of
 from pipelines.errors import Problem
@@ -12,6 +13,7 @@ from pipelines.errors import Problem
 AT_MOST = 5  # damaged lines named per file
 LEVELS = 64  # of nesting in a row
 BOM = b"\xef\xbb\xbf"
+Fault = Callable[[bytes, bool], str | None]  # (line, whether it is the first) → what is wrong with it
 STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')  # whole strings, so that brackets in them do not count
 
 
@@ -27,15 +29,20 @@ def fatal_damage(path: str) -> list[Problem]:
     no objects nor values that are nested thousands of levels deep."""
     if format_of(path) not in (".jsonl", ".json"):
         return []
-    problems = []
     whole = format_of(path) == ".json" and _is_array(path)
     with open(path, "rb") as file:
-        for number, line in enumerate([file.read()] if whole else file, 1):
-            reason = _fatal_line(line.lstrip(BOM).strip(), whole)
-            if reason:
-                problems.append(Problem(f"{path}:{number}", f"{reason}; correct or delete the line"))
-                if len(problems) == AT_MOST:
-                    break
+        lines = [file.read()] if whole else file
+        return _bad_lines(path, lines, lambda line, _: _fatal_line(line.lstrip(BOM).strip(), whole), AT_MOST)
+
+
+def _bad_lines(path: str, lines: Iterable[bytes], fault: Fault, at_most: int) -> list[Problem]:
+    problems = []
+    for number, line in enumerate(lines, 1):
+        reason = fault(line, number == 1)
+        if reason:
+            problems.append(Problem(f"{path}:{number}", f"{reason}; correct or delete the line"))
+            if len(problems) == at_most:
+                break
     return problems
 
 
@@ -89,15 +96,8 @@ def _broken_encoding(path: str, at_most: int) -> list[Problem]:
 
 
 def _broken_json(path: str, at_most: int) -> list[Problem]:
-    problems = []
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            reason = _broken_json_line(line, first=number == 1)
-            if reason:
-                problems.append(Problem(f"{path}:{number}", f"{reason}; correct or delete the line"))
-                if len(problems) == at_most:
-                    break
-    return problems
+        return _bad_lines(path, file, _broken_json_line, at_most)
 
 
 def _broken_json_line(line: bytes, first: bool) -> str | None:

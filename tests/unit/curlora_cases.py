@@ -155,3 +155,13 @@ def tokens(seed: int = 0) -> Tensor:
 @torch.no_grad()
 def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
     return model(tokens() if ids is None else ids).logits
+
+
+def reseeded(model: nn.Module) -> nn.Module:
+    """The model with every U drawn from a fixed seed."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".curlora_core." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()

@@ -12,20 +12,12 @@ from sample_run import make_grown_run, make_run
 
 from pipelines.cli.app import main
 from pipelines.errors import ConfigError, RunDirectoryError
-from pipelines.lineage import store as mlflow_store
 from pipelines.lineage.ancestry import as_text, find, from_mlflow, from_run
 from pipelines.lineage.projection import project
 from pipelines.lineage.registry import describe, register
 from pipelines.reporting.ancestry_figure import draw_ancestry, write_ancestry
 from pipelines.reporting.page import write_report
 from pipelines.runs.directory import RunDirectory
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> str:
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-    mlflow_store.initialize(uri)
-    return uri
 
 
 @pytest.fixture(scope="module")

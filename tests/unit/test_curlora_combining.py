@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from curlora_cases import logits, randomise, tiny_llama, tokens
+from curlora_cases import logits, randomise, reseeded, tiny_llama, tokens
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -19,15 +19,6 @@ def pair(base=None, second=None, **config):
     model = get_peft_model(base or tiny_llama(), CurloraConfig(**config), adapter_name="one")
     model.add_adapter("two", CurloraConfig(**config | (second or {})))
     return reseeded(model)
-
-
-def reseeded(model):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".curlora_core." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model.eval()
 
 
 def deltas(model, adapter):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from curlora_cases import layer_of, one_layer, tiny_gpt2, tiny_llama, tokens
+from curlora_cases import layer_of, one_layer, reseeded, tiny_gpt2, tiny_llama, tokens
 from peft import PeftModel, get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -17,15 +17,6 @@ def several(base, count, **config):
     for i in range(1, count):
         model.add_adapter(f"a{i}", CurloraConfig(**{"r": 3} | config))
     return reseeded(model)
-
-
-def reseeded(model):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".curlora_core." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model.eval()
 
 
 @torch.no_grad()

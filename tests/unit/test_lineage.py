@@ -20,22 +20,7 @@ from pipelines.lineage.pages import own_address, pages
 from pipelines.lineage.projection import Projection, project
 
 
-@pytest.fixture(scope="session")
-def store(tmp_path_factory) -> str:
-    """One store for all tests: the first migration of a sqlite file takes seconds."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-    mlflow_store.initialize(uri)
-    return uri
-
-
-@pytest.fixture(scope="session")
-def client(store):
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=store)
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chain(tmp_path_factory, store):
     """A finished chain of three steps and its MLflow runs."""
     run = make_run(tmp_path_factory.mktemp("chain"))

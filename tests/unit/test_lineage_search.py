@@ -6,18 +6,10 @@ import pytest
 from sample_run import START, make_run
 
 from pipelines.lineage.projection import project
-from pipelines.lineage.store import initialize
 from pipelines.runs.results import SearchSummary
 from tests.unit.sample_records import step_record, training
 
 FOLDER = "search/1-mrpc-0a1b2c3d"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> str:
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-    initialize(uri)
-    return uri
 
 
 def trial(number: int, status: str, **fields) -> dict:

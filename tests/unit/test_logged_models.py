@@ -10,7 +10,6 @@ from sample_run import make_run
 
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.tasks import TASKS
-from pipelines.lineage import store as mlflow_store
 from pipelines.lineage.logged_models import example, signature
 from pipelines.lineage.projection import Projection
 from tests.conftest import minimal
@@ -67,20 +66,6 @@ def test_signature_takes_the_rows_of_every_task_whichever_was_learned_last(names
     for name in names:
         row = KINDS[name][1]
         assert loaded.predict(pd.DataFrame([row])).to_dict("records") == [row]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> str:
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-    mlflow_store.initialize(uri)
-    return uri
-
-
-@pytest.fixture(scope="module")
-def client(store):
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=store)
 
 
 def test_chain_of_a_classification_and_a_chat_is_complete_in_mlflow(store, client, tmp_path):

@@ -13,26 +13,11 @@ from sample_run import make_run
 from pipelines.cli.app import main
 from pipelines.errors import LineageError
 from pipelines.lineage import registry
-from pipelines.lineage import store as mlflow_store
 from pipelines.promotion.promotion import Refused, decide, promote_run, restore
 from pipelines.promotion.publish import sync
 from pipelines.runs.directory import RunDirectory
 
 TASKS = ("mrpc", "sst2")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> str:
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-    mlflow_store.initialize(uri)
-    return uri
-
-
-@pytest.fixture(scope="module")
-def client(store):
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=store)
 
 
 @pytest.fixture

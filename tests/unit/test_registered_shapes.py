@@ -8,7 +8,6 @@ from sample_run import make_grown_run, make_run
 
 from pipelines.cli.app import main
 from pipelines.lineage import registry
-from pipelines.lineage import store as mlflow_store
 from pipelines.lineage.ancestry import from_mlflow, from_run
 from pipelines.lineage.projection import project
 from pipelines.promotion.promotion import promote_run, restore
@@ -27,13 +26,6 @@ SHAPES = {
     "text": {"tasks": ("biomed", "code"), "retention": ()},
     "mixed": {"tasks": ("tickets", "chat"), "retention": ()},
 }
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> str:
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-    mlflow_store.initialize(uri)
-    return uri
 
 
 def options(store: str, model: str) -> dict:

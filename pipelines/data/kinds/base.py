@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -75,7 +76,7 @@ class Summary:
     extras: dict[str, float] = field(default_factory=dict)
 
 
-class Kind:
+class Kind(ABC):
     """One kind of task; subclasses override what they need. Stateless: the task is an argument.
 
     Attributes:
@@ -88,9 +89,9 @@ class Kind:
 
     # -- rows
 
+    @abstractmethod
     def inputs(self, task) -> list[str]:
         """Columns that the model sees."""
-        raise NotImplementedError
 
     def answers(self, task) -> list[str]:
         """Columns with the expected answer."""
@@ -141,11 +142,11 @@ class Kind:
         Args:
             rows: batches of rows as columns.
         """
-        raise NotImplementedError
+        raise TypeError(f"nothing trains on {self.name}")
 
+    @abstractmethod
     def items(self, task, rows: Iterable[Mapping[str, list]], encoder: Encoder) -> Iterator[Encoded]:
         """Sequences to score, made from the inputs alone: the same in an evaluation and in `predict`."""
-        raise NotImplementedError
 
     def targets(self, task, rows: datasets.Dataset, encoder: Encoder) -> dict[str, Any]:
         """Fields of `EvaluationSet` with the expected answers."""
@@ -157,21 +158,21 @@ class Kind:
 
     # -- scores
 
+    @abstractmethod
     def predictions(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> list[dict]:
         """The answer of the model per example, in order; needs no expected answers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outcomes(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> list[dict]:
         """`predictions` compared with the expected answers: `{"id", …, "correct" | "score" | "nll"}` per example."""
-        raise NotImplementedError
 
     def loss(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> float | None:
         """Mean cross-entropy of the correct class in nats, which is finer than the score; None without classes."""
         return None
 
+    @abstractmethod
     def summary(self, evaluation: EvaluationSet, outcomes: Sequence[dict]) -> Summary:
         """The numbers of a score cell from its outcomes."""
-        raise NotImplementedError
 
 
 def text_problems(column: str, value: Any, empty: bool = True) -> Iterator[str]:

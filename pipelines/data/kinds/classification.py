@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -133,8 +134,9 @@ class _Classification(Kind):
     def settings(self, task: ClassificationTask, encoder: Encoder) -> dict[str, Any]:
         return {"class_names": label_set(task).names}
 
+    @abstractmethod
     def predicted(self, scored: Sequence[Scored]) -> list[int]:
-        raise NotImplementedError
+        """Index of the chosen class per example."""
 
     def predictions(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> list[dict]:
         chosen = self.predicted(scored)
