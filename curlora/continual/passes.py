@@ -41,7 +41,9 @@ def hidden_with(model: nn.Module, weights: Mapping[str, Tensor], examples: Seque
         for start in example.breaks:
             positions[row, start:] = torch.arange(mask.shape[1] - start)
     knows = inspect.signature(model.get_base_model().forward).parameters
-    options = {"logits_to_keep": 1} if "logits_to_keep" in knows else {}
+    # as a tensor: behind an int, Transformers slices, and on a CPU the output layer then copies its weight per row
+    last = torch.tensor([mask.shape[1] - 1], device=mask.device)
+    options = {"logits_to_keep": last} if "logits_to_keep" in knows else {}
     packed = any(example.breaks for example in examples)
     seen = {"position_ids": positions} if packed else {"attention_mask": mask}
     return run_with(model, weights, input_ids=ids, output_hidden_states=True, **seen, **options).hidden_states[-1]

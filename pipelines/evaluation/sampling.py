@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pipelines.distributed.world import World
-from pipelines.models.losses import cache_argument, keep_logits
+from pipelines.models.losses import cache_argument, keep_last
 
 BATCH = 32  # sequences per forward pass
 
@@ -65,7 +65,7 @@ def _sample(model, rows: int, length: int, start: int, seed, device, forbidden) 
     for _ in range(length - 1):
         seen = tokens if cache_name else torch.cat(columns, 1)
         carried = {cache_name: cache} if cache_name else {}
-        output = model(input_ids=seen, use_cache=bool(cache_name), **carried, **keep_logits(model, 1))
+        output = model(input_ids=seen, use_cache=bool(cache_name), **carried, **keep_last(model, seen))
         cache = getattr(output, cache_name) if cache_name else None
         logits = output.logits[:, -1].float().cpu()
         logits[:, list(forbidden)] = -torch.inf

@@ -16,7 +16,7 @@ from pipelines.models.heads import get_head
 from pipelines.models.losses import (
     CACHE_ARGUMENTS,
     cache_argument,
-    keep_logits,
+    keep_last,
     last_hidden,
     next_token_losses,
     position_ids,
@@ -31,7 +31,7 @@ KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
 def by_head(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded], world: World) -> list[Scored]:
     """The class that the task's head predicts for each sequence."""
     padded = pad([item.input_ids for item in batch], world.device)
-    hidden, _ = last_hidden(model, input_ids=padded.ids, attention_mask=padded.mask, **keep_logits(model, 1))
+    hidden, _ = last_hidden(model, input_ids=padded.ids, attention_mask=padded.mask, **keep_last(model, padded.ids))
     features = last_token_features(hidden, padded.mask)
     head = get_head(model, evaluation.name)
     scores = head(features.to(head.weight.dtype)).float()
@@ -64,7 +64,7 @@ def by_choice(model: nn.Module, evaluation: EvaluationSet, batch: list[Encoded],
         attention_mask=prompts.mask,
         use_cache=True,
         **position_ids(model, prompts.positions),
-        **keep_logits(model, 1),
+        **keep_last(model, prompts.ids),
     )
     cache = getattr(seen, cache_name)
     if not all(type(layer) in KEYS_AND_VALUES for layer in getattr(cache, "layers", [None])):
@@ -129,7 +129,7 @@ def greedy(model: nn.Module, padded: Padded, limit: int, stops: Sequence[int], w
             use_cache=True,
             **{cache_name: cache},
             **position_ids(model, positions),
-            **keep_logits(model, 1),
+            **keep_last(model, tokens),
         )
         cache = getattr(output, cache_name)
         tokens = output.logits[:, -1:].argmax(-1)
