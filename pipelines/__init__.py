@@ -3,5 +3,5 @@
 Packages import only what stands left of them (`tests/unit/test_imports.py` enforces it):
 
     errors, metrics < config < distributed, runs < data < models < preflight, bases, lineage, evaluation, training
-            < reporting < workers, promotion, inference < search < chain < comparison < cli         (demo: errors only)
+            < reporting < workers, promotion, inference < search, serve < chain < comparison < cli  (demo: errors only)
 """

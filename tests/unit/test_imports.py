@@ -15,7 +15,7 @@ FLOORS = (
     ("preflight", "bases", "demo", "lineage", "evaluation", "training"),
     ("reporting",),
     ("workers", "promotion", "inference"),
-    ("search",),
+    ("search", "serve"),
     ("chain",),
     ("comparison",),
     ("cli",),
