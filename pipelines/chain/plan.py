@@ -12,7 +12,7 @@ from pipelines.data.held_out import training_view
 from pipelines.data.identity import data_identity, score_identity
 from pipelines.data.samples import questions_of
 from pipelines.errors import ConfigError, Problem
-from pipelines.preflight.data import check_trial_data
+from pipelines.preflight.data import check_trial_data, tokenizer_of_chats
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan, base_fingerprint, fingerprint, step_fingerprint
 from pipelines.runs.samples import Question
@@ -109,7 +109,8 @@ def make_plan(
     """
     base = base_fingerprint(config.base_model)
     start = find_start(config, run)
-    identities = {task.name: data_identity(task) for task in config.tasks}
+    tokenizer = tokenizer_of_chats(config)
+    identities = {task.name: data_identity(task, tokenizer) for task in config.tasks}
     earlier = tuple(name for name in identities if start and start.knows(name, identities[name]["digest"]))
     new = [name for name in identities if name not in earlier]
     if not new:

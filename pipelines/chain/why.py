@@ -13,6 +13,7 @@ from typing import Any
 
 from pipelines.chain.plan import Plan
 from pipelines.config.pipeline import PipelineConfig
+from pipelines.config.tasks import TaskSource
 from pipelines.data.identity import data_identity
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
@@ -100,7 +101,11 @@ def _differences(
         if (digest := data_identity(task)["digest"]) != data.train.digest:
             yield f"the training data of {name} has changed (digest {data.train.digest[:8]} → {digest[:8]})"
         if name in known:
-            yield from _changes(known[name].training_identity(), task.training_identity(), f"{name}.")
+            yield from _changes(_trained_by(known[name]), _trained_by(task), f"{name}.")
+
+
+def _trained_by(task: TaskSource) -> dict:
+    return task.training_identity() | task.model_dump(include={"learn"})
 
 
 def _other_parent(

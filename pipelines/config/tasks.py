@@ -100,13 +100,13 @@ class LanguageModelingTask(TaskSource):
         return "nll"
 
 
-def _without_default_chat(identity: dict) -> dict:
-    """An identity as it was before there was the field `chat`, where it is not set."""
-    return identity if identity["chat"] else {name: value for name, value in identity.items() if name != "chat"}
+# fields of a chat and their defaults: a task that leaves them as they are has the identity of a time without them
+CHAT_DEFAULTS = {"chat": False, "format": None, "tools": None, "fold_system": False}
+ALPACA = ("instruction", "input", "output")  # columns; input may be empty
 
 
 class GenerationTask(TaskSource):
-    """An answer written after a prompt: two templates, or a field with chat messages whose last one is the answer."""
+    """An answer written after a prompt: two templates, or a chat, where the answers are the assistant's messages."""
 
     kind: Literal["generation"] = Field(description="Kind of the task.")
     prompt: str | None = Field(None, description="Template of the prompt with {field} names; null: messages is used.")
@@ -123,6 +123,22 @@ class GenerationTask(TaskSource):
         description="Make prompt the user's message and completion the assistant's answer, in the tokenizer's chat "
         "template.",
     )
+    format: Literal["sharegpt", "alpaca"] | None = Field(
+        None,
+        description="sharegpt: the field messages (default: conversations) holds [{from, value}, …]; alpaca: a chat "
+        "of the fields instruction, input and output; null: the OpenAI form [{role, content}, …].",
+    )
+    learn: Literal["all", "last"] = Field(
+        "all", description="Which of the assistant's messages in a chat have a loss: all of them, or the last one."
+    )
+    tools: str | None = Field(
+        None,
+        description="Field with the tools that a chat may call, a list of JSON schemas or its JSON text; null: none.",
+    )
+    fold_system: bool = Field(
+        False,
+        description="Put the system message before the first user's, for chat templates that refuse system messages.",
+    )
     max_new_tokens: int = Field(32, gt=0, le=2**21, description="Longest answer in an evaluation, in tokens.")
     metric: Literal[tuple(GENERATION_METRICS)] = Field(
         "rouge_l", description="Score of an answer against the reference, from 0 to 1."
@@ -133,11 +149,22 @@ class GenerationTask(TaskSource):
     def _is_template(cls, value: str | None) -> str | None:
         return check_template(value)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _where_sharegpt_keeps_its_chats(cls, raw):
+        if isinstance(raw, dict) and raw.get("format") == "sharegpt" and raw.get("messages") is None:
+            return raw | {"messages": "conversations"}
+        return raw
+
     @model_validator(mode="after")
     def _one_form(self):
-        if (self.messages is None) == (self.prompt is None and self.completion is None):
+        templates = self.prompt is not None or self.completion is not None
+        if self.format == "alpaca":
+            if templates or self.messages or self.chat:
+                raise ValueError(f"format: alpaca is a chat of {', '.join(ALPACA)}; remove prompt, messages and chat")
+        elif (self.messages is None) == (not templates):
             raise ValueError("give either prompt and completion, or messages (the name of a field with a chat)")
-        if self.messages is None and not (self.prompt and self.completion):
+        elif self.messages is None and not (self.prompt and self.completion):
             raise ValueError(
                 'prompt and completion belong together, e.g. prompt: "Q: {question}\\nA:", completion: "{answer}"'
             )
@@ -145,11 +172,32 @@ class GenerationTask(TaskSource):
             raise ValueError("chat belongs to prompt and completion, messages are a chat already; remove chat")
         return self
 
+    @model_validator(mode="after")
+    def _settings_of_chats(self):
+        if self.messages is None:
+            for name, value in (("learn", self.learn == "last"), ("fold_system", self.fold_system)):
+                if value:
+                    raise ValueError(f"{name} belongs to messages, which this task does not have; remove {name}")
+        if self.tools and not self.is_chat:
+            raise ValueError("tools are shown by the chat template; add chat: true, or put them into prompt")
+        return self
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether rows are rendered by the chat template."""
+        return bool(self.messages or self.chat or self.format)
+
     def training_identity(self) -> dict:
-        return _without_default_chat(super().training_identity())
+        """Without `learn`: data/identity.py adds it where it changes what is learned."""
+        return _without_chat_defaults(super().training_identity())
 
     def scoring_identity(self) -> dict:
-        return _without_default_chat(super().scoring_identity())
+        return _without_chat_defaults(super().scoring_identity())
+
+
+def _without_chat_defaults(identity: dict) -> dict:
+    known = {name: value for name, value in identity.items() if name != "learn"}
+    return {name: value for name, value in known.items() if name not in CHAT_DEFAULTS or value != CHAT_DEFAULTS[name]}
 
 
 class MultipleChoiceTask(TaskSource):

@@ -32,6 +32,8 @@ class Encoded:
         start: position of the first token with a loss; the prompt before it is context.
         choice: index of the class or choice, else -1.
         breaks: positions > 0 at which another document begins; attention does not cross them.
+        gaps: begin and end of each run of tokens after `start` without a loss, one after the other.
+        cut: tokens that `max_length` left out.
     """
 
     example: int
@@ -39,6 +41,8 @@ class Encoded:
     start: int = 0
     choice: int = -1
     breaks: tuple[int, ...] = ()
+    gaps: tuple[int, ...] = ()
+    cut: int = 0
 
 
 class Encoder:
@@ -72,8 +76,11 @@ class Encoder:
         return [ids or [self.end] for ids in encoded]
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of prompts: with the tokenizer's bos, without its eos, not truncated."""
-        return [[*self.prefix, *ids] for ids in self.bare(texts)]
+        """Token ids of prompts: with the tokenizer's bos, once, without its eos, not truncated."""
+        return [ids if self._begun(ids) else [*self.prefix, *ids] for ids in self.bare(texts)]
+
+    def _begun(self, ids: Sequence[int]) -> bool:
+        return tuple(ids[: len(self.prefix)]) == self.prefix
 
     def cut(self, prompt: Sequence[int], room: int) -> list[int]:
         """Truncate a prompt to `room` tokens (at least one), keeping bos and the end, which holds the question."""

@@ -63,6 +63,8 @@ def _example(task: TaskSource, encoded: Encoded) -> Example:
     if kind_of(task).scorer == "head":
         return Example(task.name, ids, target=encoded.choice)
     labels = [IGNORE] * encoded.start + list(ids[encoded.start :])
+    for begin, end in zip(encoded.gaps[::2], encoded.gaps[1::2], strict=True):
+        labels[begin:end] = [IGNORE] * (end - begin)
     for position in encoded.breaks:
         labels[position] = IGNORE  # the first token of a document does not follow from the previous one
     return Example(task.name, ids, labels=tuple(labels), breaks=encoded.breaks)

@@ -13,8 +13,9 @@ import numpy as np
 from pipelines.data.encoding import Encoded, Encoder, tokenizer_fingerprint
 from pipelines.data.node_cache import cache_folder, node_lock, published
 
-FORMAT = 1  # of the cached files; another number invalidates them
+FORMAT = 2  # of the cached files; another number invalidates them
 WRITE_ROWS = 1000  # sequences per record batch
+WHOLE, TOKENS = ("example", "start", "choice", "cut"), ("input_ids", "breaks", "gaps")  # columns by type
 
 
 class Sequences(Sequence):
@@ -37,9 +38,9 @@ class Sequences(Sequence):
             raise IndexError(f"sequence {index} of {len(self)}")
         part = int(np.searchsorted(self.ends, index, side="right"))
         batch, row = self.file.get_batch(part), index - (int(self.ends[part - 1]) if part else 0)
-        example, start, choice = (int(batch.column(name)[row].as_py()) for name in ("example", "start", "choice"))
-        ids, breaks = (batch.column(name)[row].values for name in ("input_ids", "breaks"))
-        return Encoded(example, ids.to_numpy(), start, choice, tuple(breaks.to_pylist()))
+        example, start, choice, cut = (int(batch.column(name)[row].as_py()) for name in WHOLE)
+        ids, breaks, gaps = (batch.column(name)[row].values for name in TOKENS)
+        return Encoded(example, ids.to_numpy(), start, choice, tuple(breaks.to_pylist()), tuple(gaps.to_pylist()), cut)
 
     @property
     def last_example(self) -> int:
@@ -66,8 +67,7 @@ def cached_sequences(identity: dict, encoder: Encoder, make: Callable[[], Iterab
 def _write(sequences: Iterable[Encoded], path: Path) -> None:
     import pyarrow  # slow
 
-    whole, tokens = pyarrow.int64(), pyarrow.list_(pyarrow.int32())
-    types = {"example": whole, "input_ids": tokens, "start": whole, "choice": whole, "breaks": tokens}
+    types = dict.fromkeys(WHOLE, pyarrow.int64()) | dict.fromkeys(TOKENS, pyarrow.list_(pyarrow.int32()))
     schema, source = pyarrow.schema(list(types.items())), iter(sequences)
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, schema) as writer:
         while part := list(itertools.islice(source, WRITE_ROWS)):

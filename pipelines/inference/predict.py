@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.config.pipeline import PipelineConfig
-from pipelines.config.tasks import TaskSource
+from pipelines.config.tasks import GenerationTask, TaskSource
 from pipelines.data.kinds import kind_of
+from pipelines.data.kinds.chats import asked_row
 from pipelines.data.sets import prediction_set
 from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, Problem, RunDirectoryError, did_you_mean
@@ -137,8 +138,8 @@ def rows_of_texts(run: RunDirectory, task: str, texts: Sequence[str]) -> list[di
         ConfigError: the number of texts is not a multiple of the columns, or a column is not plain text.
     """
     source, columns = _task(run.config(), task), input_columns(run, task)
-    if getattr(source, "messages", None):
-        return [{source.messages: [{"role": "user", "content": text}]} for text in texts]
+    if isinstance(source, GenerationTask) and (source.messages or source.format):
+        return [asked_row(source, text) for text in texts]
     if isinstance(getattr(source, "choices", None), str):
         remedy = f"give rows with {', '.join(columns)} by --file"
         raise ConfigError([Problem("--text", f"'{source.choices}' is a list of choices; {remedy}")])

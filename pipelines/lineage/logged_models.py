@@ -19,6 +19,7 @@ from typing import Any
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.tasks import ClassificationTask, GenerationTask, MultipleChoiceTask, TaskSource
 from pipelines.data.kinds import kind_of
+from pipelines.data.kinds.chats import asked_row
 from pipelines.lineage.mlflow_records import PREFIX, TAG_LENGTH, flatten, tag_filter
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.environment import versions
@@ -286,12 +287,14 @@ def _common(types: Sequence):
 
 
 def _type_of(task: TaskSource, column: str):
-    """The column's type: text, except for chat messages (a list of mappings) and lists of choices."""
+    """The column's type: text, except for chat messages (a list of mappings), tools and lists of choices."""
     from mlflow.types import DataType  # slow
     from mlflow.types.schema import AnyType, Array, Map
 
     if isinstance(task, GenerationTask) and column == task.messages:
         return Array(Map(AnyType()))  # an Object would refuse fields besides role and content
+    if isinstance(task, GenerationTask) and column == task.tools:
+        return AnyType()  # a list of schemas, its JSON text, or nothing
     if isinstance(task, MultipleChoiceTask) and column == task.choices:
         return Array(DataType.string)
     return DataType.string
@@ -325,7 +328,9 @@ def example(task: TaskSource):
     for column in kind_of(task).inputs(task):
         row[column] = f"This stands where the {column} goes."
         if isinstance(task, GenerationTask) and column == task.messages:
-            row[column] = [{"role": "user", "content": "What is asked stands here."}]
+            row |= {column: asked_row(task, "What is asked stands here.")[column]}
+        if isinstance(task, GenerationTask) and column == task.tools:
+            row[column] = "[]"
         if isinstance(task, MultipleChoiceTask) and column == task.choices:
             row[column] = ["The first choice.", "The second choice."]
     return pd.DataFrame([row])

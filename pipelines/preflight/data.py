@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.config.pipeline import PipelineConfig
+from pipelines.config.sections import BaseModelConfig
 from pipelines.config.tasks import RetentionCorpus, Source, TaskSource
 from pipelines.data.damage import silent_damage
 from pipelines.data.encoding import Encoder
@@ -47,7 +48,7 @@ def check_data(config: PipelineConfig, warn: Warn = lambda text: None) -> list[P
     Args:
         warn: called with every finding that does not prevent a run.
     """
-    tokenizer, context = _tokenizer(config), _context(config)
+    tokenizer, context = _tokenizer(config.base_model), _context(config)
     problems: list[Problem] = []
     for section in ("tasks", "retention"):
         for number, source in enumerate(getattr(config, section)):
@@ -64,12 +65,18 @@ def check_data(config: PipelineConfig, warn: Warn = lambda text: None) -> list[P
     return [*problems, *sample_problems(config, tokenizer, context)]
 
 
-def _tokenizer(config: PipelineConfig):
+def tokenizer_of_chats(config: PipelineConfig):
+    """The base's tokenizer if a task has chats, which its template renders; else None."""
+    chats = any(getattr(task, "is_chat", False) for task in config.tasks)
+    return _tokenizer(config.base_model) if chats else None
+
+
+def _tokenizer(base: BaseModelConfig):
     """The base's tokenizer; None if it cannot be loaded, which the checks of the model report."""
     import transformers  # slow
 
     try:
-        base = described(config.base_model)
+        base = described(base)
         return transformers.AutoTokenizer.from_pretrained(
             base.path, revision=base.revision, trust_remote_code=base.trust_remote_code
         )
@@ -161,6 +168,8 @@ class _Check:
             if len(self.found) == before:
                 if split == "train":
                     self.train_is_readable, self.class_names = True, self.kind.classes(self.source)
+                    for hint in self.kind.unused_columns(self.source, names):
+                        self.warn(f"{self.source.name}/{split}: {hint}")
                 self._rows(split, rows, wanted)
         except DataError as error:
             for problem in error.problems:
@@ -173,7 +182,7 @@ class _Check:
         read, classes, empty = self._reader(), Counter(), 0
         bad: dict[str, BadRows] = {}  # kind of problem → the rows that have it
         for number, row in enumerate(records(rows, columns)):
-            reasons = list(self._row(row, read, classes))
+            reasons = list(self._row(split, row, read, classes))
             empty += not reasons and not self.kind.text(self.source, row).strip()
             for reason in reasons:
                 kind = VALUE.sub(lambda value: value[0] if value[0][1:-1] in columns else "…", reason)
@@ -187,7 +196,7 @@ class _Check:
         """Reads labels; None where there are none, or where those of train could not be read."""
         return self.kind.reader(self.source) if _has_label(self.source) and self.train_is_readable else None
 
-    def _row(self, row: dict, read, classes: Counter) -> Iterator[str]:
+    def _row(self, split: str, row: dict, read, classes: Counter) -> Iterator[str]:
         reasons = list(self.kind.row_problems(self.source, row))
         yield from reasons
         if read is not None and (self.class_names or not reasons):  # the choices of an invalid row cannot be read
@@ -198,6 +207,7 @@ class _Check:
             else:
                 classes[label] += 1
         if not reasons and self.encoder is not None:
+            yield from self.kind.rendering_problems(self.source, row, self.encoder, split == "train")
             yield from self._vanishing(row)
 
     def _unknown_label(self, value: Any) -> str:

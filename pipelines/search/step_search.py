@@ -9,6 +9,7 @@ from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.search_space import with_values
 from pipelines.data.held_out import trial_view
 from pipelines.data.identity import data_identity, score_identity
+from pipelines.preflight.data import tokenizer_of_chats
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan, fingerprint, step_fingerprint
 from pipelines.runs.results import SearchSummary
@@ -76,7 +77,8 @@ def search_of_step(config: PipelineConfig, position: int, parent: str, base: str
     names = (*new, *(t.name for t in earlier if t.name not in new), *(c.name for c in trial_config.retention))
     sources = {source.name: source for source in [*trial_config.tasks, *trial_config.retention]}
     keys = {name: fingerprint(score_identity(sources[name], trial_config)) for name in names}
-    identities = [data_identity(config.task(name)) for name in new]
+    tokenizer = tokenizer_of_chats(config)
+    identities = [data_identity(config.task(name), tokenizer) for name in new]
     return StepSearch(config, position, new, parent, base, trial_config, names, keys, identities)
 
 

@@ -70,14 +70,16 @@ def test_only_the_completion_and_its_end_are_learned(config_of, tokenizer):
         assert tokenizer.decode(example.input_ids) == f"Q: {row['question']}\nA: {row['answer']}</s>"
 
 
-def test_chat_is_put_into_words_by_the_tokenizers_template(config_of, tokenizer, monkeypatch):
+@pytest.mark.parametrize(("learn", "learned"), [("all", "good</s>dull</s>"), ("last", "dull</s>")])
+def test_chat_is_put_into_words_by_the_tokenizers_template(config_of, tokenizer, monkeypatch, learn, learned):
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     turns = [("user", "the film"), ("assistant", "good"), ("user", "the plot"), ("assistant", "dull")]
     rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
-    examples, evaluation = sets(config_of(rows, kind="generation", messages="messages", max_new_tokens=4), tokenizer)
+    task = {"kind": "generation", "messages": "messages", "learn": learn, "max_new_tokens": 4}
+    examples, evaluation = sets(config_of(rows, **task), tokenizer)
     whole = tokenizer.apply_chat_template(rows[0]["messages"], tokenize=False)
     assert tokenizer.decode(examples[0].input_ids) == whole
-    assert tokenizer.decode([label for label in examples[0].labels if label != IGNORE]) == "dull</s>"
+    assert tokenizer.decode([label for label in examples[0].labels if label != IGNORE]) == learned
     assert tokenizer.decode(evaluation.items[0].input_ids) == whole.removesuffix("dull</s>")
     assert evaluation.references == ("dull",)
     assert tokenizer.eos_token_id in evaluation.stops

@@ -110,6 +110,14 @@ class Kind(ABC):
         """Problems of one row of train or test, apart from its class."""
         return self.input_problems(task, row)
 
+    def rendering_problems(self, task, row: Row, encoder: Encoder, training: bool) -> Iterator[str]:
+        """Problems of what becomes of a row without other problems, e.g. by a chat template."""
+        yield from ()
+
+    def unused_columns(self, task, columns: Sequence[str]) -> Iterator[str]:
+        """Hints about columns of the data that the task leaves unused, but probably should not."""
+        yield from ()
+
     def task_problems(self, task, encoder: Encoder | None) -> Iterator[str]:
         """Problems of the task itself, given its data and, if available, its tokenizer."""
         yield from ()

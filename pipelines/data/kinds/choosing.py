@@ -19,14 +19,15 @@ def prompted(template: str, rows: Iterable[Mapping[str, list]], encoder: Encoder
 def continued(number: int, prompt: list[int], answer: Sequence[int], encoder: Encoder, choice: int = -1) -> Encoded:
     """Prompt and answer in `max_length` tokens; only the prompt is truncated."""
     kept = encoder.cut(prompt, encoder.max_length - len(answer))
-    return Encoded(number, [*kept, *answer], start=len(kept), choice=choice)
+    return Encoded(number, [*kept, *answer], start=len(kept), choice=choice, cut=max(0, len(prompt) - len(kept)))
 
 
 def alternatives(number: int, prompt: list[int], answers: Sequence[Sequence[int]], encoder: Encoder):
     """One sequence per answer, all with the same truncated prompt."""
     kept = encoder.cut(prompt, encoder.max_length - max(map(len, answers)))
     for choice, answer in enumerate(answers):
-        yield Encoded(number, [*kept, *answer], start=len(kept), choice=choice)
+        lost = max(0, len(prompt) - len(kept))
+        yield Encoded(number, [*kept, *answer], start=len(kept), choice=choice, cut=lost)
 
 
 def likeliest(scored: Sequence[Scored], divisor: Callable[[Scored], float] = lambda entry: 1.0) -> list[int]:

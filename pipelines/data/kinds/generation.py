@@ -1,28 +1,22 @@
-"""Generation: an answer written after a prompt, compared with a reference. The loss is on the answer alone.
+"""Generation: an answer written after a prompt, compared with a reference. The loss is on answers alone.
 
-A row looks like `{"question": "…", "answer": "…"}` for the templates `prompt` and `completion`, or like
-`{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}`, rendered by the tokenizer's
-chat template; the last message is the answer. `chat: true` renders prompt and completion by it as well.
+A row looks like `{"question": "…", "answer": "…"}` for the templates `prompt` and `completion`, or holds a chat
+(chats.py) that the tokenizer's chat template renders (chat_template.py). `chat: true` renders prompt and completion by
+it as well. Of a chat, the last message is the answer that is scored; in training, earlier ones are learned as well
+(`learn: all`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipelines.config.tasks import GenerationTask, template_fields
+from pipelines.config.tasks import ALPACA, GenerationTask, template_fields
 from pipelines.data.encoding import Encoded, Encoder, fill
-from pipelines.data.kinds.base import (
-    EvaluationSet,
-    Kind,
-    Row,
-    Scored,
-    Summary,
-    rows_of,
-    short,
-    template_problems,
-    text_problems,
-)
+from pipelines.data.kinds.base import EvaluationSet, Kind, Row, Scored, Summary, rows_of
+from pipelines.data.kinds.chat_template import Tokens, template_of
+from pipelines.data.kinds.chats import answer_problems, asked_of, chat_of, chat_problems, shown, tools_of
 from pipelines.data.sources import records
 from pipelines.metrics import answers as metrics_answers
 from pipelines.metrics import score_matrix
@@ -30,65 +24,70 @@ from pipelines.metrics import score_matrix
 if TYPE_CHECKING:
     import datasets
 
-ROLES = ("system", "user", "assistant", "tool")
-
-PROBE_CHAT = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
-
 
 class Generation(Kind):
     name = "generation"
     scorer = "greedy"
 
     def inputs(self, task: GenerationTask) -> list[str]:
-        return [task.messages] if task.messages else template_fields(task.prompt)
+        if task.messages:
+            asked = [task.messages]
+        else:
+            asked = list(ALPACA[:2]) if task.format else template_fields(task.prompt)
+        return list(dict.fromkeys([*asked, *([task.tools] if task.tools else [])]))
 
     def answers(self, task: GenerationTask) -> list[str]:
-        return [] if task.messages else template_fields(task.completion)
+        if task.messages:
+            return []
+        return [ALPACA[-1]] if task.format else template_fields(task.completion)
 
     def input_problems(self, task: GenerationTask, row: Row) -> Iterator[str]:
-        if task.messages:
-            return message_problems(task.messages, row[task.messages])
-        return template_problems(task.prompt, row)
+        return chat_problems(task, row)
 
     def row_problems(self, task: GenerationTask, row: Row) -> Iterator[str]:
         problems = list(self.input_problems(task, row))
         yield from problems
-        if not task.messages:
-            yield from template_problems(task.completion, row)
-        elif not problems:
-            yield from answer_problems(task.messages, row[task.messages])
+        if not problems:
+            yield from answer_problems(task, row)
+
+    def rendering_problems(self, task: GenerationTask, row: Row, encoder: Encoder, training: bool) -> Iterator[str]:
+        if not task.is_chat or not encoder.tokenizer.chat_template:
+            return iter(())
+        learn = task.learn if training else "last"
+        return template_of(encoder).problems(chat_of(task, row), tools_of(task, row), learn)
 
     def task_problems(self, task: GenerationTask, encoder: Encoder | None) -> Iterator[str]:
-        if encoder is None or not _is_chat(task):
+        if encoder is None or not task.is_chat or encoder.tokenizer.chat_template:
             return
-        if not encoder.tokenizer.chat_template:
-            field = "messages" if task.messages else "chat: true"
-            yield f"{field} needs a chat template, the tokenizer has none; use prompt and completion or another base"
+        field = "messages" if task.messages else f"format: {task.format}" if task.format else "chat: true"
+        yield f"{field} needs a chat template, the tokenizer has none; use prompt and completion or another base"
+
+    def unused_columns(self, task: GenerationTask, columns: Sequence[str]) -> Iterator[str]:
+        if task.is_chat and not task.tools and "tools" in columns:
+            yield "the column 'tools' is not used; set tools: tools to show the model what it may call"
 
     def text(self, task: GenerationTask, row: Row) -> str:
-        if task.messages:
-            return "\n".join(message["content"] for message in _asked(row[task.messages]))
+        if task.is_chat:
+            return "\n".join(shown(message) for message in asked_of(chat_of(task, row, answered=False)))
         return super().text(task, row)
 
     def question(self, task: GenerationTask, row: Row) -> str:
-        if not task.messages:
+        if not task.is_chat:
             return fill(task.prompt, row)
-        asked = _asked(row[task.messages])
+        asked = asked_of(chat_of(task, row, answered=False))
         if len(asked) == 1:
-            return asked[0]["content"]
-        return "\n".join(f"{message['role']}: {message['content']}" for message in asked)
+            return shown(asked[0])
+        return "\n".join(f"{message['role']}: {shown(message)}" for message in asked)
 
     def reference(self, task: GenerationTask, row: Row) -> str | None:
-        return row[task.messages][-1]["content"] if task.messages else fill(task.completion, row)
+        return shown(chat_of(task, row)[-1]) if task.is_chat else fill(task.completion, row)
 
     # -- sequences
 
     def train(self, task: GenerationTask, rows: Iterable[Mapping[str, list]], encoder: Encoder) -> Iterator[Encoded]:
         number = 0
         for batch in rows:
-            unpacked = list(rows_of(batch))
-            prompts, answers = self._prompts(task, unpacked, encoder), self._completions(task, unpacked, encoder)
-            for prompt, answer in zip(prompts, answers, strict=True):
+            for prompt, answer in self._parts(task, list(rows_of(batch)), encoder, task.learn):
                 yield _example(number, prompt, answer, encoder)
                 number += 1
 
@@ -97,29 +96,40 @@ class Generation(Kind):
         for batch in rows:
             for prompt in self._prompts(task, list(rows_of(batch)), encoder):
                 kept = encoder.cut(prompt, encoder.max_length)
-                yield Encoded(number, kept, start=len(kept))
+                yield Encoded(number, kept, start=len(kept), cut=max(0, len(prompt) - len(kept)))
                 number += 1
 
     def _prompts(self, task: GenerationTask, rows: list[dict], encoder: Encoder) -> list[list[int]]:
-        if _is_chat(task):  # the template writes the special tokens itself
-            return encoder.bare([_chat(encoder, _asked(_messages(task, row)), True) for row in rows])
+        if task.is_chat:  # the template writes the special tokens itself
+            template = template_of(encoder)
+            chats = [(chat_of(task, row, answered=False), tools_of(task, row)) for row in rows]
+            return encoder.bare([template.prompt(chat, tools) for chat, tools in chats])
         return encoder.prompts([fill(task.prompt, row) for row in rows])
 
-    def _completions(self, task: GenerationTask, rows: list[dict], encoder: Encoder) -> list[list[int]]:
-        if _is_chat(task):
-            return encoder.bare([_chat_answer(encoder, _messages(task, row, answered=True)) for row in rows])
+    def _parts(
+        self, task: GenerationTask, rows: list[dict], encoder: Encoder, learn: str
+    ) -> Iterator[tuple[Tokens, Tokens]]:
+        """(prompt, answer) of each row."""
+        if task.is_chat:
+            yield from template_of(encoder).encode([(chat_of(task, row), tools_of(task, row)) for row in rows], learn)
+            return
         answers = encoder.answers(task.prompt, [fill(task.completion, row) for row in rows])
-        return [[*answer, encoder.end] for answer in answers]
+        for prompt, answer in zip(self._prompts(task, rows, encoder), answers, strict=True):
+            yield Tokens(prompt, [False] * len(prompt)), Tokens([*answer, encoder.end], [True] * (len(answer) + 1))
 
     def targets(self, task: GenerationTask, rows: datasets.Dataset, encoder: Encoder) -> dict[str, Any]:
-        return {"references": tuple(self.reference(task, row) for row in records(rows))}
+        return {"references": tuple(self._target(task, row, encoder) for row in records(rows))}
+
+    def _target(self, task: GenerationTask, row: dict, encoder: Encoder) -> str:
+        """What the model should write: the text of the answer, or its tool calls in the words of the template."""
+        if not task.is_chat or not chat_of(task, row)[-1].get("tool_calls"):
+            return self.reference(task, row)
+        (_, answer), *_ = self._parts(task, [row], encoder, "last")
+        return _decoded(encoder.tokenizer, itertools.compress(answer.ids, answer.learned))
 
     def settings(self, task: GenerationTask, encoder: Encoder) -> dict[str, Any]:
-        stops = {encoder.end}
-        if _is_chat(task):
-            special = set(encoder.tokenizer.all_special_ids)
-            stops |= special.intersection(encoder.bare([_chat_answer(encoder, list(PROBE_CHAT))])[0])
-        return {"max_new_tokens": task.max_new_tokens, "stops": tuple(sorted(stops))}
+        ends = template_of(encoder).ends if task.is_chat else ()
+        return {"max_new_tokens": task.max_new_tokens, "stops": tuple(sorted({encoder.end, *ends}))}
 
     # -- scores
 
@@ -148,71 +158,38 @@ class Generation(Kind):
         return Summary(means[evaluation.metric], extras=means)
 
 
-def _is_chat(task: GenerationTask) -> bool:
-    """Whether rows are rendered by the chat template."""
-    return bool(task.messages or task.chat)
+def _example(number: int, prompt: Tokens, answer: Tokens, encoder: Encoder) -> Encoded:
+    """Prompt and answer in `max_length` tokens; if both are long, each keeps about half.
+
+    What is left of an earlier answer that lost its beginning is context.
+    """
+    half, whole = encoder.max_length // 2, len(prompt.ids) + len(answer.ids)
+    end = max(half, encoder.max_length - len(prompt.ids))
+    kept = encoder.cut(prompt.ids, encoder.max_length - len(answer.ids[:end]))
+    ids, lost = [*kept, *answer.ids[:end]], len(prompt.ids) - len(kept)
+    learned = _after_cut(prompt.learned, lost + len(encoder.prefix)) if lost > 0 else prompt.learned
+    flags = [*[False] * (len(kept) - len(learned)), *learned, *answer.learned[:end]]
+    start, gaps = flags.index(True), []
+    at = 0
+    for is_learned, run in itertools.groupby(flags):
+        length = len(list(run))
+        gaps += [at, at + length] if not is_learned and at > start else []
+        at += length
+    return Encoded(number, ids, start=start, gaps=tuple(gaps), cut=max(0, whole - len(ids)))
 
 
-def _messages(task: GenerationTask, row: Mapping[str, Any], answered: bool = False) -> list[dict]:
-    """A row's chat; `answered`: with the assistant's answer, where prompt and completion make it."""
-    if task.messages:
-        return row[task.messages]
-    asked = [{"role": "user", "content": fill(task.prompt, row)}]
-    return [*asked, {"role": "assistant", "content": fill(task.completion, row)}] if answered else asked
-
-
-def _example(number: int, prompt: list[int], answer: list[int], encoder: Encoder) -> Encoded:
-    """Prompt and answer in `max_length` tokens; if both are long, each keeps about half."""
-    half = encoder.max_length // 2
-    answer = answer[: max(half, encoder.max_length - len(prompt))]
-    kept = encoder.cut(prompt, encoder.max_length - len(answer))
-    return Encoded(number, [*kept, *answer], start=len(kept))
+def _after_cut(learned: list[bool], at: int) -> list[bool]:
+    """What is learned of the tokens from `at` on: not the rest of a run that began before."""
+    kept = learned[at:]
+    if kept and at and learned[at - 1]:
+        rest = sum(1 for _ in itertools.takewhile(bool, kept))
+        kept[:rest] = [False] * rest
+    return kept
 
 
 def _written(evaluation: EvaluationSet, entry: Scored) -> str:
-    return evaluation.tokenizer.decode(list(entry.output), skip_special_tokens=True).strip()
+    return _decoded(evaluation.tokenizer, entry.output)
 
 
-def _asked(messages: Sequence[Mapping]) -> list[dict]:
-    """The messages before the answer; all of them if the last one is not by the assistant."""
-    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return [dict(message) for message in asked]
-
-
-def _chat(encoder: Encoder, messages: list[dict], ask: bool) -> str:
-    return encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-
-
-def _chat_answer(encoder: Encoder, messages: Sequence[Mapping]) -> str:
-    """The last message as rendered by the template, including the end of the turn."""
-    prompt = _chat(encoder, _asked(messages), True)
-    whole = _chat(encoder, [dict(message) for message in messages], False)
-    if whole.startswith(prompt):
-        return whole[len(prompt) :]
-    # the template rewrites earlier turns: use the text itself and the tokenizer's eos
-    return messages[-1]["content"] + (encoder.tokenizer.eos_token or "")
-
-
-def message_problems(column: str, value: Any) -> Iterator[str]:
-    """Why a value is not a chat."""
-    if not isinstance(value, list) or not value:
-        yield f"'{column}' is {short(value)}, expected a list of {{role, content}}; write it as a list"
-        return
-    for position, message in enumerate(value, 1):
-        content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(content, str):
-            yield f"'{column}', message {position} is {short(message)}, expected {{role, content}} with text"
-        elif message.get("role") not in ROLES:
-            found = short(message.get("role"))
-            yield f"'{column}', message {position} has the role {found}, use one of: {', '.join(ROLES)}"
-        else:
-            yield from text_problems(f"{column}, message {position}", content)
-
-
-def answer_problems(column: str, value: Sequence[Mapping]) -> Iterator[str]:
-    """Why a chat has no answer to train on."""
-    if len(value) < 2 or value[-1]["role"] != "assistant":
-        yield (
-            f"'{column}' ends with message {len(value)} of the role '{value[-1]['role']}', expected at least two that "
-            "end with the assistant's answer; add it or drop the row"
-        )
+def _decoded(tokenizer, ids: Iterable[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
