@@ -38,7 +38,9 @@ def demo(overrides: tuple[str, ...], as_json: bool, verbose: bool, base: str | N
     Example:  curlora demo
               curlora demo --base smollm2
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would starve each other on a busy machine
+    from pipelines.workers.ray_cluster import set_spinning
+
+    set_spinning()  # before torch is imported
     if base:
         from pipelines.cli.demo import demo_on
 
