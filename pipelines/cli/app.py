@@ -36,6 +36,7 @@ COMMANDS = {
     "sync": "pipelines.cli.results:sync",
     "delete": "pipelines.cli.results:delete",
     "promote": "pipelines.cli.registry:promote",
+    "serve": "pipelines.cli.serve:serve",
     "ui": "pipelines.cli.registry:ui",
     "doctor": "pipelines.cli.registry:doctor",
     "submit": "cluster.cli:submit",
@@ -47,7 +48,7 @@ COMMANDS = {
 GROUPS = {
     "Training": ("demo", "base", "init", "schema", "run", "tune", "compare"),
     "Runs and results": ("status", "cancel", "report", "predict", "export", "connectivity", "delete"),
-    "MLflow and registry": ("lineage", "sync", "promote", "ui"),
+    "MLflow and registry": ("lineage", "sync", "promote", "serve", "ui"),
     "Cluster and machine": ("submit", "tick", "schedule", "doctor"),
 }
 """The sections of `curlora --help`."""

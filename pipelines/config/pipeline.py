@@ -24,6 +24,7 @@ from pipelines.config.sections import (
     TrainingConfig,
     check_name,
 )
+from pipelines.config.serve import ServeConfig
 from pipelines.config.tasks import RetentionCorpus, Task
 
 
@@ -61,6 +62,7 @@ class PipelineConfig(Section):
     domains: DomainsConfig | None = Field(
         None, description="Inbox of new domains for curlora tick and schedule; null: none."
     )
+    serve: ServeConfig = Field(ServeConfig(), description="The server of curlora serve.")
 
     @field_validator("name")
     @classmethod
