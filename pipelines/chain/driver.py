@@ -251,8 +251,8 @@ def _publish(run: RunDirectory, config: PipelineConfig, results: Results, projec
         return done
     on_event(Event("reporting"))
     results, warnings = publish(run, config, results, projector.finish)
-    for text in warnings:
-        on_event(Event("warning", text=text))
+    for text in (*warnings, projector.sent.note):
+        _warn(on_event, text)
     return results
 
 

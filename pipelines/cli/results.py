@@ -68,7 +68,9 @@ def sync(run: str, storage: str, uri: str | None) -> None:
     from pipelines.promotion.publish import sync as send
 
     try:
-        runs, target, warned = send(open_run(run, storage), uri)
+        runs, target, warned = send(
+            open_run(run, storage), uri, note=lambda text: click.echo(f"warning: {text}", err=True)
+        )
     except LineageError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -35,6 +36,23 @@ def absolute_path(value: str) -> str:
 def is_hub_adapter(value: str) -> bool:
     """Whether `start_from` is a hub id, `owner/name` or `owner/name@revision`, and no path on this machine."""
     return bool(HUB_ADAPTER.fullmatch(value)) and not Path(value.partition("/")[0]).exists()
+
+
+def public_name(path: str) -> tuple[str, bool]:
+    """How others can name a base: its hub id, or else the name of its folder or file; whether it is a hub id.
+
+    A local copy has a hub id if its config.json says so.
+    """
+    if not looks_local(path) and not is_uri(path):
+        return path, True
+    folder = Path(path)
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path") or ""
+    except (OSError, ValueError, AttributeError):
+        found = ""
+    if HUB_ADAPTER.fullmatch(found) and not looks_local(found):
+        return found, True
+    return path.rstrip("/").rpartition("/")[2], False
 
 
 def absolute_sqlite(uri: str) -> str:

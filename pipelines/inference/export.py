@@ -1,11 +1,15 @@
-"""Exports a finished step as a standard PEFT LoRA adapter, or merged into a full model."""
+"""Exports a finished step as a standard PEFT LoRA adapter, or merged into a full model, with tokenizer and card."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 from pathlib import Path
 
+from pipelines.config.paths import public_name
 from pipelines.errors import ConfigError, Problem
+from pipelines.lineage.model_card import CARD, ancestry_of, model_card
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import choose_step
 
@@ -13,8 +17,10 @@ from pipelines.runs.records import choose_step
 def export_step(run: RunDirectory, step: str | None, form: str, target: Path) -> Path:
     """Write a step's adapter to `target` and return `target`; classifier heads are written as `heads.safetensors`.
 
+    Tokenizer, chat template and a model card go with it, and nothing names a path of this machine.
+
     Args:
-        form: `lora` (a PEFT LoRA directory, exact) or `merged` (the full model with its tokenizer).
+        form: `lora` (a PEFT LoRA directory, exact) or `merged` (the full model).
 
     Raises:
         ConfigError: no such step, nothing to export, or `target` is not empty.
@@ -36,13 +42,25 @@ def export_step(run: RunDirectory, step: str | None, form: str, target: Path) ->
     if form == "merged" and config.base_model.quantization:
         base = base.dequantize()  # in full precision, the weights that the adapter was trained on
     with tempfile.TemporaryDirectory() as scratch:
-        local = run.download(directory, Path(scratch))
-        _write(config.adapter.type, form, base, local / "adapter", target)
+        local = run.download(directory, Path(scratch) / "step")
+        adapter = Path(shutil.copytree(local / "adapter", Path(scratch) / "adapter"))
+        _name_base(adapter, config.base_model.path)  # where PEFT finds the vocabulary without asking the hub
+        _write(config.adapter.type, form, base, adapter, target)
         if (local / "heads.safetensors").exists():
             (target / "heads.safetensors").write_bytes((local / "heads.safetensors").read_bytes())
-    if form == "merged":
-        load_tokenizer(config.base_model).save_pretrained(target)
+    load_tokenizer(config.base_model).save_pretrained(target)
+    _name_base(target, public_name(config.base_model.path)[0])
+    card = model_card(form, run.name, config, ancestry_of(run, directory))
+    (target / CARD).write_text(card, encoding="utf-8")
     return target
+
+
+def _name_base(folder: Path, name: str) -> None:
+    """Name the base in `adapter_config.json`, if there is one."""
+    file = folder / "adapter_config.json"
+    if file.exists():
+        raw = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": name}
+        file.write_text(json.dumps(raw, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _write(adapter_type: str, form: str, base, adapter: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ are uploaded, FAILED if they could not be written. pipelines/inference/pyfunc.py
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import tempfile
@@ -20,7 +21,7 @@ from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.tasks import ClassificationTask, GenerationTask, MultipleChoiceTask, TaskSource
 from pipelines.data.kinds import kind_of
 from pipelines.data.kinds.chats import asked_row
-from pipelines.lineage.mlflow_records import PREFIX, TAG_LENGTH, flatten, tag_filter
+from pipelines.lineage.mlflow_records import PARAMS_PER_BATCH, PREFIX, TAG_LENGTH, flatten, tag_filter
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.environment import versions
 from pipelines.runs.records import Steps
@@ -181,7 +182,8 @@ class LoggedModels:
             adapter.name,
             child.info.run_id,
             {PREFIX + key: value[:TAG_LENGTH] for key, value in tags.items()},
-            flatten(setting.to_json() if setting else {}),
+            # more than one request's worth is refused by servers with limits
+            dict(itertools.islice(flatten(setting.to_json() if setting else {}).items(), PARAMS_PER_BATCH)),
             MODEL_TYPE,
         )
 

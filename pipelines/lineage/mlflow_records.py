@@ -10,13 +10,15 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipelines.config.pipeline import PipelineConfig
+from pipelines.lineage.limits import as_many_as_fit
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.identity import fingerprint
 from pipelines.runs.records import Point, newest_cells, score_points
 from pipelines.runs.step_record import StepRecord
 
@@ -26,6 +28,8 @@ PARAMS_PER_BATCH = 100
 PARAM_LENGTH = 500  # accepted by every MLflow server; the full text is in config.yaml
 TAG_LENGTH = 5000
 DIGEST_LENGTH = 36
+SCORES = ("metrics.json", "adapter/README.md")  # files of a step that may gain scores without changing their size
+PARAMETERS = "parameters.json"  # artifact with all parameters of a run whose server does not take them all
 INPUT_PAUSES = (0.2, 0.5, 1.0)  # seconds between retries
 
 
@@ -35,6 +39,7 @@ class Target:
 
     Attributes:
         inputs: (run id, dataset, digest) of the datasets already logged.
+        left_out: run id → number of parameters that the server has refused.
     """
 
     client: Any
@@ -42,6 +47,7 @@ class Target:
     run: RunDirectory
     config: PipelineConfig
     inputs: set[tuple[str, str, str]] = field(default_factory=set)
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def search_runs(client, experiments: Sequence[str], tags: Mapping[str, str]) -> list:
@@ -101,8 +107,7 @@ def send_metrics(
         for key, value, moment, step in points
         if (number := finite(value)) is not None
     ]
-    for batch in _batches(metrics, METRICS_PER_BATCH):
-        to.client.log_batch(run_id, metrics=batch)
+    _send_all(lambda batch: to.client.log_batch(run_id, metrics=batch), metrics, METRICS_PER_BATCH)
 
 
 def metric_datasets(metrics: StepRecord) -> dict[str, tuple[str, str]]:
@@ -132,23 +137,47 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def send_params(to: Target, run, wanted: Mapping[str, str]) -> None:
-    """Log new parameters; MLflow's parameters are immutable, so a changed value becomes a tag `changed.<name>`."""
+    """Log new parameters, as many as the server takes; all of them go into an artifact where that is not all.
+
+    MLflow's parameters are immutable, so a changed value becomes a tag `changed.<name>`.
+    """
     from mlflow.entities import Param  # slow
 
-    stored = run.data.params
+    stored, run_id = run.data.params, run.info.run_id
     missing = [Param(key, value) for key, value in wanted.items() if key not in stored]
-    for batch in _batches(missing, PARAMS_PER_BATCH):
-        to.client.log_batch(run.info.run_id, params=batch)
+    if missing and run.data.tags.get(PREFIX + "params_left_out") != _left_out(missing, wanted):
+        refused = as_many_as_fit(lambda batch: to.client.log_batch(run_id, params=batch), missing, PARAMS_PER_BATCH)
+        if refused:
+            to.left_out[run_id] = len(refused)
+            to.client.log_text(run_id, json.dumps(wanted, indent=1, ensure_ascii=False), PARAMETERS)
+            to.client.set_tag(run_id, PREFIX + "params_left_out", _left_out(refused, wanted))
     changed = {key: value for key, value in wanted.items() if stored.get(key, value) != value}
     set_tags(to, run, {f"{PREFIX}changed.{key}"[:250]: value for key, value in changed.items()})
+
+
+def _left_out(refused: Sequence, wanted: Mapping[str, str]) -> str:
+    """Tag of a run whose server does not take all parameters; the same for the same parameters."""
+    digest = fingerprint([sorted(param.key for param in refused), dict(wanted)])[:8]
+    return f"{len(refused)} of {len(wanted)}, see {PARAMETERS} ({digest})"
+
+
+def limits_note(to: Target) -> str | None:
+    """What to warn of if the server has refused parameters."""
+    if not to.left_out:
+        return None
+    count, runs = sum(to.left_out.values()), len(to.left_out)
+    where = "1 run has" if runs == 1 else f"{runs} runs have"
+    return (
+        f"MLflow: the server takes no more parameters, {where} {count} too many; all of them are in the artifact "
+        f"{PARAMETERS} of the run"
+    )
 
 
 def set_tags(to: Target, run, wanted: Mapping[str, str]) -> None:
     from mlflow.entities import RunTag  # slow
 
     tags = [RunTag(key, value) for key, value in wanted.items() if run.data.tags.get(key) != value]
-    for batch in _batches(tags, PARAMS_PER_BATCH):
-        to.client.log_batch(run.info.run_id, tags=batch)
+    _send_all(lambda batch: to.client.log_batch(run.info.run_id, tags=batch), tags, PARAMS_PER_BATCH)
 
 
 def send_inputs(to: Target, run_id: str, metrics: StepRecord) -> None:
@@ -163,8 +192,7 @@ def send_inputs(to: Target, run_id: str, metrics: StepRecord) -> None:
     keys = {(run_id, item.dataset.name, item.dataset.digest): item for item in inputs}
     missing = [item for key, item in keys.items() if key not in to.inputs]
     to.inputs.update(keys)
-    for batch in _batches(missing, PARAMS_PER_BATCH):
-        _log_inputs(to, run_id, batch)
+    _send_all(lambda batch: _log_inputs(to, run_id, batch), missing, PARAMS_PER_BATCH)
 
 
 def _log_inputs(to: Target, run_id: str, batch: list) -> None:
@@ -207,8 +235,7 @@ def upload_folder(to: Target, run_id: str, directory: str, target: str) -> None:
         artifact = posixpath.join(target, relative)
         if relative.endswith(".tmp") or relative.startswith("strategy/"):
             continue
-        # metrics.json may gain cells without changing its size
-        if relative == "metrics.json" or known.get(artifact) != info["size"]:
+        if relative in SCORES or known.get(artifact) != info["size"]:
             wanted[f"{directory}/{relative}"] = artifact
     upload_files(to, run_id, wanted)
 
@@ -236,9 +263,14 @@ def upload_files(to: Target, run_id: str, files: Mapping[str, str]) -> None:
         to.client.log_artifacts(run_id, scratch)
 
 
-def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _send_all(send: Callable[[Sequence], object], items: Sequence, most: int) -> None:
+    """Send items in batches, smaller ones where the server refuses them.
+
+    Raises:
+        MlflowException: the server refuses an item alone.
+    """
+    for item in as_many_as_fit(send, items, most):
+        send([item])  # raises what it was refused with
 
 
 def milliseconds(seconds: float) -> int:

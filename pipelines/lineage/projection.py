@@ -10,7 +10,8 @@ Conventions that dashboards can rely on, the same for every sequence:
                             tasks, last_step, base_fingerprint, gate, gate_reasons on the parent;
                             step_fingerprint, parent_fingerprint, parent_run (if its parent is another run's step),
                             step_directory, task, tasks, position on a child; model_error if it has no logged model,
-                            origin of an imported adapter, which has none either
+                            origin of an imported adapter, which has none either; params_left_out where the server
+                            takes fewer parameters (all of them: artifact parameters.json)
     metrics of the parent   score/<task>, for generated answers also rouge_l/<task>, token_f1/<task> and
                             exact_match/<task>; for retained text nll/<corpus>, perplexity/<corpus>; step = position in
                             the sequence, 0 = untrained base; average_accuracy, forgetting, …; step = number of steps
@@ -35,6 +36,7 @@ from pipelines.lineage.mlflow_records import (
     common_tags,
     flatten,
     identity,
+    limits_note,
     metric_datasets,
     milliseconds,
     search_runs,
@@ -112,11 +114,13 @@ class Sent:
         runs: step fingerprint (and "parent") → MLflow run id.
         warning: why not everything could be sent.
         unlogged: a sentence for every step whose model could not be logged.
+        note: what the server's limits left out, which is in artifacts.
     """
 
     runs: dict[str, str] = field(default_factory=dict)
     warning: str | None = None
     unlogged: tuple[str, ...] = ()
+    note: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -131,11 +135,13 @@ class Projection:
 
     Attributes:
         unlogged: step fingerprint → why its model could not be logged; everything else of the step was sent.
+        note: what the server's limits have left out so far.
     """
 
     def __init__(self, run: RunDirectory, uri: str, experiment: str):
         self.run, self.uri, self.experiment = run, uri, experiment
         self.unlogged: dict[str, str] = {}
+        self.note: str | None = None
         self._known: _Known | None = None
         self._last: str | None = None  # fingerprint of the step that was sent last
         self._origin_is_sent = False
@@ -148,7 +154,7 @@ class Projection:
             known, self._known = self._known, None  # dropped if an error follows
             known = self._refreshed(known, client, steps) or self._load(client, steps)
             ids = _send(known, steps)
-            self.unlogged = known.unlogged
+            self.unlogged, self.note = known.unlogged, limits_note(known.to) or self.note
             self._known, self._last = known, steps[-1][1].fingerprint if steps else None
             return ids
 
@@ -161,7 +167,7 @@ class Projection:
 
     def send_all(self, chain: Sequence[str] | None = None) -> Sent:
         """`send`, with what could not be logged."""
-        return Sent(self.send(chain), None, tuple(self.unlogged.values()))
+        return Sent(self.send(chain), None, tuple(self.unlogged.values()), self.note)
 
     def _refreshed(self, known: _Known | None, client, steps: Steps) -> _Known | None:
         """The cache with a fresh parent run; None if that run was deleted or the steps belong to another chain.

@@ -140,11 +140,12 @@ def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
     return adapter, heads
 
 
-def save_adapter(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> int:
+def save_adapter(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path, base: str | None = None) -> int:
     """Write `adapter/` in PEFT's format and `heads.safetensors`; returns the adapter's size in bytes (0 without one).
 
     Args:
         weights: whole (gathered) tensors by parameter name, including adapter buffers.
+        base: name of the base to write into `adapter_config.json`; None: where it was loaded from.
     """
     adapter, heads = split_weights(weights)
     if heads:
@@ -159,18 +160,19 @@ def save_adapter(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: 
             save_embedding_layers=False,
             selected_adapters=[frozen_lora.TRAINED],
         )
-        _sort_sets(folder / "adapter" / "adapter_config.json", model.peft_config[frozen_lora.TRAINED])
-    (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        named = {"base_model_name_or_path": base} if base else {}
+        _rewrite(folder / "adapter" / "adapter_config.json", model.peft_config[frozen_lora.TRAINED], named)
+    (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; ours has scores
     file = folder / "adapter" / "adapter_model.safetensors"
     _check_shapes(file, adapter)
     return file.stat().st_size
 
 
-def _sort_sets(file: Path, config) -> None:
-    """Sort the sets in a saved PEFT config, whose order differs between processes, so that equal adapters have equal
-    bytes."""
+def _rewrite(file: Path, config, values: Mapping[str, str]) -> None:
+    """Set values of a saved PEFT config, and sort its sets, whose order differs between processes, so that equal
+    adapters have equal bytes."""
     sets = {name: sorted(value) for name, value in vars(config).items() if isinstance(value, set)}
-    raw = json.loads(file.read_text()) | sets
+    raw = json.loads(file.read_text()) | sets | dict(values)
     file.write_text(json.dumps(raw, indent=2, sort_keys=True))
 
 

@@ -84,8 +84,13 @@ def stamp(run: RunDirectory, config: PipelineConfig, results: Results, sent: Sen
     run.write_json(STAMP, {"identity": _identity(results, config), **published})
 
 
-def sync(run: RunDirectory, uri: str | None = None) -> tuple[dict[str, str], str, list[str]]:
+def sync(
+    run: RunDirectory, uri: str | None = None, note: Callable[[str], None] = lambda text: None
+) -> tuple[dict[str, str], str, list[str]]:
     """Send a run to MLflow (again): publish it in its own store, or copy it to another one.
+
+    Args:
+        note: called with what the server's limits have left out, which fails nothing.
 
     Returns:
         step fingerprint (and "parent") → MLflow run id, the store, warnings.
@@ -101,10 +106,14 @@ def sync(run: RunDirectory, uri: str | None = None) -> tuple[dict[str, str], str
     projection = Projection(run, target, experiment)
     if finished and tracking and target == tracking.uri and not already_published(run, config, results):
         _, warnings = publish(run, config, results, projection.send_all)
-        return run.read_json(STAMP)["runs"], target, warnings
-    sent = projection.send_all()
-    notes = _settle(run, config, results, sent.runs, target)[1] if finished else []
-    return sent.runs, target, [*sent.unlogged, *notes]
+        runs = run.read_json(STAMP)["runs"]
+    else:
+        sent = projection.send_all()
+        runs, more = sent.runs, _settle(run, config, results, sent.runs, target)[1] if finished else []
+        warnings = [*sent.unlogged, *more]
+    if projection.note:
+        note(projection.note)
+    return runs, target, warnings
 
 
 def write_pages(run: RunDirectory, figures: bool) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from curlora.continual import Example, Strategy, TaskContext, make_strategy
 from curlora.continual.parameters import swapped
+from pipelines.config.paths import public_name
 from pipelines.data.sets import training_examples
 from pipelines.distributed import engine
 from pipelines.distributed.engine import writable
@@ -275,7 +276,8 @@ class StepTraining:
         self.control.check_lease()
         if work.is_writer:
             if weights:
-                adapter_bytes = adapters.save_adapter(model, weights, scratch)
+                base, _ = public_name(work.config.base_model.path)
+                adapter_bytes = adapters.save_adapter(model, weights, scratch, base)
             if tensors or values:
                 (scratch / "strategy").mkdir()
                 save_file(tensors, scratch / "strategy" / "state.safetensors")

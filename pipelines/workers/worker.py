@@ -12,11 +12,13 @@ import contextlib
 import gc
 import logging
 import resource
+import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import transformers
@@ -27,6 +29,7 @@ from pipelines.data.sources import digest_of, load_split
 from pipelines.distributed import engine, zero_settings
 from pipelines.distributed.world import World, current_world
 from pipelines.errors import Stopped
+from pipelines.lineage.model_card import CARD, ancestry_of, model_card
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
 from pipelines.runs.samples import Sample
@@ -168,6 +171,7 @@ class Segment:
             self.resident.detach(model)
             if work.is_writer:
                 scored = _with_scores(metrics, cells, samples, time.time() - begun)
+                self._write_card(directory, scored)
                 work.run.write_json(f"{directory}/metrics.json", scored)
                 work.run.event("evaluated", directory=directory, cells=tuple(cells))
             work.world.barrier()
@@ -253,10 +257,29 @@ class Segment:
         work = self.work
         self.control.check_lease()
         if work.is_writer:
+            self._write_tokenizer(plan.directory, metrics)
+            self._write_card(plan.directory, metrics)
             work.run.write_json(f"{plan.directory}/metrics.json", metrics)
             work.event("published", plan, cells=metrics.cells, seconds=metrics.seconds)
             work.run.remove(f"{plan.directory}/trained.json")
         work.world.barrier()
+
+    def _write_tokenizer(self, directory: str, metrics: StepRecord) -> None:
+        """Write the base's tokenizer with its chat template into the adapter's folder."""
+        if metrics.adapter_bytes and not self.work.assignment.trial:
+            with tempfile.TemporaryDirectory() as scratch:
+                self.resident.tokenizer.save_pretrained(scratch)
+                self.work.run.upload(Path(scratch), f"{directory}/adapter")
+
+    def _write_card(self, directory: str, metrics: StepRecord) -> None:
+        """Write the model card into the adapter's folder."""
+        work = self.work
+        if not metrics.adapter_bytes or metrics.position == 0 or work.assignment.trial:
+            return
+        parent = work.finished.get(metrics.parent)
+        ancestors = ancestry_of(*parent) if parent else []
+        card = model_card("adapter", work.run.name, work.config, [metrics, *ancestors])
+        work.run.write_bytes(f"{directory}/adapter/{CARD}", card.encode())
 
 
 def _with_scores(metrics: StepRecord, cells: Sequence[Cell], samples: Sequence[Sample], took: float) -> StepRecord:
