@@ -65,9 +65,11 @@ class Drive:
         )
 
     def handle(self, event: Event) -> None:
-        """Report an event; a published step is projected at once."""
+        """Report an event; a published step is projected at once, one in training from its beginning."""
         self.on_event(event)
-        if event.kind == "published":
+        if event.kind == "step_started":
+            self.projector.notify()
+        elif event.kind == "published":
             _save_results(self.run, self.config, self.plan, "running")
             self.projector.notify()
 
@@ -156,6 +158,7 @@ def _train(drive: Drive, groups: list, segment_length: int | None) -> None:
     _save_results(run, drive.config, plan, "running")
     _run_segments(drive, segment_length)
     run.remove("train")
+    run.remove("live")
     run.event("finished")
 
 

@@ -23,7 +23,12 @@ from pipelines.runs.records import Point, choose_step, score_points
 from pipelines.runs.step_record import StepRecord, base_directory
 
 SETTINGS = ("adapter", "strategy", "training")
-NOT_SCORES = ("train/", "seconds/")  # metrics of a child run that contain a slash but are no scores
+NOT_SCORES = (
+    "train/",
+    "validation/",
+    "system/",
+    "seconds/",
+)  # metrics of a child run that contain a slash but are no scores
 MODELS = "models:/"
 
 

@@ -11,6 +11,9 @@ from pipelines.errors import LineageError
 from pipelines.lineage.projection import Projection, Sent
 from pipelines.runs.directory import RunDirectory
 
+LIVE_SECONDS = 5.0  # between two looks at what the step in training tells
+RETRY_SECONDS = 60.0  # the same after MLflow could not be reached
+
 
 class Projector:
     """Sends the run to MLflow from its own thread, so that a slow or unreachable server never delays training."""
@@ -20,6 +23,7 @@ class Projector:
         self.sent = Sent()
         self._projection = Projection(run, self.tracking.uri, self.tracking.experiment) if self.tracking else None
         self._wanted = threading.Event()
+        self._pause = LIVE_SECONDS
         self._stop = self._started = False
 
     def notify(self) -> None:
@@ -44,16 +48,19 @@ class Projector:
 
     def _loop(self) -> None:
         while True:
-            self._wanted.wait()
+            wanted = self._wanted.wait(self._pause)
             self._wanted.clear()
-            last = self._stop
+            last, self._pause = self._stop, LIVE_SECONDS
             try:
-                self.sent = self._projection.send_all(self.chain)
+                if wanted:
+                    self.sent = self._projection.send_all(self.chain)
+                else:
+                    self._projection.send_live(self.chain)
             except LineageError as error:
-                self.sent = replace(self.sent, warning=str(error))
+                self.sent, self._pause = replace(self.sent, warning=str(error)), RETRY_SECONDS
             except Exception as error:  # a bug in the projection must not fail a finished chain
                 reason = f"{type(error).__name__}: {error}"
                 warning = f"lineage failed ({reason}); send it later: curlora sync {self.run.uri}"
-                self.sent = replace(self.sent, warning=warning)
+                self.sent, self._pause = replace(self.sent, warning=warning), RETRY_SECONDS
             if last:
                 return

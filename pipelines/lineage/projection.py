@@ -15,7 +15,8 @@ Conventions that dashboards can rely on, the same for every sequence:
     metrics of the parent   score/<task>, for generated answers also rouge_l/<task>, token_f1/<task> and
                             exact_match/<task>; for retained text nll/<corpus>, perplexity/<corpus>; step = position in
                             the sequence, 0 = untrained base; average_accuracy, forgetting, …; step = number of steps
-    metrics of a child      train/loss, train/learning_rate; step = optimizer step; its own row of scores and its cost
+    metrics of a child      train/loss, train/learning_rate, train/tokens_per_second, system/… (as MLflow names them),
+                            sent while it trains, step = optimizer step; its own row of scores and its cost
     inputs                  <task>/train and <name>/test with the digest of the run directory
     tables                  samples.json: answers to evaluation.samples; the parent's has a column per step
     logged model of a child the adapter (logged_models.py), its row of scores by dataset, its parent as input
@@ -29,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pipelines.lineage.live import Cursor, in_training, send_live
 from pipelines.lineage.mlflow_records import (
     PREFIX,
     TAG_LENGTH,
@@ -49,9 +51,11 @@ from pipelines.lineage.mlflow_records import (
 )
 from pipelines.lineage.sample_tables import send_chain_table, send_step_table
 from pipelines.lineage.searches import project_searches
+from pipelines.lineage.step_runs import children_of, new_child
 from pipelines.lineage.store import artifact_root, connect, errors, quiet
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import fingerprint
+from pipelines.runs.live import LiveStep
 from pipelines.runs.records import (
     Steps,
     cost_points,
@@ -60,6 +64,7 @@ from pipelines.runs.records import (
     ended_at,
     latest_moment,
     score_points,
+    series_points,
     started_at,
 )
 from pipelines.runs.start import RECORD
@@ -145,6 +150,7 @@ class Projection:
         self._known: _Known | None = None
         self._last: str | None = None  # fingerprint of the step that was sent last
         self._origin_is_sent = False
+        self._cursors: dict[str, Cursor] = {}  # of steps in training
 
     def send(self, chain: Sequence[str] | None = None) -> dict[str, str]:
         """See `project`."""
@@ -154,9 +160,31 @@ class Projection:
             known, self._known = self._known, None  # dropped if an error follows
             known = self._refreshed(known, client, steps) or self._load(client, steps)
             ids = _send(known, steps)
+            self._send_live(known, list(in_training(self.run, chain)))
+            _close(known, steps, chain)
             self.unlogged, self.note = known.unlogged, limits_note(known.to) or self.note
             self._known, self._last = known, steps[-1][1].fingerprint if steps else None
             return ids
+
+    def send_live(self, chain: Sequence[str] | None = None) -> None:
+        """Send what steps in training have told since the last time.
+
+        Raises:
+            LineageError: MLflow cannot be reached or returns an error.
+        """
+        told = list(in_training(self.run, chain))
+        if not told:
+            return
+        with errors(self.uri, f"nothing is lost; send it later with: curlora sync {self.run.uri}"), quiet():
+            known, self._known = self._known, None  # dropped if an error follows
+            known = known or self._load(connect(self.uri), current_steps(self.run, chain))
+            self._send_live(known, told)
+            self._known = known
+
+    def _send_live(self, known: _Known, told: Sequence[LiveStep]) -> None:
+        for live in told:
+            if not known.sent.get(live.step.fingerprint):
+                send_live(known.to, known.parent_id, known.children, self._cursors, live)
 
     def _send_origin(self) -> None:
         """Send the run that a plain adapter was imported as, on which this chain's ancestry ends."""
@@ -184,7 +212,7 @@ class Projection:
 
         to = Target(client, _experiment(client, self.uri, self.experiment), self.run, self.run.config())
         parent_id = _parent(to, steps).info.run_id
-        children = _children(to, parent_id)
+        children = children_of(to, parent_id)
         models = LoggedModels(client, to.experiment_id, parent_id, self.run, to.config)
         ids = {name: child.info.run_id for name, child in children.items()}
         sent = {name: child.data.tags.get(PREFIX + "sent", "") for name, child in children.items()}
@@ -225,6 +253,17 @@ def _send(known: _Known, steps: Steps) -> dict[str, str]:
     _send_parent(known.to, known.models, known.parent, steps)
     project_searches(known.to, known.parent_id, ids)
     return ids
+
+
+def _close(known: _Known, steps: Steps, chain: Sequence[str] | None) -> None:
+    """End the runs of steps that will not be finished: all others if the chain failed, and those that left it."""
+    results = known.to.run.results()
+    failed = results is not None and results.status == "failed"
+    finished = {metrics.fingerprint for _, metrics in steps}
+    for name, run_id in known.children.items():
+        gone = chain is not None and name not in chain
+        if not known.sent.get(name) and name not in finished and (failed or gone):
+            known.to.client.set_terminated(run_id, "KILLED" if gone else "FAILED")
 
 
 def _experiment(client, uri: str, name: str) -> str:
@@ -311,36 +350,6 @@ def gate_tags(verdict: Mapping[str, Any]) -> dict[str, str]:
 
 
 # -- child run = step
-def _children(to: Target, parent_id: str) -> dict[str, Any]:
-    tags = {"mlflow.parentRunId": parent_id, PREFIX + "kind": "step"}
-    found = search_runs(to.client, [to.experiment_id], tags)
-    return {child.data.tags[PREFIX + "step_fingerprint"]: child for child in found}
-
-
-def _new_child(to: Target, parent_id: str, directory: str, metrics: StepRecord):
-    tags = {
-        "mlflow.parentRunId": parent_id,
-        PREFIX + "kind": "step",
-        PREFIX + "run": to.run.name,
-        PREFIX + "run_uri": identity(to.run),
-        PREFIX + "step_fingerprint": metrics.fingerprint,
-        PREFIX + "step_directory": directory,
-        PREFIX + "parent_fingerprint": metrics.parent or "",
-        PREFIX + "task": metrics.label,
-        PREFIX + "tasks": ",".join(metrics.tasks)[:TAG_LENGTH],
-        PREFIX + "position": str(metrics.position),
-        **common_tags(to.config),
-    }
-    if origin := metrics.parent_run:
-        tags[PREFIX + "parent_run"] = origin
-    if metrics.origin:
-        tags[PREFIX + "origin"] = metrics.origin
-    if commit := metrics.environment.get("git_commit"):
-        tags["mlflow.source.git.commit"] = commit
-    name = f"{metrics.position}-{metrics.label}"
-    return to.client.create_run(to.experiment_id, milliseconds(metrics.started), tags, name)
-
-
 def _send_base(to: Target, parent, directory: str, metrics: StepRecord) -> None:
     """Send row 0 to the parent run: the base has no child run, its scores are the first points of the curves."""
     run_id, sent = parent.info.run_id, fingerprint([CONVENTIONS, metrics.to_json()])
@@ -367,7 +376,7 @@ def _send_step(known: _Known, directory: str, metrics: StepRecord) -> str:
     if name in known.children:
         child = to.client.get_run(known.children[name])
     else:
-        child = _new_child(to, known.parent_id, directory, metrics)
+        child = new_child(to, known.parent_id, directory, metrics)
     run_id = known.children[name] = child.info.run_id
     settings = {
         **(metrics.setting.to_json() if metrics.setting else {}),
@@ -383,7 +392,8 @@ def _send_step(known: _Known, directory: str, metrics: StepRecord) -> str:
     row = score_points(metrics)
     model_id = None if metrics.origin else _send_model(known, child, directory, metrics)
     send_metrics(to, run_id, row, model_id, metric_datasets(metrics))
-    send_metrics(to, run_id, [*cost_points(metrics), *curve_points(metrics.curve)])
+    series = series_points(metrics.training.series) if metrics.training else []
+    send_metrics(to, run_id, [*cost_points(metrics), *curve_points(metrics.curve), *series])
     send_metrics(to, known.parent_id, row)
     upload_folder(to, run_id, directory, "")
     send_step_table(to, child, metrics)

@@ -10,6 +10,7 @@ its `metrics.json` exists, which is written last. Layout, below `<storage>/<name
     start.json                       the step that start_from resolved to
     origins/<name>/                  a plain adapter of start_from, as the only step of a run of its own
     train/<fp8>/                     checkpoints within a step; deleted when it is done
+    live/<fp8>/                      curve of the step in training (live.py); deleted likewise
     search/<k>-<task>-<fp8>/         the search before a step: trials/<fp8>/ (each a run directory), results.json
     events/<time>-<id>.json          immutable, one file per event
     results.json, report.html, figures/*.png

@@ -74,6 +74,11 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
 
+def live_folder(fingerprint: str) -> str:
+    """Folder of what a step tells during training, see `runs/live.py`."""
+    return f"live/{fingerprint[:8]}"
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """One step of the chain: its tasks, its parent and its directory.
@@ -105,6 +110,11 @@ class StepPlan:
     def checkpoints(self) -> str:
         """Folder of its checkpoints during training."""
         return f"train/{self.fingerprint[:8]}"
+
+    @property
+    def live(self) -> str:
+        """Folder of what it tells during training."""
+        return live_folder(self.fingerprint)
 
     @property
     def identity(self) -> dict:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipelines.errors import ConfigError, Problem
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.samples import Question, Sample
-from pipelines.runs.step_record import Cell, StepRecord, base_directory
+from pipelines.runs.step_record import Cell, Series, StepRecord, base_directory
 
 
 def choose_step(run: RunDirectory, step: str | None) -> str:
@@ -154,6 +154,11 @@ def curve_points(curve: Sequence[Sequence[float]]) -> list[Point]:
         points.append(("train/loss", loss, moment, step))
         points.append(("train/learning_rate", learning_rate, moment, step))
     return points
+
+
+def series_points(series: Series | None) -> list[Point]:
+    """Points of `Training.series`."""
+    return [(name, value, moment, step) for name, rows in (series or {}).items() for step, value, moment in rows]
 
 
 def lineage(run: RunDirectory, directory: str) -> Iterator[StepRecord]:

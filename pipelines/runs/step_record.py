@@ -18,6 +18,8 @@ from pipelines.config.pipeline import PipelineConfig
 from pipelines.runs.record import OPTIONAL, Record
 from pipelines.runs.samples import Sample
 
+Series = dict[str, list[list[float]]]  # metric → [optimizer step, value, Unix time]
+
 
 def base_directory(fingerprint: str) -> str:
     """The step directory of row 0 in a chain that starts at the base."""
@@ -118,6 +120,7 @@ class Training(Record):
         steps: optimizer steps.
         curve: [optimizer step, loss, learning rate, Unix time] of every step.
         resumed_at: optimizer steps at which it resumed from a checkpoint.
+        series: speed and load of the machine during training.
     """
 
     steps: int
@@ -126,6 +129,7 @@ class Training(Record):
     final_loss: float | None
     curve: list[list[float]]
     resumed_at: list[int] = field(default_factory=list)
+    series: Series | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)

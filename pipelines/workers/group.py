@@ -16,6 +16,7 @@ from typing import Any
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.workers.assignment import Assignment, Queue
 from pipelines.workers.failures import GroupLost, root_cause
+from pipelines.workers.ray_cluster import LOCAL
 
 POLL_SECONDS = 0.25
 END_SECONDS = 20.0  # for workers to exit by themselves
@@ -106,7 +107,7 @@ class WorkerGroup:
         if self._reference is not None:
             return
         # a new name per start: Ray Train would restore the state of an earlier start with the same name
-        name = f"group-{uuid.uuid4().hex[:8]}"
+        name = f"{self.config.name}-{uuid.uuid4().hex[:8]}"
         self.queue, self._number = Queue(f"{self.uri}/train/{name}-queue"), 0
         settings = {"queue": self.queue.uri, "verbose": self.verbose, "gpus": self.gpus}
         self._reference = _here(fit_group).remote(self.config.model_dump(), f"{self.uri}/train", name, settings)
@@ -182,6 +183,8 @@ def fit_group(raw_config: dict, storage: str, name: str, settings: dict) -> None
 
     from pipelines.workers.lean_trainer import LeanTorchTrainer
 
+    if not os.environ.get(LOCAL):  # there is a dashboard, whose page of training runs reads this
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     config = PipelineConfig.model_validate(raw_config)
     gpus = settings["gpus"]
     resources = {"CPU": config.resources.cpus_per_worker} | ({"GPU": gpus} if gpus else {})

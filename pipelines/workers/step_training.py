@@ -24,7 +24,7 @@ from pipelines.errors import DivergedError, Stopped
 from pipelines.evaluation.sampling import sample_text
 from pipelines.models import adapters, heads
 from pipelines.runs.identity import StepPlan
-from pipelines.runs.step_record import PublishedFile, Seconds, TrainedStep, Training
+from pipelines.runs.step_record import PublishedFile, Seconds, Setting, StepRecord, TrainedStep, Training
 from pipelines.training import checkpoint
 from pipelines.training.arguments import optimizer_steps, training_arguments
 from pipelines.training.checkpoint import Checkpoint
@@ -33,6 +33,7 @@ from pipelines.training.trainer import ContinualTrainer
 from pipelines.workers.assignment import RungScores, rung_file, verdict_file
 from pipelines.workers.context import WorkContext
 from pipelines.workers.control import Control
+from pipelines.workers.live_feed import LiveFeed
 from pipelines.workers.resident_model import ResidentModel, sha256, stdout_to_stderr
 from pipelines.workers.step_scoring import StepScoring
 from pipelines.workers.training_log import TrainingLog
@@ -64,8 +65,10 @@ class StepTraining:
         trainable, in_heads = adapters.adapter_parameters(model), _head_parameters(model)
         strategy = self._strategy(parent)
         resume = self._newest_checkpoint(plan)
-        history = resume.values if resume else {"started": begun, "seconds": 0.0, "curve": [], "resumed_at": []}
-        fitted = self._train(model, plan, strategy, resume, history)
+        feed = self._feed(plan) if work.is_writer else None
+        started = feed.started if feed else begun
+        history = resume.values if resume else {"started": started, "seconds": 0.0, "curve": [], "resumed_at": []}
+        fitted = self._train(model, plan, strategy, resume, history, feed)
         with tempfile.TemporaryDirectory() as scratch:
             adapter_bytes, files = self._save(model, strategy, fitted.weights, Path(scratch), plan)
         trained = TrainedStep(
@@ -80,8 +83,28 @@ class StepTraining:
         if work.is_writer:
             work.run.write_json(f"{plan.directory}/trained.json", trained)
             work.run.remove(plan.checkpoints)
+            work.run.remove(plan.live)
         work.world.barrier()
         return model, trained
+
+    def _feed(self, plan: StepPlan) -> LiveFeed:
+        """What the step tells while it trains."""
+        work, now = self.work, time.time()
+        step = StepRecord(
+            fingerprint=plan.fingerprint,
+            position=plan.position,
+            tasks=plan.tasks,
+            parent=plan.parent,
+            parent_run=work.start.run_uri if work.start and plan.parent == work.start.fingerprint else None,
+            depth=plan.depth,
+            setting=Setting.of(work.config),
+            started=now,
+            finished=now,
+            cells=(),
+            seconds=Seconds(),
+            environment=work.environment(),
+        )
+        return LiveFeed(work.run, plan.live, step, work.world.device)
 
     def _newest_checkpoint(self, plan: StepPlan) -> Checkpoint | None:
         """The checkpoint to resume from: rank 0 chooses it, all ranks load it."""
@@ -111,7 +134,13 @@ class StepTraining:
     # -- training
 
     def _train(
-        self, model: nn.Module, plan: StepPlan, strategy: Strategy, resume: Checkpoint | None, history: dict
+        self,
+        model: nn.Module,
+        plan: StepPlan,
+        strategy: Strategy,
+        resume: Checkpoint | None,
+        history: dict,
+        feed: LiveFeed | None,
     ) -> Fitted:
         """Train the step's tasks."""
         work = self.work
@@ -126,20 +155,24 @@ class StepTraining:
             strategy.load_state(resume.part("strategy"), resume.values["strategy"])
             _put_weights(model, resume.part("weight"))
         steps = optimizer_steps(work.config.training, len(examples), len(plan.tasks))
-        log = TrainingLog(work, self.control, plan, steps, history, resume.step if resume else 0)
+        moments = feed.moments if feed else {}
+        log = TrainingLog(work, self.control, plan, steps, history, resume.step if resume else 0, moments)
         with tempfile.TemporaryDirectory() as scratch, engine.hooks_restored(model):
             trainer = self._trainer(model, examples, strategy, steps, scratch, log, resume)
-            self._run_trainer(trainer, log)
+            self._run_trainer(trainer, log, feed)
             trainer.end_task(context)
             weights = trained_weights(model, strategy, self.resident.learned | set(plan.tasks))
             tokens = work.world.sum(trainer.tokens) + (resume.values["tokens"] if resume else 0)
             end_engine(trainer)
-        training = Training(steps, tokens, tokens / log.trained, log.points[-1][1], log.points, log.resumed_at)
+        series = feed.series if feed else None
+        training = Training(steps, tokens, tokens / log.trained, log.points[-1][1], log.points, log.resumed_at, series)
         return Fitted(training, weights, history["seconds"] + time.time() - begun - log.scored)
 
-    def _run_trainer(self, trainer: ContinualTrainer, log: TrainingLog) -> None:
+    def _run_trainer(self, trainer: ContinualTrainer, log: TrainingLog, feed: LiveFeed | None) -> None:
         log.tokens = lambda: trainer.tokens
-        with stdout_to_stderr(), self.work.heartbeat.guard():
+        if feed:
+            feed.curve, feed.tokens = lambda: log.points, log.all_tokens
+        with stdout_to_stderr(), self.work.heartbeat.guard(), feed.running() if feed else contextlib.nullcontext():
             started = time.perf_counter()
             try:
                 trainer.train()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from pipelines.runs.identity import StepPlan
 from pipelines.training import checkpoint
@@ -20,6 +20,7 @@ class TrainingLog:
     Args:
         history: values of the checkpoint that training resumes from, or initial ones.
         first_step: optimizer steps done before this process started.
+        moments: optimizer step → Unix time at which an interrupted process has reported it.
 
     Attributes:
         points: [optimizer step, loss, learning rate, Unix time] of every step.
@@ -29,9 +30,16 @@ class TrainingLog:
     """
 
     def __init__(
-        self, work: WorkContext, control: Control, plan: StepPlan, steps: int, history: dict, first_step: int
+        self,
+        work: WorkContext,
+        control: Control,
+        plan: StepPlan,
+        steps: int,
+        history: dict,
+        first_step: int,
+        moments: Mapping[int, float],
     ):
-        self.work, self.control, self.plan = work, control, plan
+        self.work, self.control, self.plan, self.moments = work, control, plan, moments
         self.steps, self.first_step, self.history = steps, first_step, history
         self.points: list[list[float]] = list(history["curve"])
         self.trained: float = history.get("trained", 0.0)
@@ -41,7 +49,8 @@ class TrainingLog:
         self.begun = time.time()
 
     def add(self, points: list[tuple[int, float, float, float]]) -> None:
-        self.points += [list(point) for point in points]
+        # a point that is sent again is the same one only with the time at which it was sent first
+        self.points += [[step, loss, rate, self.moments.get(step, now)] for step, loss, rate, now in points]
         step, loss, _, _ = self.points[-1]
         elapsed = max(time.time() - self.begun, 1e-9)
         self.work.heartbeat.report(
@@ -51,8 +60,12 @@ class TrainingLog:
             steps=self.steps,
             loss=loss,
             seconds_left=elapsed / (step - self.first_step) * (self.steps - step),
-            tokens_per_second=self.work.world.size * self.tokens() / elapsed,
+            tokens_per_second=self.all_tokens() / elapsed,
         )
+
+    def all_tokens(self) -> int:
+        """About how many tokens all ranks have trained on since this process started: rank 0 knows only its own."""
+        return self.work.world.size * self.tokens()
 
     def recent_loss(self) -> float:
         """Mean training loss of the second half of the steps so far."""

@@ -257,7 +257,12 @@ def _training(started: float) -> Training:
         [s, 0.4 + 2.2 * math.exp(-s / 9) + 0.06 * math.sin(s * 1.7), 3e-3 * (1 - s / 41), started + 5 + 1.5 * s]
         for s in range(1, 41)
     ]
-    return Training(40, 245_760, 3510.9, points[-1][1], points)
+    measured = points[4::5]
+    series = {
+        "train/tokens_per_second": [[step, 3500.0 + step, moment] for step, _, _, moment in measured],
+        "system/cpu_utilization_percentage": [[step, 90.0 + step / 10, moment] for step, _, _, moment in measured],
+    }
+    return Training(40, 245_760, 3510.9, points[-1][1], points, series=series)
 
 
 def _cells(config: PipelineConfig, plan: Plan, names, depth: int, moment: float, drop: float) -> tuple[Cell, ...]:
