@@ -24,7 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from curlora.active import alone
-from curlora.continual.parameters import adapter_parameters, require_adapter
+from curlora.continual.parameters import adapter_parameters, read, require_adapter, write
 from curlora.continual.strategy import Example, TaskContext
 from curlora.core import CurloraCore
 from curlora.layer import CurloraLayer
@@ -41,6 +41,10 @@ class Factors:
 
     outputs: dict[str, Tensor]
     inputs: dict[str, Tensor]
+
+    def scaled(self, by: float) -> Factors:
+        """The same curvature, `by` times as large."""
+        return Factors({name: by * value for name, value in self.outputs.items()}, self.inputs)
 
 
 # ------------------------------------------------------------------------------------- where the matrices sit
@@ -188,22 +192,78 @@ def measure(model: nn.Module, task: TaskContext, examples: Sequence[Example], dr
         if counted:
             sums.setdefault(name, Sums(z.shape[-1], z.device)).add(z, c)
 
+    with observed(model, see):
+        for own, loss in _passes(model, task, examples, draw):
+            counted = own
+            torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return _factors(parameters, sums, task, sum(map(predictions, examples)))
+
+
+def _passes(model: nn.Module, task: TaskContext, examples, draw: bool = False) -> Iterator[tuple[bool, Tensor]]:
+    """(whether it counts on this rank, summed loss) of groups of examples that are divided among the ranks.
+
+    A rank without a group repeats one and discards the result: under ZeRO-3 all ranks must run the pass.
+    """
     groups = [examples[first : first + ROWS] for first in range(0, len(examples), ROWS)]
     was_training = model.training
     model.eval()  # without dropout
-    with observed(model, see):
-        for first in range(0, len(groups), task.size):
-            # A rank without a group repeats one and discards the result: under ZeRO-3 all ranks must run the pass.
-            counted = first + task.rank < len(groups)
-            number = first + task.rank if counted else first
-            group = groups[number]
-            if draw:
-                group = task.draw(model, group, (task.seed, task.position, number))
-            losses = task.losses(model, group)
-            counts = losses.new_tensor([predictions(example) for example in group])
-            torch.autograd.grad((losses * counts).sum(), list(parameters.values()), allow_unused=True)
+    for first in range(0, len(groups), task.size):
+        counted = first + task.rank < len(groups)
+        number = first + task.rank if counted else first
+        group = groups[number]
+        if draw:
+            group = task.draw(model, group, (task.seed, task.position, number))
+        losses = task.losses(model, group)
+        yield counted, (losses * losses.new_tensor([predictions(example) for example in group])).sum()
     model.train(was_training)
-    return _factors(parameters, sums, task, sum(predictions(example) for example in examples))
+
+
+def mean_loss(model: nn.Module, task: TaskContext, examples: Sequence[Example]) -> float:
+    """Loss per prediction, in nats; a collective call."""
+    total = torch.zeros(1, dtype=torch.float64)
+    with torch.no_grad():
+        for counted, loss in _passes(model, task, examples):
+            total += float(loss) if counted else 0.0
+    return float(task.total(total)) / max(sum(map(predictions, examples)), 1)
+
+
+def gradient(model: nn.Module, task: TaskContext, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Of the summed loss, by parameter name, fp32 on the CPU; a collective call."""
+    parameters = adapter_parameters(model)
+    found = {name: torch.zeros(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+    for counted, loss in _passes(model, task, examples):
+        for name, value in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+            found[name] += value.float().cpu() if counted else 0.0
+    return {name: task.total(value) for name, value in found.items()}
+
+
+PROBE = 0.02  # nats that a probe's step should cost according to the factors
+
+
+def coherence(
+    model: nn.Module, task: TaskContext, factors: Factors, rows: Sequence[Example], examples: Sequence[Example]
+) -> float:
+    """How many times the measured change of the loss of `rows` exceeds the one that `factors` predict.
+
+    The factors take layers as independent, but training moves them together. So the change is measured along the sign
+    of the gradient of `examples`, the direction of Adam's first step, where it comes out 2 to 3 times as large. A
+    collective call that leaves the weights as they are; `rows` must be those of `factors`, around the current weights.
+    """
+    parameters = adapter_parameters(model)
+    here = read(parameters)
+    ways = {name: -value.sign().to(here[name].device) for name, value in gradient(model, task, examples).items()}
+    unit = sum(
+        float(quadratic(way, factors.outputs[name].to(way.device), factors.inputs[name].to(way.device)))
+        for name, way in ways.items()
+    )
+    if not unit:
+        return 1.0
+    before = mean_loss(model, task, rows)
+    step = math.sqrt(PROBE / unit)
+    write(parameters, {name: value + step * ways[name] for name, value in here.items()})
+    after = mean_loss(model, task, rows)
+    write(parameters, here)
+    return max((after - before) / PROBE, 1.0)
 
 
 def _factors(parameters, sums: dict[str, Sums], task: TaskContext, count: int) -> Factors:

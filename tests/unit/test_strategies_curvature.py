@@ -3,11 +3,11 @@
 import peft
 import pytest
 import torch
-from strategy_cases import adapted, context, forward, rows, train
+from strategy_cases import adapted, context, forward, rows, through_json, train
 
 from curlora import CurloraConfig
 from curlora.continual import make_strategy
-from curlora.continual.curvature import measure, observed, pooled, predictions, proximal, quadratic
+from curlora.continual.curvature import coherence, measure, observed, pooled, predictions, proximal, quadratic
 from curlora.continual.parameters import adapter_parameters, write
 from curlora.names import BASE_TASK
 
@@ -181,6 +181,44 @@ def test_the_base_is_task_zero_around_the_untrained_adapter(model):
     before = strategy.kept
     strategy.before_task(wrapped, context("b", 2, rows("b", 8)))
     assert strategy.kept is before, "the base is measured once, before the first task"
+
+
+def test_calibration_multiplies_by_what_a_probe_has_cost_and_leaves_the_weights(model):
+    found = {}
+    for calibrate in (False, True):
+        wrapped = peft.get_peft_model(model, CurloraConfig(r=4, task_type="CAUSAL_LM"))
+        strategy = make_strategy("curvature", calibrate=calibrate, **SMALL)
+        strategy.before_task(wrapped, context("a", 1, rows("a", 8)))
+        assert not any(value.any() for value in adapter_parameters(wrapped).values()), "where it was"
+        found[calibrate] = strategy
+        model = wrapped.unload()
+    assert found[False].coherence == 1.0 < found[True].coherence
+    for name, gamma in found[True].kept[BASE_TASK].factors.outputs.items():
+        plain = found[False].kept[BASE_TASK].factors.outputs[name]
+        assert torch.allclose(gamma, found[True].coherence * plain, rtol=1e-5)
+    again = make_strategy("curvature", **SMALL)
+    again.load_state(*through_json(found[True].state()))
+    assert again.coherence == found[True].coherence, "later tasks and resumed ones go on with it"
+
+
+def test_a_probe_measures_what_the_exact_change_is(model):
+    """Of the loss along the sign of the gradient, at a step for which the factors predict 0.02 nats."""
+    wrapped, written, examples = adapted(model, "curlora"), rows("base", 8, 1), rows("a", 8)
+    task = context("a", 1, examples)
+    factors = measure(wrapped, task, written, draw=False)
+    found = coherence(wrapped, task, factors, written, examples)
+    parameters, counts = adapter_parameters(wrapped), torch.tensor([float(predictions(e)) for e in examples])
+    gradients = torch.autograd.grad((forward(wrapped, examples)[0] * counts).sum(), list(parameters.values()))
+    ways = {name: -gradient.sign() for name, gradient in zip(parameters, gradients, strict=True)}
+    unit = sum(float(quadratic(way, factors.outputs[name], factors.inputs[name])) for name, way in ways.items())
+    weights = torch.tensor([float(predictions(e)) for e in written])
+
+    def loss() -> float:
+        return float((forward(wrapped, written)[0] * weights).sum() / weights.sum())
+
+    before = loss()
+    write(parameters, {name: p.detach() + (0.02 / unit) ** 0.5 * ways[name] for name, p in parameters.items()})
+    assert found == pytest.approx(max((loss() - before) / 0.02, 1.0), rel=1e-3)
 
 
 def test_tasks_are_kept_in_kilobytes_and_pooled_ones_in_constant_memory(model):

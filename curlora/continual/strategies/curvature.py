@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from curlora.continual.curvature import Factors, measure, pooled, quadratic, sites
+from curlora.continual.curvature import Factors, coherence, measure, pooled, quadratic, sites
 from curlora.continual.options import option
 from curlora.continual.parameters import adapter_parameters, differentiable, read
 from curlora.continual.state import pack, unpack
@@ -46,6 +46,7 @@ class Curvature(Replay):
 
     strength: float = option(3.0, "λ of an earlier task, nats of the new one per nat of the old", at_least=0)
     base_strength: float = option(3.0, "λ of text that the base has written; 0: it writes none", at_least=0)
+    calibrate: bool = option(True, "whether both are nats as measured, not as the factors alone predict them")
     pool: bool = option(False, "whether all earlier tasks share one Γ and S, so that the memory stays constant")
     examples: int = option(64, "examples per task on which its curvature is measured", at_least=1)
     base_rows: int = option(128, "sequences that the base writes once, before the first task", at_least=1)
@@ -56,6 +57,7 @@ class Curvature(Replay):
     def __init__(self, **options: Any):
         super().__init__(**options)
         self.kept: dict[str, Kept] = {}  # by task, in the order of training
+        self.coherence = 1.0  # of the layers: measured over predicted change, see `curvature.coherence`
         self._stacks: list[tuple[list[str], Tensor, Tensor, Tensor]] | None = None
 
     def check(self, model: nn.Module) -> None:
@@ -68,8 +70,11 @@ class Curvature(Replay):
             require(task.write is not None, "curvature needs TaskContext.write, which generates text from the base")
             rows = task.write(model, self.base_rows, self.base_length)
             with task.ready(model):
-                factors = measure(model, task, [Example(BASE_TASK, row, row) for row in rows], draw=False)
-            self._keep({BASE_TASK: Kept(factors, read(adapter_parameters(model)))})
+                written = [Example(BASE_TASK, row, row) for row in rows]
+                factors = measure(model, task, written, draw=False)
+                if self.calibrate:
+                    self.coherence = coherence(model, task, factors, written, self._some(task))
+            self._keep({BASE_TASK: Kept(factors.scaled(self.coherence), read(adapter_parameters(model)))})
 
     def loss(self, model: nn.Module, examples: list[Example], output: StepOutput) -> Tensor:
         return output.loss + output.weight * self.penalty(model) if self.kept else output.loss
@@ -109,12 +114,15 @@ class Curvature(Replay):
         super().after_task(model, task)
         if not self.strength:
             return
-        order = np.random.default_rng([task.seed, task.position]).permutation(len(task.examples))
-        factors = measure(model, task, [task.examples[i] for i in order[: self.examples]])
+        factors = measure(model, task, self._some(task)).scaled(self.coherence)
         new = Kept(factors, read(adapter_parameters(model)))
         if self.pool and EARLIER in self.kept:
             new = Kept(_together(self.kept[EARLIER].factors, factors), new.anchor)
         self._keep(self.kept | {EARLIER if self.pool else task.name: new})
+
+    def _some(self, task: TaskContext) -> list[Example]:
+        order = np.random.default_rng([task.seed, task.position]).permutation(len(task.examples))
+        return [task.examples[i] for i in order[: self.examples]]
 
     def _keep(self, kept: dict[str, Kept]) -> None:
         self.kept, self._stacks = kept, None
@@ -124,10 +132,11 @@ class Curvature(Replay):
         for number, (factors, anchor) in enumerate(self.kept.values()):
             named = {"outputs": factors.outputs, "inputs": factors.inputs, "anchor": anchor}
             tensors |= pack(**{f"{part}{number}": matrices for part, matrices in named.items()})
-        return tensors, values | {"kept": list(self.kept)}
+        return tensors, values | {"kept": list(self.kept), "coherence": self.coherence}
 
     def load_state(self, tensors, values) -> None:
         super().load_state(tensors, values)
+        self.coherence = values["coherence"]
         kept = {}
         for number, task in enumerate(values["kept"]):
             outputs, inputs, anchor = (unpack(tensors, f"{part}{number}") for part in ("outputs", "inputs", "anchor"))
