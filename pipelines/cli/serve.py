@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
-import threading
+import time
 from importlib.util import find_spec
 
 import click
@@ -61,19 +61,47 @@ def _run(plan, address: str | None, verbose: bool) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     import ray  # slow
 
-    from pipelines.serve.deployment import serving
+    from pipelines.serve.target import check_port
     from pipelines.workers.ray_cluster import connect
 
-    settings = plan.settings
+    settings, alone = plan.settings, not (address or os.environ.get("RAY_ADDRESS"))
+    if alone:
+        check_port(settings)
     click.echo(f"loading {plan.base.path}", err=True)
     connect(verbose, address)
+    from pipelines.serve.deployment import serving
+
     try:
-        with serving(plan) as handle:
-            state = handle.state.remote().result()
-            click.echo(f"http://{settings.host}:{settings.port}/v1  {json.dumps(state)}")
+        with serving(plan, alone) as handle:
+            click.echo(f"http://{settings.host}:{settings.port}/v1")
             try:
-                threading.Event().wait()
+                _watch(handle, settings.poll)
             except KeyboardInterrupt:
                 click.echo(f"stopping; running requests have {settings.drain:g} s to end", err=True)
     finally:
         ray.shutdown()
+
+
+def _watch(handle, pause: float) -> None:
+    """Print what serves, whenever it changes."""
+    told: dict[str, str] = {}
+    while True:
+        try:
+            found = _lines(handle.state.remote().result(timeout_s=60))
+        except Exception as error:  # of Ray, while a replica that died is replaced
+            found = {"server": f"does not answer ({type(error).__name__}); Ray Serve replaces it"}
+        for subject, line in found.items():
+            if told.get(subject) != line:
+                click.echo(f"{time.strftime('%H:%M:%S')} {subject}: {line}")
+        told = found
+        time.sleep(pause)
+
+
+def _lines(state: dict) -> dict[str, str]:
+    """What serves and what does not, each in one line."""
+    lines = {alias: facts["name"] for alias, facts in state["serving"].items()}
+    for alias, failure in state["failing"].items():
+        lines[f"{alias} (failing)"] = f"version {failure['version']} does not load: {failure['reason']}"
+    if state["registry"]:
+        lines["registry"] = state["registry"]
+    return {"server": state["status"], **lines}

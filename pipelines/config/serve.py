@@ -35,6 +35,9 @@ class ServeConfig(Section):
     drain: Duration = Field(
         30.0, ge=0, le=86_400, description="Time that running requests have to finish when the server is stopped."
     )
+    cpus: int = Field(
+        1, gt=0, le=10_000, description="CPU cores that Ray reserves for the model, and its threads on a CPU."
+    )
     max_adapters: int = Field(
         32, gt=0, le=4096, description="Adapters in memory; the one unused for longest makes room."
     )

@@ -78,7 +78,7 @@ def _as_refusal(error: Exception) -> BadRequest:
     if status == 500 and not isinstance(error, NotFinite):
         log.error("a request failed", exc_info=error)
     if isinstance(error, TimeoutError):
-        return BadRequest("the answer was not complete in time; send fewer rows or raise serve.timeout", status=504)
+        return BadRequest("the answer was not complete in time; ask for less or raise serve.timeout", status=504)
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return BadRequest(lines[0][:300], status=status)
 
@@ -151,8 +151,7 @@ class _Count:
 
 async def _predict(request: Request) -> Response:
     async def answer(service: Service, parsed: schema.PredictRequest, count: _Count) -> Response:
-        served, found = await service.predict(parsed)
-        adapter = service.answered_by(parsed.model, served)
+        adapter, found = await service.predict(parsed)
         count.adapter = adapter["name"]
         count.end(200)
         body = {"object": "predictions", "model": parsed.model, "task": parsed.task, "adapter": adapter}
@@ -180,7 +179,7 @@ async def _generate(service: Service, parsed: schema.Generation, count: _Count) 
         if parsed.stream:
             usage = bool(parsed.stream_options and parsed.stream_options.include_usage)
             body = _stream(answering, first, pieces, usage, count)
-            return StreamingResponse(body, media_type="text/event-stream", headers=headers)
+            return _Streamed(answering, body, headers)
         choices = [Choice() for _ in range(answering.count)]
         choices[first[0]].add(first[1])
         async for index, piece in pieces:
@@ -192,6 +191,20 @@ async def _generate(service: Service, parsed: schema.Generation, count: _Count) 
     writer = answering.writer
     count.end(200, writer.prompt_tokens, sum(choice.tokens for choice in choices))
     return JSONResponse(writer.whole(choices), headers=headers)
+
+
+class _Streamed(StreamingResponse):
+    """Lets go of the adapter also if its client is gone before the first event."""
+
+    def __init__(self, answering: Answering, body: AsyncIterator[str], headers: dict[str, str]):
+        super().__init__(body, media_type="text/event-stream", headers=headers)
+        self.answering = answering
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.answering.close()
 
 
 async def _stream(

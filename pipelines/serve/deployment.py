@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+import ray
 from ray import serve
 
-from pipelines.config.serve import ServeConfig
 from pipelines.serve.target import Plan
 
 APPLICATION = "curlora"
 STREAMS = 64  # requests beyond those that the engine takes, so that the engine refuses them and not Ray
+QUIET = {"enable_access_log": False}  # metrics count the requests
 
 
 @serve.ingress()
@@ -23,6 +24,7 @@ class Server:
     def __init__(self, plan: Plan):
         from pipelines.serve.service import Service  # imports torch, which the driver does not need
 
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger("pipelines.serve").setLevel(logging.INFO)
         self.service = Service(plan)
 
@@ -45,41 +47,38 @@ class Server:
         return await asyncio.to_thread(self.service.drain, seconds)
 
 
-@contextmanager
-def serving(plan: Plan) -> Iterator[serve.handle.DeploymentHandle]:
-    """Serve on the connected Ray cluster; in the end, requests that are running have `serve.drain` to finish.
-
-    Raises:
-        RuntimeError: the server does not start, e.g. because the port is taken.
-    """
+def application(plan: Plan, gpus: int) -> serve.Application:
+    """The application, for `serve.run`."""
     settings = plan.settings
-    serve.start(http_options={"host": settings.host, "port": settings.port})
-    try:
-        handle = serve.run(application(plan), name=APPLICATION, route_prefix="/", logging_config=_quiet())
-        try:
-            yield handle
-        finally:
-            handle.drain.remote(settings.drain).result(timeout_s=settings.drain + 10)
-    finally:
-        serve.shutdown()
-
-
-def application(plan: Plan) -> serve.Application:
-    """The application, for `serve.run` or a Serve config file."""
-    import torch
-
-    settings: ServeConfig = plan.settings
     deployment = serve.deployment(
         Server,
         num_replicas=1,
         max_ongoing_requests=settings.batch_rows + settings.queue + STREAMS,
         graceful_shutdown_timeout_s=settings.drain,
         health_check_period_s=5,
-        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if torch.cuda.is_available() else 0},
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": gpus},
     )
     return deployment.bind(plan)
 
 
-def _quiet() -> dict:
-    """Ray Serve's own log of every request is left out; metrics count them."""
-    return {"enable_access_log": False}
+@contextmanager
+def serving(plan: Plan, alone: bool) -> Iterator[serve.handle.DeploymentHandle]:
+    """Serve on the connected Ray cluster; in the end, requests that are running have `serve.drain` to finish.
+
+    Args:
+        alone: the cluster is this command's own, so that all of Ray Serve ends with it.
+
+    Raises:
+        RuntimeError: the server does not start.
+    """
+    settings, gpus = plan.settings, int(ray.cluster_resources().get("GPU", 0) > 0)
+    serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=QUIET)
+    try:
+        handle = serve.run(application(plan, gpus), name=APPLICATION, route_prefix="/", logging_config=QUIET)
+        try:
+            yield handle
+        finally:
+            with suppress(ray.exceptions.RayError, TimeoutError):  # a replica that is gone has nothing to finish
+                handle.drain.remote(settings.drain).result(timeout_s=settings.drain + 10)
+    finally:
+        serve.shutdown() if alone else serve.delete(APPLICATION)

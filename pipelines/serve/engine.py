@@ -66,7 +66,7 @@ class Engine:
         self._rows: list[Row] = []
         self._beginning: list[Row] = []
         self._state: State | None = None
-        self._draining = self._closed = False
+        self._draining = self._closed = self._calling = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -127,7 +127,7 @@ class Engine:
     @property
     def _is_busy(self) -> bool:
         with self._changed:  # a row that is admitted meanwhile is in one of the lists
-            return bool(self._waiting or self._beginning or self._rows)
+            return bool(self._waiting or self._beginning or self._rows or self._calls or self._calling)
 
     def close(self) -> None:
         """End the thread; requests that are left get an error."""
@@ -163,12 +163,14 @@ class Engine:
 
     def _run_calls(self) -> None:
         while self._calls:
-            future, function = self._calls.popleft()
+            with self._changed:
+                (future, function), self._calling = self._calls.popleft(), True
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(function())
                 except BaseException as error:  # the caller's to handle
                     future.set_exception(error)
+            self._calling = False
 
     def _fail_all(self, error: Exception) -> None:
         rows = [*self._rows, *self._beginning]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
-
 from pipelines.data.encoding import Encoder
 from pipelines.data.kinds import kind_of
+from pipelines.data.kinds.chat_template import ChatError, template_of
 from pipelines.data.samples import free_text
 from pipelines.serve.schema import BadRequest
 
@@ -41,10 +40,10 @@ class Prompts:
         if not self.tokenizer.chat_template:
             raise BadRequest("the base's tokenizer has no chat template; use /v1/completions", "messages")
         try:
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            reason = (str(error).strip().splitlines() or ["it gave no reason"])[0]
-            raise BadRequest(f"messages: the model's chat template refuses them: {reason}", "messages") from error
+            text = template_of(self.encoder).render(messages, ask=True)
+        except ChatError as error:
+            reason = str(error).rpartition("; ")[0]  # the remedy is for rows of data
+            raise BadRequest(f"messages: {reason}", "messages") from error
         return self.encoder.bare([text])[0]
 
     def of_text(self, prompt: str | list[int]) -> list[int]:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from pipelines.errors import ConfigError
+from pipelines.inference.predict import Trained
 from pipelines.lineage.registry import CANDIDATE, CHAMPION
 from pipelines.models.base import context_length, load_base, load_tokenizer
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import base_fingerprint
 from pipelines.serve.catalogue import Catalogue, Loaded, Served, UnknownModel
-from pipelines.serve.contract import AdapterError, Ask, Draining, Piece
+from pipelines.serve.contract import AdapterError, Ask, Busy, Draining, Piece
 from pipelines.serve.engine import Engine, Limits
 from pipelines.serve.metrics import Metrics
 from pipelines.serve.prompts import Prompts
@@ -28,6 +29,8 @@ from pipelines.serve.shared_model import SharedModel
 from pipelines.serve.sources import Step
 from pipelines.serve.target import Plan
 from pipelines.serve.watcher import Watcher
+
+GRACE = 5.0  # seconds after its deadline in which the engine says that an answer is late
 
 
 class Answering:
@@ -39,7 +42,8 @@ class Answering:
 
     def __init__(self, service: Service, served: Served, writer: Writer, asks: list[Ask]):
         self.served, self.writer, self.count = served, writer, len(asks)
-        self._service, self._loop = service, asyncio.get_running_loop()
+        self._service, self._loop, self._closed = service, asyncio.get_running_loop(), False
+        self._end = max(ask.deadline for ask in asks) + GRACE
         self._queue: asyncio.Queue = asyncio.Queue()
         self._rows = service.engine.submit(asks, [self._listener(index) for index in range(len(asks))])
 
@@ -58,16 +62,19 @@ class Answering:
         """
         left = self.count
         while left:
-            index, what = await self._queue.get()
+            rest = self._end - time.monotonic()  # the engine sees to the deadline itself, unless it hangs
+            index, what = await asyncio.wait_for(self._queue.get(), max(rest, 0))
             if isinstance(what, Exception):
                 raise what
             yield index, what
             left -= what.finish is not None
 
     def close(self) -> None:
-        """Give up what is not finished, and let go of the adapter."""
-        self._service.engine.cancel(self._rows)
-        self._service.catalogue.release(self.served)
+        """Give up what is not finished, and let go of the adapter; once is enough."""
+        if not self._closed:
+            self._closed = True
+            self._service.engine.cancel(self._rows)
+            self._service.catalogue.release(self.served)
 
 
 class Service:
@@ -90,7 +97,7 @@ class Service:
             self.engine, plan.config, base_fingerprint(plan.base), plan.storage, self.context, settings.max_adapters
         )
         self.watcher: Watcher | None = None
-        self._chance, self._draining = random.Random(), False
+        self._chance, self._draining, self._scoring = random.Random(), False, 0
         if plan.registry:
             self.watcher = Watcher(*plan.registry, self.catalogue, settings.poll, self._alias_followed)
             self.watcher.look()
@@ -100,13 +107,17 @@ class Service:
         self.metrics.swaps.labels(alias, outcome).inc()
 
     # -- which adapter
-    async def acquire(self, name: str) -> Served:
-        """The adapter that answers a request for this model; release it in the end.
+    async def acquire(self, asked: str) -> tuple[Served, dict[str, Any]]:
+        """The adapter that answers a request for this model, and `adapter` of the response; release it in the end.
 
         Raises:
             BadRequest: there is no such model (404), or it does not load (503).
         """
-        name = self._or_candidate(name)
+        name = self._or_candidate(asked)
+        served = await self._acquire(name)
+        return served, served.facts() | {"canary": name != asked}
+
+    async def _acquire(self, name: str) -> Served:
         try:
             if self.catalogue.is_ready(name):
                 return self.catalogue.acquire(name)
@@ -141,7 +152,7 @@ class Service:
         if len(prompts) * request.answers > self.settings.batch_rows:
             asked = f"{len(prompts)} prompts × n {request.answers}"
             raise BadRequest(f"n: {asked} is more than the {self.settings.batch_rows} answers of a batch", "n")
-        served = await self.acquire(request.model)
+        served, adapter = await self.acquire(request.model)
         try:
             deadline = time.monotonic() + self.settings.timeout
             stops = self.prompts.chat_ends if chat else self.prompts.ends
@@ -151,9 +162,7 @@ class Service:
                 asks += [Ask(served.key, tuple(prompt), s, stops, deadline) for s in request.sampling(room)]
             read = sum(map(len, prompts))
             logprobs = request.top is not None
-            writer = Writer(
-                chat, request.model, self.answered_by(request.model, served), self.tokenizer, logprobs, read
-            )
+            writer = Writer(chat, request.model, adapter, self.tokenizer, logprobs, read)
             return Answering(self, served, writer, asks)
         except BaseException:
             self.catalogue.release(served)
@@ -165,41 +174,42 @@ class Service:
         assert isinstance(request, CompletionRequest)
         return [self.prompts.of_text(prompt) for prompt in request.prompts]
 
-    def answered_by(self, asked: str, served: Served) -> dict[str, Any]:
-        """`adapter` of a response."""
-        candidate = self.catalogue.aliases.get(CANDIDATE)
-        diverted = asked == CHAMPION and candidate is not None and served is candidate
-        return served.facts() | {"canary": diverted}
-
     # -- tasks
-    async def predict(self, request: PredictRequest) -> tuple[Served, list[dict]]:
-        """Predictions of one of the adapter's tasks, by the code of `curlora predict`.
+    async def predict(self, request: PredictRequest) -> tuple[dict[str, Any], list[dict]]:
+        """Predictions of one of the adapter's tasks, by the code of `curlora predict`; (`adapter`, one per row).
 
         Raises:
             BadRequest: no such model or task, or rows that the task cannot read.
-            Draining: not now.
+            Busy, Draining: not now.
             TimeoutError: it took longer than `serve.timeout`.
         """
-        served = await self.acquire(request.model)
+        served, adapter = await self.acquire(request.model)
         try:
             trained = served.loaded.trained
             if trained is None:
                 raise BadRequest(f"{request.model} has no tasks; ask champion or <run>/<step>", "model")
-            if self._draining:
-                raise Draining("the server is ending; try again in a moment")
-
-            def answer() -> list[dict]:
-                with self.model.alone(served.key) as model:
-                    return replace(trained, model=model).answer(request.task, request.rows)
-
-            future = asyncio.wrap_future(self.engine.call(answer))
-            return served, await asyncio.wait_for(future, self.settings.timeout)
+            return adapter, await self._scored(served.key, trained, request)
         except ConfigError as error:
             problem = error.problems[0]
             where = f"{problem.field}: " if problem.field.startswith("row") else ""
             raise BadRequest(f"{where}{problem.message}", "rows" if where else "task") from error
         finally:
             self.catalogue.release(served)
+
+    async def _scored(self, key: str, trained: Trained, request: PredictRequest) -> list[dict]:
+        def answer() -> list[dict]:
+            with self.model.alone(key) as model:
+                return replace(trained, model=model).answer(request.task, request.rows)
+
+        if self._draining:
+            raise Draining("the server is ending; try again in a moment")
+        if self._scoring >= max(self.settings.queue, 1):
+            raise Busy(f"{self._scoring} requests are waiting, which is all that may; try again later")
+        self._scoring += 1
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(self.engine.call(answer)), self.settings.timeout)
+        finally:
+            self._scoring -= 1
 
     # -- state
     def models(self) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import hashlib
 import ipaddress
 import os
 import posixpath
+import socket
 from dataclasses import dataclass, replace
 
 from pipelines.config.loading import load_config
@@ -83,6 +84,19 @@ def with_token(plan: Plan, token: str | None) -> Plan:
         remedy = f"set {TOKEN} in the environment, or listen on 127.0.0.1"
         raise ConfigError([Problem("serve.host", f"{plan.settings.host} can be reached by others; {remedy}")])
     return replace(plan, token=token_digest(token) if token else None)
+
+
+def check_port(settings: ServeConfig) -> None:
+    """Raises ConfigError if the server cannot listen on this machine: Ray Serve would try for a minute."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        message = f"{where} cannot be listened on ({error.strerror or error}); choose another --port or --host"
+        raise ConfigError([Problem("serve.port", message)]) from error
 
 
 def is_loopback(host: str) -> bool:

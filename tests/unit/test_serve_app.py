@@ -340,19 +340,26 @@ def test_without_its_token_nothing_is_told(service):
 def test_a_full_server_says_so_and_a_late_answer_too(plan):
     from dataclasses import replace
 
-    tight = plan.settings.model_copy(update={"batch_rows": 1, "queue": 1, "timeout": 0.5, "max_new_tokens": 48})
+    tight = plan.settings.model_copy(update={"batch_rows": 1, "queue": 1, "timeout": 3.0, "max_new_tokens": 48})
     service = Service(replace(plan, settings=tight))
     release = threading.Event()
     with TestClient(make_app(service)) as http:
         blocked = service.engine.call(lambda: release.wait(60))  # as a long forward pass would
-        found: list = []
         body = {"model": "champion", "prompt": "the film", "max_tokens": 4}
-        threads = [
-            threading.Thread(target=lambda: found.append(http.post("/v1/completions", json=body))) for _ in range(4)
+        found, scored = [], []
+
+        def ask(path: str, body: dict, told: list) -> threading.Thread:
+            return threading.Thread(target=lambda: told.append(http.post(f"/v1/{path}", json=body)))
+
+        threads = [ask(TEXT, body, found) for _ in range(4)] + [
+            ask("predict", GOOD["predict"], scored) for _ in range(3)
         ]
         for thread in threads:
             thread.start()
-        time.sleep(1.0)
+        end = time.monotonic() + 60
+        while (len(found) < 3 or len(scored) < 2) and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(3.1)  # the two that were taken are late now
         release.set()
         blocked.result()
         for thread in threads:
@@ -362,6 +369,7 @@ def test_a_full_server_says_so_and_a_late_answer_too(plan):
         assert len(busy) == 3 and len(late) == 1
         assert busy[0].headers["retry-after"] == "1" and "try again" in busy[0].json()["error"]["message"]
         assert "serve.timeout" in late[0].json()["error"]["message"]
+        assert sorted(response.status_code for response in scored) == [429, 429, 504]
         assert _complete(http, max_tokens=4)["choices"]
         assert service.drain(5)
         refused = http.post("/v1/completions", json=body)
