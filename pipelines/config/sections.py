@@ -142,6 +142,16 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
     )
+    packing: Literal["auto"] | bool = Field(
+        "auto",
+        description="Lay the examples of a batch end to end in place of padding them, none seeing another; auto: "
+        "where the base keeps them apart. It changes losses by rounding alone and enters no fingerprint.",
+    )
+    group_by_length: bool = Field(
+        False,
+        description="Make batches of examples of similar length, for bases whose examples cannot be packed: less "
+        "padding, other batches.",
+    )
     max_train_examples: int | None = Field(
         None, gt=0, le=10**12, description="Examples per task, a seeded subset of its training split; null: all."
     )

@@ -45,6 +45,11 @@ class Examples(Sequence):
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example."""
+        return np.concatenate([sequences.numbers("lengths") for _, sequences in self.parts])
+
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -83,10 +88,11 @@ def training_examples(
         at_most: rows per task; None for all.
     """
     tasks = [tasks] if isinstance(tasks, TaskSource) else tasks
-    return Examples([(task, _training_sequences(task, tokenizer, max_length, at_most, seed)) for task in tasks])
+    return Examples([(task, training_sequences(task, tokenizer, max_length, at_most, seed)) for task in tasks])
 
 
-def _training_sequences(task, tokenizer, max_length: int, at_most: int | None, seed: int) -> Sequences:
+def training_sequences(task, tokenizer, max_length: int, at_most: int | None, seed: int) -> Sequences:
+    """The training split of one task, encoded; arguments as of `training_examples`."""
     rows = load_split(task, "train")
     rows = _subset(rows, at_most, seed)
     encoder, kind = Encoder(tokenizer, max_length), kind_of(task)

@@ -86,7 +86,10 @@ class Setting(Record):
 
     @classmethod
     def of(cls, config: PipelineConfig) -> Setting:
-        return cls(config.adapter.model_dump(), config.strategy.model_dump(), config.training.model_dump())
+        # how a batch is laid out is no part of it, and what is off was not there when older runs were begun
+        left_out = {"packing"} | (set() if config.training.group_by_length else {"group_by_length"})
+        training = config.training.model_dump(exclude=left_out)
+        return cls(config.adapter.model_dump(), config.strategy.model_dump(), training)
 
 
 @dataclass(frozen=True)
