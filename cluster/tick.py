@@ -24,7 +24,7 @@ from pipelines.chain.start import find_start
 from pipelines.config.domains import DomainsConfig
 from pipelines.config.loading import parse_config
 from pipelines.config.pipeline import PipelineConfig
-from pipelines.data.sources import digest_of
+from pipelines.data.held_out import training_digests
 from pipelines.errors import ConfigError, DataError, LeaseHeld, LineageError, Problem, Unavailable
 from pipelines.lineage import registry
 from pipelines.preflight.hub import hub_available
@@ -217,7 +217,7 @@ class _Tick:
         if problems:
             return "refused", [problem.message for problem in problems]
         try:
-            known = champion is not None and champion.digests.get(domain.name) == digest_of(chain.tasks[-1], "train")
+            known = champion is not None and champion.digests.get(domain.name) in training_digests(chain.tasks[-1])
         except DataError as error:
             return "refused", [str(problem) for problem in error.problems]
         return "unchanged", [f"version {champion.version} has learned these very rows"] if known else []

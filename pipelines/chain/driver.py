@@ -25,6 +25,7 @@ from pipelines.errors import ConfigError, Problem, RunDirectoryError, RunFailed,
 from pipelines.lineage.background import Projector
 from pipelines.models.gguf import described
 from pipelines.preflight.data import check_data
+from pipelines.preflight.tools import tool_problems
 from pipelines.promotion.publish import already_published, publish
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.event import Event
@@ -139,8 +140,8 @@ def _resolved_start(config: PipelineConfig, run: RunDirectory, address: str | No
 
 
 def _check_data(config: PipelineConfig, on_event: Callable[[Event], None]) -> None:
-    """Raises ConfigError with every problem of the data; what prevents no run is a warning."""
-    if problems := check_data(config, functools.partial(_warn, on_event)):
+    """Raises ConfigError with every problem of the data and of missing tools; what prevents no run is a warning."""
+    if problems := [*tool_problems(config), *check_data(config, functools.partial(_warn, on_event))]:
         raise ConfigError(problems)
     _warn(on_event, ignored(config))
 
@@ -339,13 +340,11 @@ def _run_segment(drive: Drive, steps: tuple[StepPlan, ...]) -> None:
 
 
 def _assignment(drive: Drive, steps: tuple[StepPlan, ...]) -> Assignment:
-    from pipelines.preflight.model import with_packing  # imports torch
-
     plan = drive.plan
     setting = plan.setting(steps[0]) if steps else plan.settings[max(len(plan.decided) - 1, 0)]
     return Assignment(
         run_uri=drive.run.uri,
-        config=with_packing(setting).model_dump(),
+        config=setting.model_dump(),
         steps=steps,
         base_directory=plan.base_directory,
         base_fingerprint=plan.base_fingerprint,

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from pipelines.chain.start import file_problems, find_start
 from pipelines.config.pipeline import PipelineConfig
-from pipelines.config.tasks import ClassificationTask
-from pipelines.data.held_out import training_view
-from pipelines.data.identity import data_identity, score_identity
+from pipelines.config.tasks import ClassificationTask, TaskSource
+from pipelines.data.held_out import needs_held_out, training_digests, training_view
+from pipelines.data.identity import score_identity, step_data_identity
 from pipelines.data.samples import questions_of
 from pipelines.errors import ConfigError, Problem
 from pipelines.preflight.data import check_trial_data, tokenizer_of_chats
@@ -110,8 +110,8 @@ def make_plan(
     base = base_fingerprint(config.base_model)
     start = find_start(config, run)
     tokenizer = tokenizer_of_chats(config)
-    identities = {task.name: data_identity(task, tokenizer) for task in config.tasks}
-    earlier = tuple(name for name in identities if start and start.knows(name, identities[name]["digest"]))
+    identities = {task.name: step_data_identity(config, task, tokenizer) for task in config.tasks}
+    earlier = tuple(task.name for task in config.tasks if start and _is_known(start, task))
     new = [name for name in identities if name not in earlier]
     if not new:
         reason = f"{start.named} has learned all of them already" if start else "there are none"
@@ -134,6 +134,11 @@ def make_plan(
     asked = _asked(config, questions, first, steps, earlier)
     settings = tuple(settings)
     return Plan(base, first, tuple(steps), keys, needed, settings, undecided, start, earlier, questions, asked)
+
+
+def _is_known(start: Start, task: TaskSource) -> bool:
+    """Whether the chain starts from a step that has learned this task, with or without rows held out."""
+    return task.name in start.digests and any(start.knows(task.name, digest) for digest in training_digests(task))
 
 
 def _cell_keys(config: PipelineConfig) -> dict[str, str]:
@@ -186,9 +191,9 @@ def has_untrained_head(config: PipelineConfig, name: str) -> bool:
 
 def planned(config: PipelineConfig, run: RunDirectory) -> tuple[PipelineConfig, Plan]:
     """The configuration that the chain is trained with, and the plan with all settings that searches have found."""
+    config = training_view(config) if needs_held_out(config) else config
     if not config.search:
         return config, make_plan(config, run)
-    config = training_view(config) if config.search.when else config
     plan = make_plan(config, run, settings_found(run))
     if plan.undecided:
         check_trial_data(config)

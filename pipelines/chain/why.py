@@ -14,7 +14,9 @@ from typing import Any
 from pipelines.chain.plan import Plan
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.tasks import TaskSource
+from pipelines.data.held_out import validation_part
 from pipelines.data.identity import data_identity
+from pipelines.data.sources import digest_of
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
 from pipelines.runs.step_record import Setting, StepRecord
@@ -100,6 +102,10 @@ def _differences(
             continue
         if (digest := data_identity(task)["digest"]) != data.train.digest:
             yield f"the training data of {name} has changed (digest {data.train.digest[:8]} → {digest[:8]})"
+        if data.validation and config.training.validate_every:
+            digest = digest_of(validation_part(task), "validation")
+            if digest != data.validation.digest:
+                yield f"the validation data of {name} has changed (digest {data.validation.digest[:8]} → {digest[:8]})"
         if name in known:
             yield from _changes(_trained_by(known[name]), _trained_by(task), f"{name}.")
 

@@ -119,6 +119,7 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from pipelines.distributed.zero_settings import ignored
     from pipelines.preflight.memory import memory_by_stage
     from pipelines.preflight.model import check_model, model_facts
+    from pipelines.preflight.tools import tool_problems
     from pipelines.workers.device import local_device, slow_dtype
 
     warned: list[str] = []
@@ -129,7 +130,7 @@ def _dry_run(path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     problems, unreachable = (problems, []) if online else split_unreachable(config, problems)
     ahead = look_ahead(config, readable=not problems and not unreachable)
     unreachable += ahead.unchecked
-    problems += check_model(config, ahead.depth)
+    problems += [*tool_problems(config), *check_model(config, ahead.depth)]
     known = {problem.field for problem in problems}
     problems += [problem for problem in ahead.problems if problem.field not in known]
     if problems:

@@ -142,18 +142,21 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
     )
-    packing: Literal["auto"] | bool = Field(
-        "auto",
-        description="Lay the examples of a batch end to end in place of padding them, none seeing another; auto: "
-        "where the base keeps them apart. It changes losses by rounding alone and enters no fingerprint.",
-    )
-    group_by_length: bool = Field(
-        False,
-        description="Make batches of examples of similar length, for bases whose examples cannot be packed: less "
-        "padding, other batches.",
-    )
     max_train_examples: int | None = Field(
         None, gt=0, le=10**12, description="Examples per task, a seeded subset of its training split; null: all."
+    )
+    validate_every: int | None = Field(
+        None,
+        gt=0,
+        le=10**9,
+        description="Optimizer steps between two measurements of the loss on the validation split (without one, on a "
+        "tenth of train that is left out of training); a task keeps the state with the lowest. null: none.",
+    )
+    patience: int | None = Field(
+        None,
+        gt=0,
+        le=10**6,
+        description="A task stops after so many measurements in a row without a lower validation loss; null: never.",
     )
 
     @model_validator(mode="after")
@@ -164,6 +167,20 @@ class TrainingConfig(Section):
                 f"{self.gradient_accumulation}; choose a multiple"
             )
         return self
+
+    @model_validator(mode="after")
+    def _patience_has_measurements(self):
+        if self.patience and not self.validate_every:
+            raise ValueError(
+                f"patience {self.patience} counts validations, but validate_every is null; set it to a number of "
+                "optimizer steps, e.g. validate_every: 50"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that determine a training; those that are off are left out, as before there were any."""
+        fields = self.model_dump()
+        return {name: v for name, v in fields.items() if v is not None or name not in ("validate_every", "patience")}
 
 
 class SamplesConfig(Section):
@@ -269,6 +286,11 @@ class TrackingConfig(Section):
     experiment: str | None = Field(None, description="MLflow experiment; null: the run's name.")
     register_as: str | None = Field(
         None, description="Registered model that finished chains become versions of; null: none are registered."
+    )
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list,
+        description="Where the curves of every step go besides MLflow: tensorboard (files in tensorboard/ of the "
+        "run), wandb (its WANDB_* variables apply; project: experiment).",
     )
 
     @field_validator("register_as")

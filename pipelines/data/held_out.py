@@ -1,4 +1,5 @@
-"""Views of a configuration for hyperparameter search, which must not see test data nor train on validation data."""
+"""Views of a configuration for what is decided on validation data, which is neither tested nor trained on: searches,
+and the state that a step keeps."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import contextlib
 
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.tasks import RetentionCorpus, TaskSource
-from pipelines.data.sources import load_split
+from pipelines.data.sources import digest_of, load_split
 from pipelines.errors import ConfigError, DataError, Problem
 
 HELD, KEPT = "@held-out", "@kept"  # parts of a training split, see sources.load_split
@@ -23,13 +24,37 @@ def validation_view(task: TaskSource) -> TaskSource:
     return task.model_copy(update={"splits": {**task.splits, "test": task.splits.get("validation", "validation")}})
 
 
+def needs_held_out(config: PipelineConfig) -> bool:
+    """Whether something is decided on validation rows before or while the chain is trained."""
+    return bool(config.training.validate_every or (config.search and config.search.when))
+
+
 def training_view(config: PipelineConfig) -> PipelineConfig:
     """The configuration as its chain is trained: tasks without validation split hold a tenth of `train` out."""
     tasks = []
     for task in config.tasks:
+        if KEPT in task.splits.get("train", ""):  # the view of a view
+            tasks.append(task)
+            continue
         train = validation_view(task).splits.get("train", "train")
         tasks.append(task.model_copy(update={"splits": {**task.splits, "train": train}}) if KEPT in train else task)
     return config.model_copy(update={"tasks": tasks})
+
+
+def validation_part(task: TaskSource) -> TaskSource:
+    """The task whose split `validation` is what it holds out of train, if it has no such split itself."""
+    train = task.splits.get("train", "train")
+    held = train.replace(KEPT, HELD) if KEPT in train else validation_view(task).splits["test"]
+    if HELD not in held:
+        return task
+    return task.model_copy(update={"splits": {**task.splits, "validation": held}})
+
+
+def training_digests(task: TaskSource) -> set[str]:
+    """Digests of all of `train`, and of what is trained on where a tenth of it is held out."""
+    train = task.splits.get("train", "train").replace(KEPT, "")
+    parts = [{**task.splits, "train": train + part} for part in ("", KEPT)]
+    return {digest_of(task.model_copy(update={"splits": splits}), "train") for splits in parts}
 
 
 def trial_view(config: PipelineConfig, position: int) -> PipelineConfig:

@@ -6,6 +6,7 @@ import hashlib
 
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.tasks import GenerationTask, RetentionCorpus, Source, TaskSource
+from pipelines.data.held_out import validation_part
 from pipelines.data.kinds import kind_of
 from pipelines.data.kinds.chat_template import template_identity
 from pipelines.data.kinds.chats import answers_in, chat_of, chat_problems
@@ -27,6 +28,14 @@ def data_identity(task: TaskSource, tokenizer=None) -> dict:
         if task.messages and task.learn == "all" and _has_earlier_answers(task, identity["digest"]):
             identity["learn"] = "all"
     return task.training_identity() | identity
+
+
+def step_data_identity(config: PipelineConfig, task: TaskSource, tokenizer=None) -> dict:
+    """`data_identity` of a task of a training view, with the rows that decide which state its step keeps."""
+    identity = data_identity(task, tokenizer)
+    if not config.training.validate_every:
+        return identity
+    return identity | {"validation": digest_of(validation_part(task), "validation")}
 
 
 def _has_earlier_answers(task: GenerationTask, digest: str) -> bool:

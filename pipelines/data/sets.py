@@ -45,11 +45,6 @@ class Examples(Sequence):
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example."""
-        return np.concatenate([sequences.numbers("lengths") for _, sequences in self.parts])
-
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -81,22 +76,26 @@ def training_examples(
     max_length: int,
     at_most: int | None,
     seed: int,
+    split: str = "train",
 ) -> Examples:
     """The training splits of tasks as token sequences of at most `max_length`.
 
     Args:
         at_most: rows per task; None for all.
+        split: `validation` for rows of that split, encoded in the same way.
     """
     tasks = [tasks] if isinstance(tasks, TaskSource) else tasks
-    return Examples([(task, training_sequences(task, tokenizer, max_length, at_most, seed)) for task in tasks])
+    chosen = (at_most, seed, split)
+    return Examples([(task, _training_sequences(task, tokenizer, max_length, *chosen)) for task in tasks])
 
 
-def training_sequences(task, tokenizer, max_length: int, at_most: int | None, seed: int) -> Sequences:
-    """The training split of one task, encoded; arguments as of `training_examples`."""
-    rows = load_split(task, "train")
+def _training_sequences(task, tokenizer, max_length: int, at_most: int | None, seed: int, split: str) -> Sequences:
+    rows = load_split(task, split)
     rows = _subset(rows, at_most, seed)
     encoder, kind = Encoder(tokenizer, max_length), kind_of(task)
-    identity = {"part": "train", "at_most": at_most, "seed": seed if at_most else None} | data_identity(task)
+    identity = {"part": split, "at_most": at_most, "seed": seed if at_most else None} | data_identity(task)
+    if split != "train":  # whose classes the rows are read with
+        identity["rows"] = digest_of(task, split)
     return cached_sequences(identity, encoder, lambda: kind.train(task, batches(rows, kind.columns(task)), encoder))
 
 

@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -136,6 +136,14 @@ def gathered_copy(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor
         else:
             copies[name] = parameter.detach().float().cpu().clone()
     return copies
+
+
+def put_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write whole weights into a model's parameters, whether partitioned or not. All ranks must call it."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in weights.items():
+        with writable(parameters[name]):
+            parameters[name].data.copy_(tensor)
 
 
 @contextlib.contextmanager

@@ -15,16 +15,18 @@ from pipelines.lineage.step_runs import new_child
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan, live_folder
 from pipelines.runs.live import LiveStep, read_curve, read_live
-from pipelines.runs.records import curve_points, series_points
+from pipelines.runs.records import curve_points, series_points, validation_points
 from pipelines.runs.step_record import StepRecord
 
 
 @dataclass
 class Cursor:
-    """How much of a step has been sent: up to an optimizer step of the curve, and a moment of the series."""
+    """How much of a step has been sent: up to an optimizer step of the curve and of the validations, and to a
+    moment of the series."""
 
     run_id: str
     step: int = 0
+    validated: int = 0
     moment: float = 0.0
 
 
@@ -51,8 +53,10 @@ def send_live(
         cursor = cursors[name] = Cursor(_opened(to, parent_id, children, live.step))
     curve = read_curve(to.run, live_folder(name), cursor.step)
     series = [point for point in series_points(live.series) if point[2] > cursor.moment]
-    send_metrics(to, cursor.run_id, [*curve_points(curve), *series])
+    validated = validation_points([point for point in live.validation if point[0] > cursor.validated])
+    send_metrics(to, cursor.run_id, [*curve_points(curve), *validated, *series])
     cursor.step = int(curve[-1][0]) if curve else cursor.step
+    cursor.validated = max((point[3] for point in validated), default=cursor.validated)
     cursor.moment = max((point[2] for point in series), default=cursor.moment)
 
 

@@ -16,7 +16,8 @@ Conventions that dashboards can rely on, the same for every sequence:
                             exact_match/<task>; for retained text nll/<corpus>, perplexity/<corpus>; step = position in
                             the sequence, 0 = untrained base; average_accuracy, forgetting, …; step = number of steps
     metrics of a child      train/loss, train/learning_rate, train/tokens_per_second, system/… (as MLflow names them),
-                            sent while it trains, step = optimizer step; its own row of scores and its cost
+                            validation/loss, sent while it trains, step = optimizer step; its own row of scores
+                            and its cost
     inputs                  <task>/train and <name>/test with the digest of the run directory
     tables                  samples.json: answers to evaluation.samples; the parent's has a column per step
     logged model of a child the adapter (logged_models.py), its row of scores by dataset, its parent as input
@@ -60,12 +61,11 @@ from pipelines.runs.records import (
     Steps,
     cost_points,
     current_steps,
-    curve_points,
     ended_at,
     latest_moment,
     score_points,
-    series_points,
     started_at,
+    training_points,
 )
 from pipelines.runs.start import RECORD
 from pipelines.runs.step_record import StepRecord
@@ -392,8 +392,7 @@ def _send_step(known: _Known, directory: str, metrics: StepRecord) -> str:
     row = score_points(metrics)
     model_id = None if metrics.origin else _send_model(known, child, directory, metrics)
     send_metrics(to, run_id, row, model_id, metric_datasets(metrics))
-    series = series_points(metrics.training.series) if metrics.training else []
-    send_metrics(to, run_id, [*cost_points(metrics), *curve_points(metrics.curve), *series])
+    send_metrics(to, run_id, [*cost_points(metrics), *training_points(metrics.training)])
     send_metrics(to, known.parent_id, row)
     upload_folder(to, run_id, directory, "")
     send_step_table(to, child, metrics)

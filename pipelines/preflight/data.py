@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipelines.config.sections import BaseModelConfig
 from pipelines.config.tasks import RetentionCorpus, Source, TaskSource
 from pipelines.data.damage import silent_damage
 from pipelines.data.encoding import Encoder
-from pipelines.data.held_out import trial_view
+from pipelines.data.held_out import KEPT, trial_view, validation_view
 from pipelines.data.kinds import kind_of
 from pipelines.data.kinds.base import Kind, short
 from pipelines.data.row_locations import files_of, row_location
@@ -26,7 +26,6 @@ from pipelines.data.sets import scored_length
 from pipelines.data.sources import digest_of, load_split, records
 from pipelines.errors import ConfigError, DataError, Problem, did_you_mean
 from pipelines.models.gguf import described
-from pipelines.preflight.cuts import cut_rows
 from pipelines.preflight.samples import sample_problems
 
 AT_MOST = 5  # rows named per kind of problem; the rest are counted
@@ -36,18 +35,14 @@ SCARCE = 16  # texts up to this many characters are tokenized to see whether any
 Warn = Callable[[str], None]
 
 
-def _silent(text: str) -> None:
-    """Nobody wants to know what prevents no run."""
-
-
 def check_trial_data(config: PipelineConfig) -> None:
     """Raise ConfigError with every problem of the data on which the trials of a training view are scored."""
-    problems = check_data(trial_view(config, len(config.tasks)))
+    problems = check_data(trial_view(config, len(config.tasks)), warn=lambda text: None)
     if problems:
         raise ConfigError(Problem(f"search: {p.field}", p.message) for p in problems)
 
 
-def check_data(config: PipelineConfig, warn: Warn = _silent) -> list[Problem]:
+def check_data(config: PipelineConfig, warn: Warn = lambda text: None) -> list[Problem]:
     """Every problem of a configuration's data.
 
     Args:
@@ -66,12 +61,17 @@ def check_data(config: PipelineConfig, warn: Warn = _silent) -> list[Problem]:
                 problems.append(Problem(f"{section}.{number}.max_new_tokens", message))
             elif tokenizer is not None:
                 encoder = Encoder(tokenizer, length)
-            problems += _Check(f"{section}.{number}.data", source, encoder, warn).problems()
-    problems += sample_problems(config, tokenizer, context)
-    if not problems and tokenizer is not None and warn is not _silent:
-        for text in cut_rows(config, tokenizer, context):
-            warn(text)
-    return problems
+            splits = _splits(source, config)
+            problems += _Check(f"{section}.{number}.data", source, encoder, warn).problems(splits)
+    return [*problems, *sample_problems(config, tokenizer, context)]
+
+
+def _splits(source: Source, config: PipelineConfig) -> list[str]:
+    """The splits that a run reads; held-out rows are part of `train`."""
+    if isinstance(source, RetentionCorpus):
+        return [source.split]
+    validated = config.training.validate_every and KEPT not in validation_view(source).splits.get("train", "")
+    return ["train", "test", *(["validation"] if validated else [])]
 
 
 def tokenizer_of_chats(config: PipelineConfig):
@@ -147,12 +147,11 @@ class _Check:
         self.class_names: tuple[str, ...] = ()
         self.seen: set[int] = set()  # classes that occur in train
 
-    def problems(self) -> list[Problem]:
-        corpus = isinstance(self.source, RetentionCorpus)
-        whole = [self._split(split) for split in ([self.source.split] if corpus else ["train", "test"])]
+    def problems(self, splits: Sequence[str]) -> list[Problem]:
+        whole = [self._split(split) for split in splits]
         if all(whole):
             self._task()
-            if not corpus:
+            if not isinstance(self.source, RetentionCorpus):
                 self._overlap()
         return self.found
 

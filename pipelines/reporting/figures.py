@@ -15,7 +15,7 @@ from pipelines.reporting.drawing import COLORS, MARKERS, axis_limits, colors, ne
 from pipelines.reporting.formatting import number
 from pipelines.reporting.summary import MANY, direction, goodness, row_labels, trained_row
 from pipelines.runs.results import Results
-from pipelines.runs.step_record import StepRecord
+from pipelines.runs.step_record import StepRecord, Validated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,7 +143,7 @@ def _draw_task(ax: Axes, results: Results, column: int, name: str) -> None:
 
 
 def draw_training(results: Results, steps: Sequence[StepRecord]) -> Figure | None:
-    """Training loss of every step, or of the last `MANY`, one panel per step."""
+    """Training loss of every step, or of the last `MANY`, one panel per step; with the loss on validation rows."""
     trained = [step for step in steps if step.curve][-MANY:]
     if not trained:
         return None
@@ -156,10 +156,20 @@ def draw_training(results: Results, steps: Sequence[StepRecord]) -> Figure | Non
         points = [(row[0], row[1]) for row in step.curve if row[1] is not None]
         if points:
             ax.plot(*zip(*points, strict=True), color=COLORS[0], linewidth=1.2)
+        if step.training.validation:
+            _draw_validation(ax, step.training.validation)
         ax.set_title(f"{step.position} {step.label}", fontsize=9, loc="left")
     figure.supxlabel("optimizer step", fontsize=9)
-    figure.supylabel("training loss", fontsize=9)
+    validated = any(step.training.validation for step in trained)
+    figure.supylabel("loss (line: training, dots: validation)" if validated else "training loss", fontsize=9)
     return figure
+
+
+def _draw_validation(ax: Axes, validation: Validated) -> None:
+    """Draw the validation losses; the state that was kept has a large marker."""
+    points = [(step, loss) for step, loss, _ in validation.curve]
+    ax.plot(*zip(*points, strict=True), color=COLORS[1], linestyle=":", marker="o", markersize=3)
+    ax.plot(validation.best_step, validation.best_loss, color=COLORS[1], marker="o", markersize=7)
 
 
 FIGURES: dict[str, Callable[[Results, Sequence[StepRecord]], Any]] = {

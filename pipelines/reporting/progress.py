@@ -75,6 +75,12 @@ class ChainProgress:
     def _on_preparing(self, event: Event) -> None:
         self._activity(f"preparing {event.task}")
 
+    def _on_validating(self, event: Event) -> None:
+        self._activity(f"validating {event.task}")
+
+    def _on_stopped_early(self, event: Event) -> None:
+        self._line(event.text, always=True)
+
     def _on_writing(self, event: Event) -> None:
         self._activity("the base writes text to be kept", event)
 

@@ -18,7 +18,7 @@ from pipelines.reporting.summary import MANY, direction, headlines, histories, r
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import Answers, answers_of, current_steps
 from pipelines.runs.results import Results
-from pipelines.runs.step_record import Seconds, Setting, StepRecord
+from pipelines.runs.step_record import Seconds, Setting, StepRecord, Validated
 from pipelines.runs.verdict import Verdict
 
 HEADLINE_GROUPS = {"learned": "What was learned", "forgotten": "What was forgotten", "cost": "What it cost"}
@@ -272,6 +272,14 @@ def _ancestry(run: RunDirectory, results: Results, steps: Sequence[StepRecord]) 
     return values | {"ancestry_image": _image(draw_ancestry(ancestry), alt)}
 
 
+def _validation(found: Validated | None) -> list[str]:
+    """What validation decided of a step, in words."""
+    if found is None:
+        return []
+    early = ", stopped early" if found.stopped_early else ""
+    return [f"kept the state after step {found.best_step}: lowest validation loss, {number(found.best_loss)}{early}"]
+
+
 def _recipe(step: StepRecord, first: str) -> Recipe:
     setting = step.setting or Setting({}, {}, {})
     adapter, training = setting.adapter, setting.training
@@ -287,6 +295,7 @@ def _recipe(step: StepRecord, first: str) -> Recipe:
             f"learning rate {training.get('learning_rate')}, batch {training.get('batch_size')}",
             f"seed {training.get('seed')}",
             f"{whole(step.training.steps if step.training else None)} optimizer steps",
+            *_validation(step.training.validation if step.training else None),
         ],
         environment=[f"{key} {value}" for key, value in flatten(step.environment).items()],
         finished=step.finished,

@@ -12,6 +12,7 @@ its `metrics.json` exists, which is written last. Layout, below `<storage>/<name
     train/<fp8>/                     checkpoints within a step; deleted when it is done
     live/<fp8>/                      curve of the step in training (live.py); deleted likewise
     search/<k>-<task>-<fp8>/         the search before a step: trials/<fp8>/ (each a run directory), results.json
+    tensorboard/<k>-<task>-<fp8>/    curves for TensorBoard, if tracking.report_to names it
     events/<time>-<id>.json          immutable, one file per event
     results.json, report.html, figures/*.png
     lease.json, progress.json, stop.json   its driver, its progress, a request to stop

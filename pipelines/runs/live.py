@@ -27,10 +27,12 @@ class LiveStep(Record):
     Attributes:
         step: its record, without scores, files and training.
         series: metric → [optimizer step, value, Unix time] of every measurement.
+        validation: [optimizer step, loss, Unix time] of every validation.
     """
 
     step: StepRecord
     series: Series = field(default_factory=dict)
+    validation: list[list[float]] = field(default_factory=list)
 
 
 def read_live(run: RunDirectory, folder: str) -> LiveStep | None:

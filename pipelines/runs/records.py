@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipelines.errors import ConfigError, Problem
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.samples import Question, Sample
-from pipelines.runs.step_record import Cell, Series, StepRecord, base_directory
+from pipelines.runs.step_record import Cell, Series, StepRecord, Training, base_directory
 
 
 def choose_step(run: RunDirectory, step: str | None) -> str:
@@ -135,6 +135,7 @@ def answers_of(steps: Sequence[StepRecord], keys: Sequence[str] | None) -> list[
 
 def cost_points(metrics: StepRecord) -> list[Point]:
     training = metrics.training
+    validation = training.validation if training else None
     values = {
         "trainable_parameters": metrics.trainable_parameters,
         "head_parameters": metrics.head_parameters,
@@ -142,6 +143,8 @@ def cost_points(metrics: StepRecord) -> list[Point]:
         "peak_memory_bytes": metrics.peak_memory_bytes,
         "tokens_per_second": training.tokens_per_second if training else None,
         "train/final_loss": training.final_loss if training else None,
+        "validation/best_loss": validation.best_loss if validation else None,
+        "validation/best_step": validation.best_step if validation else None,
         **{f"seconds/{name}": value for name, value in metrics.seconds.to_json().items()},
     }
     return [(name, value, metrics.finished, metrics.position) for name, value in values.items()]
@@ -156,9 +159,22 @@ def curve_points(curve: Sequence[Sequence[float]]) -> list[Point]:
     return points
 
 
+def validation_points(curve: Sequence[Sequence[float]]) -> list[Point]:
+    """Points of `Validated.curve`."""
+    return [("validation/loss", loss, moment, int(step)) for step, loss, moment in curve]
+
+
 def series_points(series: Series | None) -> list[Point]:
     """Points of `Training.series`."""
     return [(name, value, moment, step) for name, rows in (series or {}).items() for step, value, moment in rows]
+
+
+def training_points(training: Training | None) -> list[Point]:
+    """All points by optimizer step: loss and learning rate, validation loss, speed and load."""
+    if training is None:
+        return []
+    validated = validation_points(training.validation.curve) if training.validation else []
+    return [*curve_points(training.curve), *validated, *series_points(training.series)]
 
 
 def lineage(run: RunDirectory, directory: str) -> Iterator[StepRecord]:

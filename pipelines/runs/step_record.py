@@ -86,10 +86,7 @@ class Setting(Record):
 
     @classmethod
     def of(cls, config: PipelineConfig) -> Setting:
-        # how a batch is laid out is no part of it, and what is off was not there when older runs were begun
-        left_out = {"packing"} | (set() if config.training.group_by_length else {"group_by_length"})
-        training = config.training.model_dump(exclude=left_out)
-        return cls(config.adapter.model_dump(), config.strategy.model_dump(), training)
+        return cls(config.adapter.model_dump(), config.strategy.model_dump(), config.training.identity())
 
 
 @dataclass(frozen=True)
@@ -102,9 +99,10 @@ class Split(Record):
 
 @dataclass(frozen=True)
 class TaskData(Record):
-    """Training data of a task."""
+    """Training data of a task; `validation` are the rows that decided which state was kept."""
 
     train: Split
+    validation: Split | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -116,6 +114,24 @@ class PublishedFile(Record):
 
 
 @dataclass(frozen=True)
+class Validated(Record):
+    """Validation during a step.
+
+    Attributes:
+        curve: [optimizer step, loss, Unix time] of every validation.
+        best_step, best_loss: of the state that the step has kept.
+        rows: number of validation rows, packed documents counting as one.
+        stopped_early: whether training ended before its last planned optimizer step.
+    """
+
+    curve: list[list[float]]
+    best_step: int
+    best_loss: float
+    rows: int
+    stopped_early: bool
+
+
+@dataclass(frozen=True)
 class Training(Record):
     """Outcome of a step's training.
 
@@ -124,6 +140,7 @@ class Training(Record):
         curve: [optimizer step, loss, learning rate, Unix time] of every step.
         resumed_at: optimizer steps at which it resumed from a checkpoint.
         series: speed and load of the machine during training.
+        validation: None without `training.validate_every`.
     """
 
     steps: int
@@ -133,6 +150,7 @@ class Training(Record):
     curve: list[list[float]]
     resumed_at: list[int] = field(default_factory=list)
     series: Series | None = field(default=None, metadata=OPTIONAL)
+    validation: Validated | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)

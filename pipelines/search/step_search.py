@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.search_space import with_values
 from pipelines.data.held_out import trial_view
-from pipelines.data.identity import data_identity, score_identity
+from pipelines.data.identity import score_identity, step_data_identity
 from pipelines.preflight.data import tokenizer_of_chats
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan, fingerprint, step_fingerprint
@@ -78,7 +78,7 @@ def search_of_step(config: PipelineConfig, position: int, parent: str, base: str
     sources = {source.name: source for source in [*trial_config.tasks, *trial_config.retention]}
     keys = {name: fingerprint(score_identity(sources[name], trial_config)) for name in names}
     tokenizer = tokenizer_of_chats(config)
-    identities = [data_identity(config.task(name), tokenizer) for name in new]
+    identities = [step_data_identity(config, config.task(name), tokenizer) for name in new]
     return StepSearch(config, position, new, parent, base, trial_config, names, keys, identities)
 
 

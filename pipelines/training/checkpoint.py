@@ -26,9 +26,10 @@ class Checkpoint:
     """The training state of a step after `step` optimizer steps.
 
     Attributes:
-        tensors: `weight/<parameter>`, `exp_avg/…`, `exp_avg_sq/…` (full, fp32), `rng/<rank>`, `strategy/<name>`.
+        tensors: `weight/<parameter>`, `exp_avg/…`, `exp_avg_sq/…` (full, fp32), `rng/<rank>`, `strategy/<name>`;
+            with validation `best/<parameter>` and `best_strategy/<name>`, the best state so far.
         values: content of the JSON file: `micro_batches` seen, `tokens`, `seconds` and `curve` so far,
-            `scheduler_step`, `loss_scale`, `world_size`, `strategy`.
+            `scheduler_step`, `loss_scale`, `world_size`, `strategy`, `validation`.
     """
 
     step: int

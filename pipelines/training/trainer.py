@@ -23,15 +23,14 @@ from pipelines.config.sections import TrainingConfig
 from pipelines.distributed import optimizer_state, sparse
 from pipelines.distributed.world import World
 from pipelines.errors import DivergedError, Stopped
-from pipelines.models.base import context_length
-from pipelines.models.heads import causal_lm, trainable_heads
+from pipelines.models.heads import trainable_heads
 from pipelines.training.arguments import taken_for_adapted
 from pipelines.training.batches import GlobalBatches, MicroBatch
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.example_losses import drawn_targets, example_losses, losses_alone
+from pipelines.training.validation import Validation
 
 SYNCHRONISE_SECONDS = 1.0  # about the time between synchronisation points: each waits for the device and all ranks
-EXAMPLES_PER_ROW = 4  # of full length, at most: room to fill rows whatever the lengths are
 MOST_STEPS_BETWEEN = 50  # at most so many optimizer steps between two synchronisation points
 
 
@@ -55,6 +54,8 @@ class ContinualTrainer(transformers.Trainer):
         on_points: called on every rank at each synchronisation point with [(step, loss, learning rate, Unix time), …].
         requests: called on every rank at each synchronisation point.
         on_checkpoint: called on every rank when a checkpoint is due, with the function that takes it.
+        validation: measures the state after some optimizer steps, and may end the training before the last one.
+        on_validation: called on every rank to measure the state after an optimizer step.
         rungs: fractions of the step after which `on_rung` is called on every rank, with the fraction and the
             function that takes a checkpoint; it may raise `Stopped`.
         resume: the checkpoint to resume from.
@@ -76,6 +77,8 @@ class ContinualTrainer(transformers.Trainer):
         on_points: Callable[[list[tuple[int, float, float, float]]], None],
         requests: Callable[[], ControlRequests] = ControlRequests,
         on_checkpoint: Callable[[Callable[[], Checkpoint]], None] = lambda take: None,
+        validation: Validation | None = None,
+        on_validation: Callable[[int], None] = lambda step: None,
         rungs: Sequence[float] = (),
         on_rung: Callable[[float, Callable[[], Checkpoint]], None] = lambda rung, take: None,
         resume: Checkpoint | None = None,
@@ -89,6 +92,7 @@ class ContinualTrainer(transformers.Trainer):
         self.examples = examples
         self.total_steps = steps
         self.on_points, self.requests, self.on_checkpoint = on_points, requests, on_checkpoint
+        self.validation, self.on_validation = validation, on_validation
         self.rungs = {math.ceil(rung * steps): rung for rung in rungs}
         self.on_rung = on_rung
         self.resume = resume
@@ -121,17 +125,8 @@ class ContinualTrainer(transformers.Trainer):
             self.world,
             self.strategy.batch,
             self.resume.values["micro_batches"] if self.resume else 0,
-            packing=self._packed_length(),
-            grouped=self.training.group_by_length,
         )
         return self.batches
-
-    def _packed_length(self) -> int:
-        """Tokens per row of packed examples; 0: no packing. What auto means is decided before workers start."""
-        if self.training.packing is not True:
-            return 0
-        context = context_length(causal_lm(self.model).config.get_text_config())
-        return min(context, EXAMPLES_PER_ROW * self.training.max_length)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a separate learning rate for the heads."""
@@ -167,7 +162,7 @@ class ContinualTrainer(transformers.Trainer):
         losses, output = example_losses(model, inputs, self.strategy.held_heads())
         share = losses.sum() * inputs.scale / self.training.gradient_accumulation
         self._losses.append(share.detach())
-        self.tokens += sum(len(example.input_ids) for example in inputs.examples) if inputs.scale else 0
+        self.tokens += int(inputs.attention_mask.sum()) if inputs.scale else 0
         # DeepSpeed averages gradients over ranks: multiplied by the world size, that is the mean over the global batch
         output.loss = share * self.world.size
         output.weight = 1 / self.training.gradient_accumulation
@@ -220,10 +215,10 @@ class ContinualTrainer(transformers.Trainer):
         self._pending.append((self.step, self._learning_rate, time.time()))
         self._step_losses.append(torch.stack(self._losses).sum())
         self._losses.clear()
-        rung = self.rungs.get(self.step)
-        if self.step >= self._next_synchronisation or self.step == self.total_steps or rung:
+        rung, validated = self.rungs.get(self.step), self._is_validated()
+        if self.step >= self._next_synchronisation or self.step == self.total_steps or rung or validated:
             self._synchronise()
-        if rung:
+        if rung and (not self.is_over or self.step == self.total_steps):
             self.on_rung(rung, self.checkpoint)
             self._last_synchronisation = time.monotonic()
 
@@ -245,12 +240,23 @@ class ContinualTrainer(transformers.Trainer):
         if bad is not None:
             raise DivergedError(f"the loss is not finite at {self._where(bad)}; {_REMEDY}")
         self.on_points(points)
-        if self.step == self.total_steps:
+        if self._is_validated():
+            self.on_validation(self.step)
+            self._last_synchronisation = time.monotonic()
+        if self.is_over:
             return  # the adapter is about to be saved
         if checkpoint or stop:
             self.on_checkpoint(self.checkpoint)
         if stop:
             raise Stopped(f"stopped after optimizer step {self.step} of {self.total_steps}")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether this was the last optimizer step."""
+        return self.step == self.total_steps or (self.validation is not None and self.validation.is_over)
+
+    def _is_validated(self) -> bool:
+        return self.validation is not None and self.validation.is_due(self.step, self.total_steps)
 
     def _where(self, step: int) -> str:
         """Describes an optimizer step so that a user can find its rows."""
@@ -278,6 +284,9 @@ class ContinualTrainer(transformers.Trainer):
             "tokens": sum(self._gather(self.tokens)) + (self.resume.values["tokens"] if self.resume else 0),
             "strategy": strategy_values,
         }
+        if self.validation:
+            tensors, values["validation"] = self.validation.state()
+            state |= tensors
         return Checkpoint(self.step, state, values)
 
     def _trainables(self) -> dict[str, nn.Parameter]:
@@ -321,3 +330,4 @@ class _StrategyCallback(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.end_step()
+        control.should_training_stop |= self.trainer.is_over

@@ -11,8 +11,10 @@ import psutil
 import torch
 
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.identity import StepPlan
 from pipelines.runs.live import MOST_SAMPLES, LiveStep, read_curve, read_live, write_curve, write_live
-from pipelines.runs.step_record import Series, StepRecord
+from pipelines.runs.step_record import Seconds, Series, Setting, StepRecord
+from pipelines.workers.context import WorkContext
 
 WRITE_SECONDS = 5.0  # between two writes, and two measurements at first
 MEGABYTE = 1.0e6  # as MLflow's own system metrics count
@@ -23,13 +25,15 @@ class LiveFeed:
 
     Args:
         step: record of the step, without what training decides.
-        curve: returns the curve so far, [optimizer step, loss, learning rate, Unix time] of every step.
-        tokens: returns the tokens that all ranks have trained on since this process started.
 
     Attributes:
+        curve: returns the curve so far, [optimizer step, loss, learning rate, Unix time] of every step.
+        validation: returns the validations so far, [optimizer step, loss, Unix time] of each.
+        tokens: returns the tokens that all ranks have trained on since this process started.
         started: Unix time at which the step was begun, before any interruption.
         series: measurements so far; when they are more than `MOST_SAMPLES`, every other one is dropped.
         moments: optimizer step → Unix time, of the steps that an interrupted process had reported.
+        validated: the same of its validations.
     """
 
     def __init__(self, run: RunDirectory, folder: str, step: StepRecord, device: torch.device):
@@ -39,6 +43,10 @@ class LiveFeed:
         self.series: Series = before.series if before else {}
         self._earlier = read_curve(run, folder)
         self.moments = {int(point[0]): point[3] for point in self._earlier}
+        earlier = before.validation if before else []
+        self._earlier_validation = [list(point) for point in earlier]
+        self.validated = {int(point[0]): point[2] for point in earlier}
+        self.validation: Callable[[], Sequence[Sequence[float]]] = list
         self.curve: Callable[[], Sequence[Sequence[float]]] = list
         self.tokens: Callable[[], int] = lambda: 0
         self._pause = WRITE_SECONDS
@@ -77,8 +85,13 @@ class LiveFeed:
         ahead = [point for point in self._earlier if point[0] > last]  # reported before an interruption
         with contextlib.suppress(OSError):  # a full disk surfaces where a write is required
             write_curve(self.run, self.folder, [*points, *ahead], self._written)
-            write_live(self.run, self.folder, LiveStep(self.step, dict(self.series)))
+            write_live(self.run, self.folder, LiveStep(self.step, dict(self.series), self._validated_so_far()))
             self._written = last
+
+    def _validated_so_far(self) -> list[list[float]]:
+        points = [list(point) for point in self.validation()]
+        last = points[-1][0] if points else 0
+        return [*points, *(point for point in self._earlier_validation if point[0] > last)]
 
     def _measure(self) -> None:
         points = self.curve()
@@ -94,6 +107,26 @@ class LiveFeed:
         if max(map(len, self.series.values())) > MOST_SAMPLES:
             self.series = {name: rows[::2] for name, rows in self.series.items()}
             self._pause *= 2
+
+
+def feed_of(work: WorkContext, plan: StepPlan) -> LiveFeed:
+    """The feed of a step that is about to be trained, or to be resumed."""
+    now = time.time()
+    step = StepRecord(
+        fingerprint=plan.fingerprint,
+        position=plan.position,
+        tasks=plan.tasks,
+        parent=plan.parent,
+        parent_run=work.start.run_uri if work.start and plan.parent == work.start.fingerprint else None,
+        depth=plan.depth,
+        setting=Setting.of(work.config),
+        started=now,
+        finished=now,
+        cells=(),
+        seconds=Seconds(),
+        environment=work.environment(),
+    )
+    return LiveFeed(work.run, plan.live, step, work.world.device)
 
 
 def load(device: torch.device) -> dict[str, float]:

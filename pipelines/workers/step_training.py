@@ -17,23 +17,25 @@ from torch import nn
 from curlora.continual import Example, Strategy, TaskContext, make_strategy
 from curlora.continual.parameters import swapped
 from pipelines.config.paths import public_name
+from pipelines.data.held_out import validation_part
 from pipelines.data.sets import training_examples
 from pipelines.distributed import engine
-from pipelines.distributed.engine import writable
 from pipelines.errors import DivergedError, Stopped
 from pipelines.evaluation.sampling import sample_text
 from pipelines.models import adapters, heads
-from pipelines.runs.identity import StepPlan
-from pipelines.runs.step_record import PublishedFile, Seconds, Setting, StepRecord, TrainedStep, Training
+from pipelines.runs.identity import StepPlan, fingerprint
+from pipelines.runs.step_record import PublishedFile, Seconds, TrainedStep, Training
 from pipelines.training import checkpoint
 from pipelines.training.arguments import optimizer_steps, training_arguments
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.example_losses import losses_alone
+from pipelines.training.reports import Reports
 from pipelines.training.trainer import ContinualTrainer
+from pipelines.training.validation import Validation
 from pipelines.workers.assignment import RungScores, rung_file, verdict_file
 from pipelines.workers.context import WorkContext
 from pipelines.workers.control import Control
-from pipelines.workers.live_feed import LiveFeed
+from pipelines.workers.live_feed import LiveFeed, feed_of
 from pipelines.workers.resident_model import ResidentModel, sha256, stdout_to_stderr
 from pipelines.workers.step_scoring import StepScoring
 from pipelines.workers.training_log import TrainingLog
@@ -65,7 +67,7 @@ class StepTraining:
         trainable, in_heads = adapters.adapter_parameters(model), _head_parameters(model)
         strategy = self._strategy(parent)
         resume = self._newest_checkpoint(plan)
-        feed = self._feed(plan) if work.is_writer else None
+        feed = feed_of(work, plan) if work.is_writer else None
         started = feed.started if feed else begun
         history = resume.values if resume else {"started": started, "seconds": 0.0, "curve": [], "resumed_at": []}
         fitted = self._train(model, plan, strategy, resume, history, feed)
@@ -86,25 +88,6 @@ class StepTraining:
             work.run.remove(plan.live)
         work.world.barrier()
         return model, trained
-
-    def _feed(self, plan: StepPlan) -> LiveFeed:
-        """What the step tells while it trains."""
-        work, now = self.work, time.time()
-        step = StepRecord(
-            fingerprint=plan.fingerprint,
-            position=plan.position,
-            tasks=plan.tasks,
-            parent=plan.parent,
-            parent_run=work.start.run_uri if work.start and plan.parent == work.start.fingerprint else None,
-            depth=plan.depth,
-            setting=Setting.of(work.config),
-            started=now,
-            finished=now,
-            cells=(),
-            seconds=Seconds(),
-            environment=work.environment(),
-        )
-        return LiveFeed(work.run, plan.live, step, work.world.device)
 
     def _newest_checkpoint(self, plan: StepPlan) -> Checkpoint | None:
         """The checkpoint to resume from: rank 0 chooses it, all ranks load it."""
@@ -153,25 +136,37 @@ class StepTraining:
             return Fitted(Training(0, 0, 0.0, None, []), {}, time.time() - begun)
         if resume:
             strategy.load_state(resume.part("strategy"), resume.values["strategy"])
-            _put_weights(model, resume.part("weight"))
+            engine.put_weights(model, resume.part("weight"))
         steps = optimizer_steps(work.config.training, len(examples), len(plan.tasks))
         moments = feed.moments if feed else {}
         log = TrainingLog(work, self.control, plan, steps, history, resume.step if resume else 0, moments)
         with tempfile.TemporaryDirectory() as scratch, engine.hooks_restored(model):
-            trainer = self._trainer(model, examples, strategy, steps, scratch, log, resume)
+            validation = self._validation(model, plan, strategy, feed, resume)
+            trainer = self._trainer(model, examples, strategy, steps, scratch, log, validation, resume)
             self._run_trainer(trainer, log, feed)
+            if validation:
+                validation.keep_best()
             trainer.end_task(context)
             weights = trained_weights(model, strategy, self.resident.learned | set(plan.tasks))
             tokens = work.world.sum(trainer.tokens) + (resume.values["tokens"] if resume else 0)
             end_engine(trainer)
-        series = feed.series if feed else None
-        training = Training(steps, tokens, tokens / log.trained, log.points[-1][1], log.points, log.resumed_at, series)
+        training = Training(
+            steps=int(log.points[-1][0]),
+            tokens=tokens,
+            tokens_per_second=tokens / log.trained,
+            final_loss=log.points[-1][1],
+            curve=log.points,
+            resumed_at=log.resumed_at,
+            series=feed.series if feed else None,
+            validation=validation.record(steps) if validation else None,
+        )
         return Fitted(training, weights, history["seconds"] + time.time() - begun - log.scored)
 
     def _run_trainer(self, trainer: ContinualTrainer, log: TrainingLog, feed: LiveFeed | None) -> None:
         log.tokens = lambda: trainer.tokens
         if feed:
             feed.curve, feed.tokens = lambda: log.points, log.all_tokens
+            log.reports = reports_of(self.work, log.plan, trainer)
         with stdout_to_stderr(), self.work.heartbeat.guard(), feed.running() if feed else contextlib.nullcontext():
             started = time.perf_counter()
             try:
@@ -179,13 +174,44 @@ class StepTraining:
             except (Stopped, DivergedError):  # raised on all ranks: ending the engine is safe and keeps the base
                 end_engine(trainer)
                 raise
-            log.trained += time.perf_counter() - started - log.scored
+            finally:
+                if log.reports:
+                    log.reports.close()
+            log.trained += time.perf_counter() - started - log.scored - log.validated
 
-    def _examples(self, plan: StepPlan) -> Sequence[Example]:
+    def _examples(self, plan: StepPlan, split: str = "train") -> Sequence[Example]:
         training = self.work.config.training
         length = min(training.max_length, self.resident.context)
         tasks = [self.work.config.task(name) for name in plan.tasks]
-        return training_examples(tasks, self.resident.tokenizer, length, training.max_train_examples, training.seed)
+        if split == "validation":
+            tasks = [validation_part(task) for task in tasks]
+        at_most = training.max_train_examples
+        return training_examples(tasks, self.resident.tokenizer, length, at_most, training.seed, split)
+
+    def _validation(
+        self,
+        model: nn.Module,
+        plan: StepPlan,
+        strategy: Strategy,
+        feed: LiveFeed | None,
+        resume: Checkpoint | None,
+    ) -> Validation | None:
+        work = self.work
+        if not work.config.training.validate_every:
+            return None
+        validation = Validation(
+            self._examples(plan, "validation"),
+            work.config.training,
+            work.world,
+            model,
+            strategy,
+            evaluated=lambda: weights_to_evaluate(model, strategy),
+            moments=feed.validated if feed else {},
+            resume=resume,
+        )
+        if feed:
+            feed.validation = lambda: validation.curve
+        return validation
 
     def _task_context(self, plan: StepPlan, examples: Sequence[Example]) -> TaskContext:
         world = self.work.world
@@ -233,6 +259,7 @@ class StepTraining:
         steps: int,
         scratch: str,
         log: TrainingLog,
+        validation: Validation | None,
         resume: Checkpoint | None,
     ) -> ContinualTrainer:
         from accelerate.state import AcceleratorState  # only after DeepSpeed's environment is set
@@ -260,6 +287,8 @@ class StepTraining:
             on_points=log.add,
             requests=self.control.requests,
             on_checkpoint=log.write_checkpoint,
+            validation=validation,
+            on_validation=lambda step: log.validate(validation, step),
             rungs=work.assignment.rungs,
             on_rung=lambda rung, take: self._rung(model, strategy, log, rung, take()),
             resume=resume,
@@ -323,6 +352,27 @@ class StepTraining:
         return adapter_bytes, files
 
 
+def reports_of(work: WorkContext, plan: StepPlan, trainer: ContinualTrainer) -> Reports | None:
+    """The other tools that a step is reported to; None if there are none."""
+    tracking, name = work.config.tracking, plan.directory.rpartition("/")[2]
+    if not tracking or not tracking.report_to:
+        return None
+    trainer.args.run_name = f"{work.run.name}-{name}"
+    return Reports(
+        tracking.report_to,
+        trainer.args,
+        trainer.model,
+        folder=f"{work.run.root if work.run.is_local else work.run.uri}/tensorboard/{name}",
+        wandb={
+            "WANDB_PROJECT": tracking.experiment or work.run.name,
+            "WANDB_RUN_GROUP": work.run.name,
+            "WANDB_RUN_ID": fingerprint([work.run.uri, plan.fingerprint])[:16],
+            "WANDB_RESUME": "allow",
+        },
+        warn=lambda text: work.event("warning", plan, text=text),
+    )
+
+
 @contextlib.contextmanager
 def weights_to_evaluate(model: nn.Module, strategy: Strategy) -> Iterator[None]:
     """Inside, the model has the strategy's evaluation weights; afterwards, its training weights again."""
@@ -343,18 +393,10 @@ def trained_weights(model: nn.Module, strategy: Strategy, learned: Collection[st
         for name, p in model.named_parameters()
         if (prefix in name or heads.task_of(name) in learned) and "ds_" not in name
     }
-    _put_weights(model, strategy.evaluation_weights(model) or {})
+    engine.put_weights(model, strategy.evaluation_weights(model) or {})
     weights = engine.gathered_copy(chosen)
     buffers = {name: b.detach().cpu().clone() for name, b in model.state_dict().items() if prefix in name}
     return {**{name: b for name, b in buffers.items() if name not in chosen}, **weights}
-
-
-def _put_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Write full weights into a model's parameters, whether partitioned or not."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in weights.items():
-        with writable(parameters[name]):
-            parameters[name].data.copy_(tensor)
 
 
 def end_engine(trainer: ContinualTrainer) -> None:

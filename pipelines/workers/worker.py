@@ -24,6 +24,8 @@ import torch
 import transformers
 
 from pipelines.config.pipeline import PipelineConfig
+from pipelines.config.tasks import TaskSource
+from pipelines.data.held_out import validation_part
 from pipelines.data.kinds import kind_of
 from pipelines.data.sources import digest_of, load_split
 from pipelines.distributed import engine, zero_settings
@@ -292,8 +294,13 @@ def _with_scores(metrics: StepRecord, cells: Sequence[Cell], samples: Sequence[S
 
 
 def _training_data(config: PipelineConfig, name: str) -> TaskData:
-    task = config.task(name)
-    return TaskData(Split(digest_of(task, "train"), len(load_split(task, "train"))))
+    task = validation_part(config.task(name))
+    validated = _split(task, "validation") if config.training.validate_every else None
+    return TaskData(_split(task, "train"), validated)
+
+
+def _split(task: TaskSource, split: str) -> Split:
+    return Split(digest_of(task, split), len(load_split(task, split)))
 
 
 def _class_names(config: PipelineConfig, names: Sequence[str]) -> dict[str, list[str]]:

@@ -17,6 +17,7 @@ from pipelines.chain.plan import Plan, make_plan
 from pipelines.chain.results import build_results
 from pipelines.config.loading import parse_config
 from pipelines.config.pipeline import PipelineConfig
+from pipelines.data.held_out import validation_part
 from pipelines.data.sources import digest_of
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.event import Event
@@ -193,7 +194,7 @@ def write_step(run: RunDirectory, config: PipelineConfig, plan: Plan, step: Step
         parent_run=plan.start.run_uri if plan.start and step.parent == plan.start.fingerprint else None,
         depth=step.depth,
         setting=Setting.of(config),
-        data={name: TaskData(Split(digest_of(config.task(name), "train"), ROWS)) for name in step.tasks},
+        data={name: _data(config, name) for name in step.tasks},
         classes={name: ["bad", "good"] for name in step.tasks if name not in TEXT + WRITTEN},
         trainable_parameters=2304,
         head_parameters=0,
@@ -204,6 +205,12 @@ def write_step(run: RunDirectory, config: PipelineConfig, plan: Plan, step: Step
     )
     run.write_json(f"{step.directory}/metrics.json", row)
     return row
+
+
+def _data(config: PipelineConfig, name: str) -> TaskData:
+    task = validation_part(config.task(name))
+    held = Split(digest_of(task, "validation"), ROWS) if config.training.validate_every else None
+    return TaskData(Split(digest_of(task, "train"), ROWS), held)
 
 
 def _measured(
