@@ -340,11 +340,13 @@ def _run_segment(drive: Drive, steps: tuple[StepPlan, ...]) -> None:
 
 
 def _assignment(drive: Drive, steps: tuple[StepPlan, ...]) -> Assignment:
+    from pipelines.preflight.model import with_packing  # imports torch
+
     plan = drive.plan
     setting = plan.setting(steps[0]) if steps else plan.settings[max(len(plan.decided) - 1, 0)]
     return Assignment(
         run_uri=drive.run.uri,
-        config=setting.model_dump(),
+        config=with_packing(setting).model_dump(),
         steps=steps,
         base_directory=plan.base_directory,
         base_fingerprint=plan.base_fingerprint,

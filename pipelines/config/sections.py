@@ -142,6 +142,16 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
     )
+    packing: Literal["auto"] | bool = Field(
+        "auto",
+        description="Lay the examples of a batch end to end in place of padding them, none seeing another; auto: "
+        "where the base keeps them apart. It changes losses by rounding alone and enters no fingerprint.",
+    )
+    group_by_length: bool = Field(
+        False,
+        description="Make batches of examples of similar length, for bases whose examples cannot be packed: less "
+        "padding, other batches.",
+    )
     max_train_examples: int | None = Field(
         None, gt=0, le=10**12, description="Examples per task, a seeded subset of its training split; null: all."
     )
@@ -178,9 +188,9 @@ class TrainingConfig(Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The fields that determine a training; those that are off are left out, as before there were any."""
-        fields = self.model_dump()
-        return {name: v for name, v in fields.items() if v is not None or name not in ("validate_every", "patience")}
+        """The fields that determine a training: not how a batch is laid out, and what is off only since it exists."""
+        off = {name for name in ("group_by_length", "validate_every", "patience") if not getattr(self, name)}
+        return self.model_dump(exclude={"packing"} | off)
 
 
 class SamplesConfig(Section):

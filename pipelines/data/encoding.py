@@ -75,6 +75,12 @@ class Encoder:
         encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
         return [ids or [self.end] for ids in encoded]
 
+    def lost(self, texts: Sequence[str], encoded: Sequence[Sequence[int]]) -> list[int]:
+        """Tokens that `texts` has left out of each text."""
+        full = [number for number, ids in enumerate(encoded) if len(ids) >= self.max_length]
+        whole = dict(zip(full, self.documents([texts[number] for number in full]), strict=True))
+        return [max(0, len(whole.get(number, ids)) - len(ids)) for number, ids in enumerate(encoded)]
+
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prompts: with the tokenizer's bos, once, without its eos, not truncated."""
         return [ids if self._begun(ids) else [*self.prefix, *ids] for ids in self.bare(texts)]

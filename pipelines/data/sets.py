@@ -45,6 +45,11 @@ class Examples(Sequence):
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example."""
+        return np.concatenate([sequences.numbers("lengths") for _, sequences in self.parts])
+
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -86,10 +91,13 @@ def training_examples(
     """
     tasks = [tasks] if isinstance(tasks, TaskSource) else tasks
     chosen = (at_most, seed, split)
-    return Examples([(task, _training_sequences(task, tokenizer, max_length, *chosen)) for task in tasks])
+    return Examples([(task, training_sequences(task, tokenizer, max_length, *chosen)) for task in tasks])
 
 
-def _training_sequences(task, tokenizer, max_length: int, at_most: int | None, seed: int, split: str) -> Sequences:
+def training_sequences(
+    task, tokenizer, max_length: int, at_most: int | None, seed: int, split: str = "train"
+) -> Sequences:
+    """The training split of one task, encoded; arguments as of `training_examples`."""
     rows = load_split(task, split)
     rows = _subset(rows, at_most, seed)
     encoder, kind = Encoder(tokenizer, max_length), kind_of(task)

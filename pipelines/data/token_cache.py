@@ -42,6 +42,15 @@ class Sequences(Sequence):
         ids, breaks, gaps = (batch.column(name)[row].values for name in TOKENS)
         return Encoded(example, ids.to_numpy(), start, choice, tuple(breaks.to_pylist()), tuple(gaps.to_pylist()), cut)
 
+    def numbers(self, name: str) -> np.ndarray:
+        """A column of whole numbers, or `lengths`: tokens per sequence."""
+        import pyarrow.compute as pc  # slow
+
+        parts = [self.file.get_batch(i) for i in range(self.file.num_record_batches)]
+        lengths = name == "lengths"
+        columns = [pc.list_value_length(p.column("input_ids")) if lengths else p.column(name) for p in parts]
+        return np.concatenate([column.to_numpy() for column in columns]) if columns else np.empty(0, dtype=np.int64)
+
     @property
     def last_example(self) -> int:
         """The largest example number; -1 if there are no sequences."""

@@ -42,24 +42,35 @@ class Likelihoods(NamedTuple):
     logits: Callable[[list[int], int], Tensor]
 
 
-def next_token_losses(model: nn.Module, targets: Tensor, **inputs) -> Likelihoods:
+def next_token_losses(model: nn.Module, targets: Tensor, places: Tensor | None = None, **inputs) -> Likelihoods:
     """Run `model` on `inputs` (`input_ids`, `attention_mask`, …).
 
     Args:
         targets: (batch, length) token ids, -100 for positions without loss; position 0 never has one.
+        places: (examples, longest) where each token of packed examples is in the flattened inputs, -1 behind an
+            example's end. Then the results have this shape.
     """
     where = (
         (targets[:, 1:] != IGNORE).flatten().nonzero()[:, 0]
     )  # before the pass, because it synchronises with the device
     layer = plain_output_layer(model)
     if layer is not None or not len(where):
-        found = _by_hidden_states(model, targets, where, layer, inputs)
+        found = _by_hidden_states(model, targets, where, layer, places, inputs)
         if found is not None:
             return found
-    return _by_logits(model, targets, where, inputs)
+    return _by_logits(model, targets, where, places, inputs)
 
 
-def _by_hidden_states(model, targets, where, layer: nn.Linear | None, inputs: dict) -> Likelihoods | None:
+def unpacked(values: Tensor, places: Tensor | None) -> Tensor:
+    """(examples, longest, …) of packed values (rows, length, …); behind an example's end stands an arbitrary one."""
+    return values if places is None else values.flatten(0, 1)[places.clamp(min=0)]
+
+
+def _unpacked_losses(losses: Tensor, places: Tensor | None) -> Tensor:
+    return losses if places is None else unpacked(losses, places) * (places >= 0)
+
+
+def _by_hidden_states(model, targets, where, layer: nn.Linear | None, places, inputs: dict) -> Likelihoods | None:
     """None if the model's logits turn out to differ from those of its output layer."""
     checks = layer is not None and layer not in _IS_PLAIN
     hidden, last = last_hidden(model, **inputs, **keep_last(model, targets, int(checks or layer is None)))
@@ -73,10 +84,11 @@ def _by_hidden_states(model, targets, where, layer: nn.Linear | None, inputs: di
         seen, wanted = hidden[:, :-1].flatten(0, 1)[where], targets[:, 1:].flatten()[where]
         flat = losses[:, 1:].flatten().index_copy(0, where, frozen_layer_losses(seen, layer, wanted))
         losses = nn.functional.pad(flat.view(len(targets), -1), (1, 0))
-    return Likelihoods(losses, hidden, lambda rows, length: layer(hidden[rows, :length]))
+    hidden = unpacked(hidden, places)
+    return Likelihoods(_unpacked_losses(losses, places), hidden, lambda rows, length: layer(hidden[rows, :length]))
 
 
-def _by_logits(model, targets, where, inputs: dict) -> Likelihoods:
+def _by_logits(model, targets, where, places, inputs: dict) -> Likelihoods:
     first = int(
         (where % (targets.shape[1] - 1)).min()
     )  # no logits are needed before the first position that predicts a target
@@ -85,7 +97,14 @@ def _by_logits(model, targets, where, inputs: dict) -> Likelihoods:
     hidden, logits = last_hidden(model, **inputs, **keep)
     logits = logits if keep else logits[:, positions]
     losses = nn.functional.pad(token_nll(logits, targets[:, first + 1 :]), (first + 1, 0))
-    return Likelihoods(losses, hidden, lambda rows, length: logits[rows, :length])
+
+    def logits_of(rows: list[int], length: int) -> Tensor:
+        if places is None:
+            return logits[rows, :length]
+        place, width = places[rows, :length].clamp(min=0), targets.shape[1]
+        return logits[place // width, (place % width - first).clamp(0, logits.shape[1] - 1)]
+
+    return Likelihoods(_unpacked_losses(losses, places), unpacked(hidden, places), logits_of)
 
 
 _IS_PLAIN: WeakKeyDictionary[nn.Module, bool] = (

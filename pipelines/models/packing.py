@@ -1,4 +1,4 @@
-"""Whether a base model keeps the documents of a packed block apart."""
+"""Whether a base model keeps packed documents and examples apart."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def separates_documents(model: nn.Module) -> bool | None:
     """Whether tokens attend only to their own document, if positions restart at each document of a block.
 
     Most models of Transformers pass their positions on to the attention mask. Some do not (OPT, BLOOM, GPT-OSS), and
-    recurrent ones have no mask: there, every document sees those before it.
+    recurrent or convolutional layers, alone or between those of attention, have no mask: there, every document sees
+    those before it.
 
     Args:
         model: on the meta device; only what comes before its first layer runs.
@@ -34,7 +35,7 @@ def separates_documents(model: nn.Module) -> bool | None:
     Returns:
         None if that does not run on the meta device, or if Transformers no longer has `SEPARATION`.
     """
-    if not accepts(model, "position_ids"):
+    if not accepts(model, "position_ids") or _carries_state(model):
         return False
     if not hasattr(masking_utils, SEPARATION):
         return None
@@ -47,6 +48,13 @@ def separates_documents(model: nn.Module) -> bool | None:
     except RuntimeError:  # an operation that needs values
         return None
     return False
+
+
+def _carries_state(model: nn.Module) -> bool:
+    """Whether some layer passes something along the sequence other than by masked attention."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    unmasked = any(not kind.endswith("attention") or kind.startswith("linear") for kind in kinds)
+    return unmasked or any(isinstance(module, nn.Conv1d) for module in model.get_decoder().modules())
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from pipelines.data.sets import scored_length
 from pipelines.data.sources import digest_of, load_split, records
 from pipelines.errors import ConfigError, DataError, Problem, did_you_mean
 from pipelines.models.gguf import described
+from pipelines.preflight.cuts import cut_rows
 from pipelines.preflight.samples import sample_problems
 
 AT_MOST = 5  # rows named per kind of problem; the rest are counted
@@ -35,14 +36,18 @@ SCARCE = 16  # texts up to this many characters are tokenized to see whether any
 Warn = Callable[[str], None]
 
 
+def _silent(text: str) -> None:
+    """Nobody wants to know what prevents no run."""
+
+
 def check_trial_data(config: PipelineConfig) -> None:
     """Raise ConfigError with every problem of the data on which the trials of a training view are scored."""
-    problems = check_data(trial_view(config, len(config.tasks)), warn=lambda text: None)
+    problems = check_data(trial_view(config, len(config.tasks)))
     if problems:
         raise ConfigError(Problem(f"search: {p.field}", p.message) for p in problems)
 
 
-def check_data(config: PipelineConfig, warn: Warn = lambda text: None) -> list[Problem]:
+def check_data(config: PipelineConfig, warn: Warn = _silent) -> list[Problem]:
     """Every problem of a configuration's data.
 
     Args:
@@ -63,7 +68,11 @@ def check_data(config: PipelineConfig, warn: Warn = lambda text: None) -> list[P
                 encoder = Encoder(tokenizer, length)
             splits = _splits(source, config)
             problems += _Check(f"{section}.{number}.data", source, encoder, warn).problems(splits)
-    return [*problems, *sample_problems(config, tokenizer, context)]
+    problems += sample_problems(config, tokenizer, context)
+    if not problems and tokenizer is not None and warn is not _silent:
+        for text in cut_rows(config, tokenizer, context):
+            warn(text)
+    return problems
 
 
 def _splits(source: Source, config: PipelineConfig) -> list[str]:

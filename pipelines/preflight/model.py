@@ -67,7 +67,10 @@ def base_on_meta(config: PipelineConfig):
     Raises:
         ConfigError: there is no such model, or its config.json cannot be read.
     """
-    base = config.base_model
+    return _on_meta(config.base_model)
+
+
+def _on_meta(base: BaseModelConfig):
     try:
         if looks_local(base.path) and not is_gguf(base.path) and not Path(base.path).is_dir():
             raise OSError("no such folder")
@@ -112,7 +115,7 @@ def check_model(
             warn(text)
 
     problems: list[Problem] = []
-    for check in (check_adapter, _check_documents, _check_deepspeed, _check_strategy):
+    for check in (check_adapter, _check_documents, with_packing, _check_deepspeed, _check_strategy):
         try:
             check(config)
         except ConfigError as error:
@@ -133,6 +136,31 @@ def _check_documents(config: PipelineConfig) -> None:
     if separates_documents(base) is False:
         reason = f"a base of type '{base.config.model_type}' lets every document of a block see those before it"
         raise ConfigError([Problem(field, f"is separate, but {reason}; set documents: joined") for field in fields])
+
+
+def with_packing(config: PipelineConfig) -> PipelineConfig:
+    """The configuration with `training.packing` decided: auto packs if the base keeps examples apart.
+
+    Raises:
+        ConfigError: it is true, but the base lets packed examples see each other.
+    """
+    wanted = config.training.packing
+    if wanted is False:
+        return config
+    apart, family = _keeps_apart(config.base_model.model_dump_json())
+    if wanted is True and apart is False:
+        reason = f"a base of type '{family}' lets every example of a row see those before it"
+        remedy = "set packing: auto or false, and group_by_length: true to save padding"
+        raise ConfigError([Problem("training.packing", f"is true, but {reason}; {remedy}")])
+    packing = wanted is True or apart is True
+    return config.model_copy(update={"training": config.training.model_copy(update={"packing": packing})})
+
+
+@functools.lru_cache(maxsize=8)
+def _keeps_apart(base: str) -> tuple[bool | None, str]:
+    """Whether a base (as JSON) keeps packed examples apart, and its type."""
+    model = _on_meta(BaseModelConfig.model_validate_json(base))
+    return separates_documents(model), model.config.model_type
 
 
 def _check_deepspeed(config: PipelineConfig) -> None:

@@ -82,13 +82,15 @@ def search(
         RunFailed: no trial finished.
         RunStopped: the user asked the run to stop.
     """
+    from pipelines.preflight.model import with_packing  # imports torch
+
     begun = time.time()
     spec = _spec(target, run, parent_directory, base_directory, lease)
     running = Running(target, run, spec, lease, groups, on_event)
     known = settings(running.search)
     _check_models(target, known)
     running.report("search_started", f"{trials(running.search)} trials, {len(groups)} at a time")
-    running.spec = spec = replace(spec, reference=_reference(running))
+    running.spec = spec = replace(spec, config=with_packing(spec.config), reference=_reference(running))
     records, unfinished = _run_trials(running, known)
     results = _results(running, records, unfinished, time.time() - begun)
     run.write_json(f"{target.folder}/results.json", results)

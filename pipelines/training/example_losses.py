@@ -13,7 +13,7 @@ from curlora.continual import Example, StepOutput
 from pipelines.data.encoding import IGNORE
 from pipelines.distributed.world import World
 from pipelines.models.heads import heads_of, trainable_heads
-from pipelines.models.losses import next_token_losses, position_ids
+from pipelines.models.losses import next_token_losses, position_ids, unpacked
 from pipelines.models.padding import last_token_features
 from pipelines.training.batches import MicroBatch, collate
 
@@ -24,10 +24,12 @@ def example_losses(model: nn.Module, batch: MicroBatch, held: Iterable[str] = ()
     Args:
         held: tasks with frozen heads that may still have examples in the batch; the same on every rank.
     """
-    labels, mask, examples = batch.labels, batch.attention_mask, batch.examples
-    found = next_token_losses(model, labels, input_ids=batch.input_ids, **_seen(model, batch))
+    places, examples = batch.places, batch.examples
+    found = next_token_losses(model, batch.labels, places, input_ids=batch.input_ids, **_seen(model, batch))
     hidden = found.hidden
-    losses = found.losses.sum(1) / (labels[:, 1:] != IGNORE).sum(1).clamp(min=1)
+    mask = batch.attention_mask if places is None else (places >= 0).long()
+    learned = (unpacked(batch.labels, places)[:, 1:] != IGNORE) & (mask[:, 1:] > 0)
+    losses = found.losses.sum(1) / learned.sum(1).clamp(min=1)
     features = last_token_features(hidden, mask)
     used = heads_of(model, held) | trainable_heads(model)
     headless = {e.task for e in examples if e.labels is None} - used.keys()
@@ -51,8 +53,8 @@ def _seen(model: nn.Module, batch: MicroBatch) -> dict:
     """What a token may attend to, as an argument of the model."""
     if batch.position_ids is None:
         return {"attention_mask": batch.attention_mask}
-    # without a mask, Transformers separates packed documents where positions restart; padding follows the real
-    # tokens, which never attend to it
+    # without a mask, Transformers separates packed documents and examples where positions restart; padding follows the
+    # real tokens, which never attend to it
     return position_ids(model, batch.position_ids)
 
 

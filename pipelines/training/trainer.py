@@ -23,7 +23,8 @@ from pipelines.config.sections import TrainingConfig
 from pipelines.distributed import optimizer_state, sparse
 from pipelines.distributed.world import World
 from pipelines.errors import DivergedError, Stopped
-from pipelines.models.heads import trainable_heads
+from pipelines.models.base import context_length
+from pipelines.models.heads import causal_lm, trainable_heads
 from pipelines.training.arguments import taken_for_adapted
 from pipelines.training.batches import GlobalBatches, MicroBatch
 from pipelines.training.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ from pipelines.training.example_losses import drawn_targets, example_losses, los
 from pipelines.training.validation import Validation
 
 SYNCHRONISE_SECONDS = 1.0  # about the time between synchronisation points: each waits for the device and all ranks
+EXAMPLES_PER_ROW = 4  # of full length, at most: room to fill rows whatever the lengths are
 MOST_STEPS_BETWEEN = 50  # at most so many optimizer steps between two synchronisation points
 
 
@@ -125,8 +127,17 @@ class ContinualTrainer(transformers.Trainer):
             self.world,
             self.strategy.batch,
             self.resume.values["micro_batches"] if self.resume else 0,
+            packing=self._packed_length(),
+            grouped=self.training.group_by_length,
         )
         return self.batches
+
+    def _packed_length(self) -> int:
+        """Tokens per row of packed examples; 0: no packing. What auto means is decided before workers start."""
+        if self.training.packing is not True:
+            return 0
+        context = context_length(causal_lm(self.model).config.get_text_config())
+        return min(context, EXAMPLES_PER_ROW * self.training.max_length)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a separate learning rate for the heads."""
@@ -162,7 +173,7 @@ class ContinualTrainer(transformers.Trainer):
         losses, output = example_losses(model, inputs, self.strategy.held_heads())
         share = losses.sum() * inputs.scale / self.training.gradient_accumulation
         self._losses.append(share.detach())
-        self.tokens += int(inputs.attention_mask.sum()) if inputs.scale else 0
+        self.tokens += sum(len(example.input_ids) for example in inputs.examples) if inputs.scale else 0
         # DeepSpeed averages gradients over ranks: multiplied by the world size, that is the mean over the global batch
         output.loss = share * self.world.size
         output.weight = 1 / self.training.gradient_accumulation

@@ -43,7 +43,10 @@ CASES = {
     "rehearsal of classes": ("curlora", {"share": 0.2, "base_share": 0.3, "base_length": 6, "lwf": 20.0}),
     "rehearsal": ("curlora", {"share": 0.2, "base_share": 0.3, "base_rows": 70, "base_length": 6, "distill": 1.0}),
 }
-TRAINING = TrainingConfig(max_steps=4, batch_size=8, gradient_accumulation=2, learning_rate=1e-2, max_grad_norm=1.0)
+# packed into other rows on every number of ranks
+TRAINING = TrainingConfig(
+    max_steps=4, batch_size=8, gradient_accumulation=2, learning_rate=1e-2, max_grad_norm=1.0, packing=True
+)
 
 
 HEADS = {"first": 3, "second": 2}  # classes of each task's head

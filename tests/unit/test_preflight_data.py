@@ -223,6 +223,47 @@ def test_templates_hold_plain_names_only(check, template):
     assert "brace" in str(error.value)
 
 
+# -- what max_length cuts off
+
+
+TOO_LONG = [{"text": f"{'a film is good ' * n}", "label": i % 2} for i, n in enumerate((1, 2, 8, 1))]
+
+
+@pytest.mark.parametrize(
+    ("task", "lost"),
+    [
+        ({}, "ends"),
+        (
+            {"head": "verbalizer", "prompt": "{text}:", "verbalizer": ["bad", "good"]},
+            "the beginnings of their prompts",
+        ),
+        ({"kind": "generation", "prompt": "{text}", "completion": "{label}", "max_new_tokens": 4}, "the beginnings"),
+        ({"kind": "multiple-choice", "prompt": "{text}", "choices": ["{label} a", "b c"]}, "the beginnings"),
+    ],
+)
+def test_what_max_length_cuts_off_is_counted_and_named(check, task, lost):
+    write_jsonl(check.folder / "train.jsonl", TOO_LONG)
+    problems, warnings = check(max_length=24, **task)
+    assert problems == ""
+    (line,) = [line for line in warnings.splitlines() if "more than" in line]
+    assert line.startswith(f"task/train: 1 of 4 rows have more than 24 tokens and lose {lost}")
+    assert "the longest, row 3, has " in line and line.endswith("raise training.max_length or shorten them")
+    assert "more than" not in check(max_length=60, **task)[1]
+
+
+def test_cuts_of_the_test_split_by_the_context_have_another_remedy(check):
+    task = {"kind": "generation", "prompt": "{text}", "completion": "{label}", "max_new_tokens": 50}
+    write_jsonl(check.folder / "test.jsonl", TOO_LONG)
+    (line,) = [line for line in check(max_length=60, **task)[1].splitlines() if "more than" in line]
+    assert line.startswith("task/test: 1 of 4 rows have more than 14 tokens")
+    assert line.endswith("the base's context holds no more or shorten them")
+
+
+def test_text_in_windows_loses_nothing(check):
+    write_jsonl(check.folder / "train.jsonl", TOO_LONG)
+    assert "more than" not in check(max_length=24, kind="language-modeling")[1]
+
+
 # -- properties: whatever comes, a clear word or a clean pass
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
@@ -35,6 +35,7 @@ def ids_of(batches: list[dict]) -> list[list[int]]:
     return [[id(example) for example in batch.examples] for batch in batches]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 4), st.integers(0, 3))
 def test_ranks_share_the_same_global_batches(count, batch_size, size, seed):
     data = examples(count)
@@ -47,6 +48,7 @@ def test_ranks_share_the_same_global_batches(count, batch_size, size, seed):
     assert sorted(map(id, seen)) == sorted(map(id, data))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 60))
 def test_a_resumed_stream_goes_on_with_the_next_unseen_batch(count, batch_size, position):
     data, world = examples(count), World(0, 1, CPU)

@@ -44,8 +44,8 @@ class Curvature(Replay):
         "adapter.carry": Requires(("continue",), "its penalty holds one and the same adapter in place")
     }
 
-    strength: float = option(3.0, "λ of an earlier task, nats of the new one per nat of the old", at_least=0)
-    base_strength: float = option(3.0, "λ of text that the base has written; 0: it writes none", at_least=0)
+    strength: float = option(2.0, "λ of an earlier task, nats of the new one per nat of the old", at_least=0)
+    base_strength: float = option(1.0, "λ of text that the base has written; 0: it writes none", at_least=0)
     calibrate: bool = option(True, "whether both are nats as measured, not as the factors alone predict them")
     pool: bool = option(False, "whether all earlier tasks share one Γ and S, so that the memory stays constant")
     examples: int = option(64, "examples per task on which its curvature is measured", at_least=1)

@@ -162,16 +162,15 @@ class Classifier(_Classification):
     def train(self, task: ClassificationTask, rows: Iterable[Mapping[str, list]], encoder: Encoder):
         labels, number = label_set(task), 0
         for batch in rows:
-            encoded = encoder.texts(joined(batch, task.text_fields))
-            for ids, raw in zip(encoded, batch[task.label], strict=True):
-                yield Encoded(number, ids, choice=labels.index[raw])
+            for (ids, lost), raw in zip(_cut_texts(task, batch, encoder), batch[task.label], strict=True):
+                yield Encoded(number, ids, choice=labels.index[raw], cut=lost)
                 number += 1
 
     def items(self, task: ClassificationTask, rows: Iterable[Mapping[str, list]], encoder: Encoder):
         number = 0
         for batch in rows:
-            for ids in encoder.texts(joined(batch, task.text_fields)):
-                yield Encoded(number, ids)
+            for ids, lost in _cut_texts(task, batch, encoder):
+                yield Encoded(number, ids, cut=lost)
                 number += 1
 
     def predicted(self, scored: Sequence[Scored]) -> list[int]:
@@ -222,6 +221,13 @@ class Verbalizer(_Classification):
 
     def loss(self, evaluation: EvaluationSet, scored: Sequence[Scored]) -> float | None:
         return loss_among_choices(evaluation, scored)
+
+
+def _cut_texts(task: ClassificationTask, batch: Mapping[str, list], encoder: Encoder) -> Iterator[tuple]:
+    """(token ids in `max_length`, tokens left out) of each row."""
+    texts = joined(batch, task.text_fields)
+    encoded = encoder.texts(texts)
+    return zip(encoded, encoder.lost(texts, encoded), strict=True)
 
 
 def joined(batch: Mapping[str, list], fields: Sequence[str]) -> list[str]:
