@@ -1,12 +1,14 @@
 """What `curlora serve` makes of its source, and what it refuses before anything is loaded."""
 
 import hashlib
+import socket
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from pipelines.cli.app import main
+from pipelines.cli.serve import _lines
 from pipelines.errors import ConfigError
 from pipelines.serve.target import TOKEN, is_loopback, plan_of
 from tests.conftest import make_tokenizer
@@ -67,6 +69,27 @@ def test_sources_that_mean_nothing(run, store, source, expected):
 def test_options_that_cannot_be(run, options, expected):
     done = CliRunner().invoke(main, ["serve", run.uri, *options])
     assert done.exit_code == 2 and expected in done.output
+
+
+def test_a_port_that_is_taken_is_named_before_anything_starts(run):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(main, ["serve", run.uri, "--port", str(port)])
+    assert done.exit_code == 2
+    assert f"serve.port: 127.0.0.1:{port} cannot be listened on (Address already in use)" in done.output
+
+
+def test_the_terminal_says_what_serves_and_what_does_not():
+    state = {"status": "ready", "serving": {"champion": {"name": "models:/bot/3"}}, "registry": "no server answers"}
+    state["failing"] = {"champion": {"version": 4, "reason": "it is damaged"}}
+    assert _lines(state) == {
+        "server": "ready",
+        "champion": "models:/bot/3",
+        "champion (failing)": "version 4 does not load: it is damaged",
+        "registry": "no server answers",
+    }
 
 
 def test_beyond_loopback_a_token_is_needed_and_only_its_digest_is_passed_on(run, monkeypatch):
