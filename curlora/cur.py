@@ -289,9 +289,12 @@ def _independent(
     if selection in ("leverage", "deim"):  # their order is that of singular vectors, of which only few are meaningful
         limit = min(limit, 4 * rank, *candidates.matrix.shape)
     ranked = rule_named(selection)(candidates, limit, generator)
+    others = candidates.allowed.clone()
+    others[ranked] = False
+    others = sample(others.double(), min(int(others.sum()), RANKED - limit), generator)  # where that was too few
     basis = torch.empty(candidates.matrix.shape[0], 0, dtype=torch.float64)
     taken: list[int] = []
-    for index in [*head.tolist(), *ranked.tolist()]:
+    for index in [*head.tolist(), *ranked.tolist(), *others.tolist()]:
         vector = candidates.matrix[:, index].detach().cpu().double()
         rest = vector
         for _ in range(2):  # once more, since rounding leaves a part in the span
