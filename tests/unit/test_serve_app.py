@@ -304,6 +304,7 @@ def test_ready_says_what_serves_and_metrics_count(http):
     ready = http.get("/ready")
     assert ready.status_code == 200 and ready.json()["serving"]["champion"]["version"] == 1
     _complete(http, max_tokens=2)
+    assert http.post("/v1/completions", json={"model": "nobody", "prompt": "a"}).status_code == 404
     ended = time.monotonic() + 10
     while "curlora_rows_running 0.0" not in (text := http.get("/metrics").text):
         assert time.monotonic() < ended, "the row has ended"
