@@ -164,7 +164,12 @@ def _keeps_apart(base: str) -> tuple[bool | None, str]:
 
 
 def _check_deepspeed(config: PipelineConfig) -> None:
-    check_quantisation(config, stage_of(deepspeed_settings(config.deepspeed)))
+    stage = stage_of(deepspeed_settings(config.deepspeed))
+    check_quantisation(config, stage)
+    if stage == 3 and config.training.validate_every and config.resources.workers > 1:
+        # seen on two ranks after an interruption: part of the best state was not put back
+        message = "does not work under ZeRO-3 with several workers; use deepspeed: zero2, or remove it"
+        raise ConfigError([Problem("training.validate_every", message)])
 
 
 def _check_strategy(config: PipelineConfig) -> None:

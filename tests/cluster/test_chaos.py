@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from pipelines.lineage.model_card import CARD
 from tests.cluster.chaos import DAMAGES, Chaos, Server
 
 STEPS = 200
@@ -77,8 +78,8 @@ def test_broken_chain_ends_like_the_undisturbed_one(bench, server, small_disk, r
 
 
 def files_of(step) -> dict[str, bytes]:
-    """Adapter, heads, strategy state and predictions; metrics.json holds times."""
-    files = sorted(path for path in step.rglob("*") if path.is_file() and path.name != "metrics.json")
+    """Adapter, heads, strategy state and predictions; metrics.json holds times, the model card the run's name."""
+    files = sorted(path for path in step.rglob("*") if path.is_file() and path.name not in ("metrics.json", CARD))
     curve = [loss for _, loss, _, _ in json.loads((step / "metrics.json").read_text())["training"]["curve"]]
     return {path.relative_to(step).as_posix(): path.read_bytes() for path in files} | {"curve": repr(curve).encode()}
 

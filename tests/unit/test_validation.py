@@ -24,6 +24,7 @@ from pipelines.errors import ConfigError, DivergedError
 from pipelines.lineage import store as mlflow_store
 from pipelines.lineage.projection import project
 from pipelines.preflight.data import check_data
+from pipelines.preflight.model import _check_deepspeed
 from pipelines.reporting.page import write_report
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.step_record import Setting, Validated
@@ -127,6 +128,16 @@ def test_a_dry_run_names_changed_validation_data(tmp_path):
 def test_patience_without_validation_is_refused(raw):
     with pytest.raises(ConfigError, match=r"training.*patience 2 counts validations.*validate_every: 50"):
         parse_config(raw | {"training": {"patience": 2}})
+
+
+def test_several_workers_under_zero_3_are_refused_with_the_remedy(raw):
+    config = raw | {"deepspeed": "zero3", "resources": {"workers": 2}}
+    with pytest.raises(
+        ConfigError, match=r"training\.validate_every: does not work under ZeRO-3.*use deepspeed: zero2"
+    ):
+        _check_deepspeed(parse_config(config))
+    _check_deepspeed(parse_config(config | {"deepspeed": "zero2"}))
+    _check_deepspeed(parse_config(config | {"resources": {"workers": 1}}))
 
 
 def test_bad_validation_rows_are_found_at_the_door_where_they_are_read(raw, reviews):
