@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -113,9 +114,9 @@ class Generation(Request):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def top(self) -> int | None:
         """Alternatives per token; None: no log-probabilities."""
-        raise NotImplementedError
 
     def sampling(self, max_tokens: int) -> list[Sampling]:
         """One per answer to a prompt; seeds follow each other, so that the answers differ."""
