@@ -15,7 +15,7 @@ from pipelines.errors import DemoError
 
 PLAIN, PROTECTED = "plain", "protected"
 # of the protected chain; fewer rows than the default, because two cores write them
-STRATEGY = {"name": "rehearsal", "share": 0.1, "base_share": 0.25, "base_rows": 96, "base_length": 96, "distill": 3.0}
+STRATEGY = {"name": "rehearsal", "share": 0.1, "base_share": 0.25, "base_rows": 64, "base_length": 96, "distill": 3.0}
 
 
 def demo_on(base: str, overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:

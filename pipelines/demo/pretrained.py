@@ -44,8 +44,8 @@ class Sizes:
         Library("pydantic", "pydantic", ("v1",)),
     )
     passages: tuple[int, int, int] = (160, 40, 60)
-    summaries: tuple[int, int, int] = (120, 20, 32)
-    text_characters: tuple[int, int, int] = (60_000, 10_000, 12_000)
+    summaries: tuple[int, int, int] = (96, 20, 32)
+    text_characters: tuple[int, int, int] = (48_000, 10_000, 12_000)
     retention_characters: int = 20_000
 
 

@@ -83,4 +83,4 @@ def test_too_little_documentation_is_refused(cache):
 
 def test_shipped_sizes_can_be_had(tmp_path):
     found = pretrained.prepare_tasks(Path("base"), tmp_path)
-    assert tuple(len(rows(found.tasks["summary"], s)) for s in ("train", "validation", "test")) == (120, 20, 32)
+    assert tuple(len(rows(found.tasks["summary"], s)) for s in ("train", "validation", "test")) == (96, 20, 32)
