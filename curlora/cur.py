@@ -170,7 +170,7 @@ def select_deim(candidates: Candidates, rank: int, generator: torch.Generator) -
         size = torch.where(candidates.allowed, residual.abs(), -1.0)
         size[chosen] = -1.0
         chosen.append(int(size.argmax()))
-    return torch.tensor(chosen)
+    return torch.tensor(chosen, dtype=torch.int64)
 
 
 def select_activation(candidates: Candidates, rank: int, generator: torch.Generator) -> torch.Tensor:
