@@ -48,6 +48,7 @@ class TaskContext:
         position: of the task in the sequence, from 1.
         seed: seed of the run.
         examples: the training set, the same on every rank.
+        steps: optimizer steps of the task; 0: unknown.
         losses: (model, examples) → (batch,) loss per example, differentiable, outside the optimizer's engine: in
             `after_task`, and in `before_task` inside `ready`.
         draw: (model, examples, seed) → the same examples with targets that the model itself has drawn; as `losses`.
@@ -62,6 +63,7 @@ class TaskContext:
     position: int
     seed: int
     examples: Sequence[Example] = field(repr=False, default=())
+    steps: int = field(default=0, kw_only=True)
     losses: Callable[[nn.Module, Sequence[Example]], torch.Tensor] | None = None
     draw: Callable[[nn.Module, Sequence[Example], Sequence[int]], list[Example]] | None = None
     ready: Callable[[nn.Module], contextlib.AbstractContextManager] = contextlib.nullcontext
@@ -129,7 +131,7 @@ class Strategy:
     """
 
     name: ClassVar[str] = "sequential"
-    plain_at_first: ClassVar[bool] = False
+    plain_at_first: bool = False
     needs_heads: ClassVar[bool] = False
     requirements: ClassVar[dict[str, Requires]] = {}
     options: ClassVar[dict[str, Option]] = {}

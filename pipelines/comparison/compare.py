@@ -162,13 +162,13 @@ def _learning_rates(comparison: Comparison, pool: GroupPool) -> dict[str, float 
 
 def tuning_config(comparison: Comparison, method: Method, rate: float) -> PipelineConfig:
     """A trial of a learning rate: the first task alone, scored on validation data."""
-    from curlora.continual import STRATEGIES  # imports torch and PEFT
+    from curlora.continual import make_strategy  # imports torch and PEFT
 
     raw = comparison.configuration(method, seed=comparison.seeds[0], learning_rate=rate)
     raw |= {"name": f"tune-{method.safe_name}-{rate:g}".replace(".", "_"), "retention": []}
     if raw.get("strategy", {}).get("name") != "joint":
         raw["tasks"] = raw["tasks"][:1]
-    if STRATEGIES[raw.get("strategy", {}).get("name", "sequential")].plain_at_first:
+    if make_strategy(**({"name": "sequential"} | raw.get("strategy", {}))).plain_at_first:
         raw |= {"strategy": {"name": "sequential"}, "adapter": raw.get("adapter", {}) | {"carry": "continue"}}
     config = parse_config(raw)
     tasks = [validation_view(task) for task in config.tasks]

@@ -130,14 +130,14 @@ class StepTraining:
         work.heartbeat.report("preparing", task=plan.label)
         begun = time.time()
         examples = self._examples(plan)
-        context = self._task_context(plan, examples)
+        steps = optimizer_steps(work.config.training, len(examples), len(plan.tasks))
+        context = self._task_context(plan, examples, steps)
         strategy.before_task(model, context)
         if not any(p.requires_grad for p in model.parameters()):
             return Fitted(Training(0, 0, 0.0, None, []), {}, time.time() - begun)
         if resume:
             strategy.load_state(resume.part("strategy"), resume.values["strategy"])
             engine.put_weights(model, resume.part("weight"))
-        steps = optimizer_steps(work.config.training, len(examples), len(plan.tasks))
         moments = feed.moments if feed else {}
         log = TrainingLog(work, self.control, plan, steps, history, resume.step if resume else 0, moments)
         with tempfile.TemporaryDirectory() as scratch, engine.hooks_restored(model):
@@ -213,13 +213,14 @@ class StepTraining:
             feed.validation = lambda: validation.curve
         return validation
 
-    def _task_context(self, plan: StepPlan, examples: Sequence[Example]) -> TaskContext:
+    def _task_context(self, plan: StepPlan, examples: Sequence[Example], steps: int) -> TaskContext:
         world = self.work.world
         return TaskContext(
             plan.label,
             plan.depth,
             self.work.config.training.seed,
             examples,
+            steps=steps,
             losses=lambda model, rows: losses_alone(model, rows, world.device),
             ready=self._ready,
             write=self._sample_text,

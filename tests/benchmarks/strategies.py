@@ -21,10 +21,12 @@ import numpy as np
 import peft
 import torch
 import yaml
+from peft.tuners.psoft.layer import PsoftLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from curlora import CurloraConfig
 from curlora.continual import Example, TaskContext, make_strategy
+from curlora.cur import scale_factor
 from pipelines.distributed.world import World
 from pipelines.evaluation.sampling import sample_text
 from pipelines.training.batches import collate
@@ -47,14 +49,44 @@ class Setting:
     seed: int
 
 
-def adapter_config(name: str) -> peft.PeftConfig:
-    """`curlora:46`, `lora:8` (q/k/v) or `lora-all:8`: type and rank."""
+def adapted(model, name: str, seed: int) -> peft.PeftModel:
+    """The model with an adapter of a type and rank, on all linear layers unless another is said.
+
+    `curlora:46`, or `curlora-uniform:46` with another selection rule; `lora:8` on q, k and v; `lora-all:8`;
+    `lora-fa:8`, whose A is frozen (arXiv 2308.03303); `lora-xs:46`, a trained square between frozen singular vectors
+    (arXiv 2405.17604); `random:46`, the same square between random orthonormal vectors: CURLoRA without CUR.
+    """
     kind, _, rank = name.partition(":")
-    common = {"r": int(rank), "task_type": "CAUSAL_LM"}
-    if kind == "curlora":
-        return CurloraConfig(target_modules="all-linear", selection="inverse", scale="adam", **common)
-    targets = "all-linear" if kind == "lora-all" else ["q_proj", "k_proj", "v_proj"]
-    return peft.LoraConfig(lora_alpha=int(rank), target_modules=targets, **common)
+    common = {"r": int(rank), "task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    if kind.startswith("curlora"):
+        selection = kind.partition("-")[2] or "inverse"
+        return peft.get_peft_model(model, CurloraConfig(selection=selection, scale="adam", **common))
+    if kind in ("lora-xs", "random"):
+        plain = {"psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False, "psoft_alpha": int(rank)}
+        found = peft.get_peft_model(model, peft.PsoftConfig(**plain, **common))
+        if kind == "random":
+            _randomise(found, seed)
+        return found
+    if kind == "lora":
+        common["target_modules"] = ["q_proj", "k_proj", "v_proj"]
+    found = peft.get_peft_model(model, peft.LoraConfig(lora_alpha=int(rank), **common))
+    if kind == "lora-fa":
+        for parameter_name, parameter in found.named_parameters():
+            parameter.requires_grad_("lora_B" in parameter_name)
+    return found
+
+
+def _randomise(model: peft.PeftModel, seed: int) -> None:
+    """Random orthonormal factors in place of singular vectors, with the scale of `curlora:`."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, PsoftLayer):
+            rank = layer.r["default"]
+            a, b = (torch.randn(size, rank, generator=generator) for size in (layer.in_features, layer.out_features))
+            scale = scale_factor("adam", 1.0, layer.out_features, rank)
+            layer._set_psoft_ab_cache_buffers(
+                "default", torch.linalg.qr(a).Q.t().contiguous(), scale * torch.linalg.qr(b).Q
+            )
 
 
 def blocks(tokenizer, folder: Path, split: str, count: int, length: int = LENGTH) -> list[tuple[int, ...]]:
@@ -81,7 +113,7 @@ class Chain:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         torch.manual_seed(setting.seed)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        self.model = peft.get_peft_model(model, adapter_config(setting.adapter))
+        self.model = adapted(model, setting.adapter, setting.seed)
         options = yaml.safe_load(setting.strategy)
         self.strategy = make_strategy(options.pop("name"), **options)
         data = SHARED / "data"

@@ -52,7 +52,7 @@ def forward(model, examples):
 
 
 def context(name: str, position: int, examples) -> TaskContext:
-    return TaskContext(name, position, 0, examples, losses=losses, draw=draw, write=write_)
+    return TaskContext(name, position, 0, examples, steps=6, losses=losses, draw=draw, write=write_)
 
 
 def losses(model, examples):

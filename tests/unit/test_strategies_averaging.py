@@ -1,5 +1,7 @@
 """Strategies that average weights: I-LoRA over steps, CoMA over tasks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,22 @@ def test_the_slow_copy_moves_and_is_the_closed_form_average(model):
         assert torch.allclose(slow.double(), average, atol=1e-6)
         assert not torch.allclose(slow, fast[0][name], atol=1e-4)
         assert not torch.allclose(slow, fast[-1][name], atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [5, 400])
+def test_turnover_leaves_the_same_part_of_the_past_whatever_the_number_of_steps(model, steps):
+    wrapped = adapted(model, "curlora")
+    strategy = make_strategy("ilora", turnover=2.0)
+    strategy.before_task(wrapped, replace(context("a", 1, rows("a", 8)), steps=steps))
+    strategy.steps = 10**6  # far from the start, where λ is the plain mean's
+    strategy.slow = {name: torch.ones_like(value) for name, value in strategy.slow.items()}
+    write(adapter_parameters(wrapped), {name: torch.zeros_like(value) for name, value in strategy.slow.items()})
+    for step in range(1, steps + 1):
+        strategy.after_step(wrapped, step)
+    left = float(next(iter(strategy.slow.values())).flatten()[0])
+    assert left == pytest.approx((1 - 2 / steps) ** steps, rel=1e-3) and 0.05 < left < 0.14
+    with pytest.raises(ValueError, match="number of optimizer steps"):
+        strategy.before_task(wrapped, replace(context("a", 1, rows("a", 8)), steps=0))
 
 
 def test_consistency_is_the_masked_error_against_the_slow_copy(model):

@@ -1,5 +1,7 @@
 """Strategies that add a penalty on parameters: EWC, CLoRA, O-LoRA."""
 
+from dataclasses import replace
+
 import numpy as np
 import peft
 import pytest
@@ -48,6 +50,30 @@ def test_ewc_is_zero_at_its_anchor_and_pulls_back_to_it(model):
     penalty.backward()
     assert all((p.grad >= 0).all() for p in parameters.values())
     assert all(torch.allclose(p.grad, 1e3 * strategy.fisher[n] * 0.01, rtol=1e-3) for n, p in parameters.items())
+
+
+def test_summed_fisher_counts_tokens_where_the_mean_divides_by_them(model):
+    wrapped = adapted(model, "lora")
+    examples = rows("a", 1)
+    tokens = len(examples[0].input_ids) - 1
+    mean = fisher_information(wrapped, context("a", 1, examples), 1)
+    summed = fisher_information(wrapped, context("a", 1, examples), 1, summed=True)
+    assert all(torch.allclose(summed[name], tokens * value, rtol=1e-4) for name, value in mean.items())
+
+
+def test_ewc_with_a_base_holds_the_untrained_adapter_during_the_first_task_already(model):
+    wrapped = adapted(model, "lora")
+    strategy = make_strategy("ewc", summed=True, strength=1.0, base_strength=2.0, base_rows=5, base_length=6)
+    assert not strategy.plain_at_first and make_strategy("ewc").plain_at_first
+    strategy.before_task(wrapped, context("a", 1, rows("a", 8)))
+    assert strategy.penalty(wrapped).item() == 0
+    write(adapter_parameters(wrapped), {name: value + 0.01 for name, value in strategy.base_anchor.items()})
+    expected = sum(float((fisher * 1e-4).sum()) for fisher in strategy.base_fisher.values())
+    assert strategy.penalty(wrapped).item() == pytest.approx(expected, rel=1e-3)
+    strategy.after_task(wrapped, context("a", 1, rows("a", 8)))
+    assert strategy.penalty(wrapped).item() == pytest.approx(expected, rel=1e-3)  # where the task ended is free
+    with pytest.raises(ValueError, match="generates text from the base"):
+        strategy.before_task(wrapped, replace(context("a", 1, rows("a", 8)), write=None))
 
 
 def test_fisher_of_two_ranks_is_that_of_one(model):

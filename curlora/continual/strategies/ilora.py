@@ -3,6 +3,10 @@
     loss = CE(batch ∪ replayed) + consistency · MSE(h(replayed; fast), stopgrad h(replayed; slow))
     slow ← λ slow + (1 − λ) fast    after every step, λ = min(1 − 1/(steps + 1), decay)
 
+A fixed `decay` lets decay^steps of the earlier slow copy through a task: 0.30 of 120 steps at 0.99, nearly all of it
+in 10 steps, nothing in 1,000. `turnover` ties λ to the length of a task instead: λ ≤ 1 − turnover / steps of the task,
+so that about exp(−turnover) of what was there before is left after any task.
+
 h are the hidden states of the last layer without padding. The method is not tied to LoRA: over CURLoRA's U the slow
 copy costs r² parameters per layer. Both copies continue into the next task; the slow one is evaluated and published.
 
@@ -21,7 +25,7 @@ from curlora.continual.parameters import adapter_parameters, read, require_adapt
 from curlora.continual.passes import hidden_with
 from curlora.continual.state import pack, unpack
 from curlora.continual.strategies.replay import Replay
-from curlora.continual.strategy import Example, Requires, StepOutput, TaskContext
+from curlora.continual.strategy import Example, Requires, StepOutput, TaskContext, require
 
 
 class ILora(Replay):
@@ -34,6 +38,7 @@ class ILora(Replay):
     }
 
     decay: float = option(0.99, "upper limit of λ; use 0.999 for long tasks", at_least=0, below=1)
+    turnover: float = option(0.0, "> 0: λ's limit is 1 − turnover / steps of the task, in place of decay", at_least=0)
     consistency: float = option(1.0, "weight of the hidden-state term; 0 saves a forward pass", at_least=0)
     share: float = option(0.5, "replayed part of a batch", at_least=0, below=1)
 
@@ -42,6 +47,7 @@ class ILora(Replay):
         self.slow: dict[str, Tensor] = {}
         self.fast: dict[str, Tensor] = {}  # only between tasks, when the model holds the slow weights
         self.steps = 0
+        self._limit = self.decay
 
     def check(self, model: nn.Module) -> None:
         require_adapter(model, "it averages an adapter over time")
@@ -49,6 +55,9 @@ class ILora(Replay):
     def before_task(self, model: nn.Module, task: TaskContext) -> None:
         self.check(model)
         super().before_task(model, task)
+        if self.turnover:
+            require(task.steps > 0, "ilora's turnover needs TaskContext.steps, the number of optimizer steps")
+            self._limit = max(1 - self.turnover / task.steps, 0.0)
         parameters = adapter_parameters(model)
         if self.fast:
             write(parameters, self.fast)
@@ -79,7 +88,7 @@ class ILora(Replay):
 
     def after_step(self, model: nn.Module, step: int) -> None:
         self.steps += 1
-        rate = min(1 - 1 / (self.steps + 1), self.decay)
+        rate = min(1 - 1 / (self.steps + 1), self._limit)
         fast = read(adapter_parameters(model))
         self.slow = {name: t.mul(rate).add_(fast[name], alpha=1 - rate) for name, t in self._on(model).items()}
 
