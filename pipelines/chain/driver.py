@@ -19,6 +19,7 @@ from pipelines.chain.base_dtype import with_dtype
 from pipelines.chain.plan import Plan, make_plan, planned, stored_problems
 from pipelines.chain.results import build_results
 from pipelines.chain.start import find_start
+from pipelines.chain.why import trained_again
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.distributed.zero_settings import ignored
 from pipelines.errors import ConfigError, Problem, RunDirectoryError, RunFailed, RunStopped, and_then
@@ -109,6 +110,7 @@ def run_chain(
         config, plan = planned(with_dtype(config, run, address), run)
         _warn(on_event, doubt(config, plan.start))
         lease = stack.enter_context(acquire_lease(run))
+        _warn(on_event, trained_again(config, run, plan))
         run.open_for_writing(config)
         import_folder(config, plan.start)
         record_start(run, plan.start)

@@ -22,6 +22,7 @@ from pipelines.runs.identity import StepPlan
 from pipelines.runs.step_record import Setting, StepRecord
 
 DONE, SCORED, RESUMED, TRAINED = "done", "scored", "resumed", "trained"
+UNTRAINED, SEARCHED = "not trained yet", "its setting is searched first"
 WORDS = {DONE: "done", SCORED: "will be scored", RESUMED: "will resume its training", TRAINED: "will be trained"}
 
 
@@ -65,6 +66,21 @@ def steps_ahead(config: PipelineConfig, run: RunDirectory, plan: Plan) -> list[S
     return found
 
 
+def trained_again(config: PipelineConfig, run: RunDirectory, plan: Plan) -> str | None:
+    """A sentence on the first step that this run has finished with other settings or data, and what differs; None
+    if there is none. Defaults are among the settings: a configuration that leaves one out changes with it.
+
+    Raises:
+        RunDirectoryError: the run was written in another format.
+    """
+    run.check_format()
+    for step in steps_ahead(config, run, plan):
+        if step.state in (TRAINED, RESUMED) and not {UNTRAINED, SEARCHED} & set(step.why):
+            after = " and all steps after it" if step.position < len(plan.steps) else ""
+            return f"step {step.position} ({step.task}){after} will be trained again: {'; '.join(step.why)}"
+    return None
+
+
 def _state_of(run: RunDirectory, step: StepPlan) -> str:
     if run.trained(step.directory) is not None:
         return SCORED
@@ -75,12 +91,12 @@ def _reasons(
     config: PipelineConfig, before: PipelineConfig | None, plan: Plan, step: StepPlan, recorded: list[StepRecord]
 ) -> Iterator[str]:
     if plan.undecided and step.position >= plan.undecided:
-        yield "its setting is searched first"
+        yield SEARCHED
         return
     rivals = [metrics for metrics in recorded if metrics.position == step.position]
     last = max(rivals, key=lambda metrics: (metrics.tasks == step.tasks, metrics.finished), default=None)
     if last is None or before is None:
-        yield "not trained yet"
+        yield UNTRAINED
         return
     reasons = list(_differences(config, before, plan, step, last))
     yield from reasons or ["something else that it depends on has changed"]

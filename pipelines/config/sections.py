@@ -125,7 +125,9 @@ class TrainingConfig(Section):
     )
     batch_size: int = Field(16, gt=0, le=2**20, description="Examples per optimizer step, over all workers.")
     gradient_accumulation: int = Field(1, gt=0, le=2**20, description="Micro-batches per optimizer step.")
-    max_length: int = Field(128, ge=8, le=2**21, description="Longest training sequence, in tokens.")
+    max_length: int = Field(
+        1024, ge=8, le=2**21, description="Longest training sequence, in tokens, at most the context of the base."
+    )
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the optimizer steps that warm up.")
     scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
         "cosine", description="Learning-rate schedule within a task."

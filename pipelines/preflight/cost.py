@@ -323,14 +323,15 @@ def cost(config: PipelineConfig, shape: Shape) -> Cost:
     settings = deepspeed_settings(config.deepspeed, shape.facts.hidden)
     sharding = Sharding.of(settings)
     passes = training.gradient_accumulation
-    tokens = micro_batch(training, ranks) * training.max_length
+    length = shape.facts.longest(training.max_length)
+    tokens = micro_batch(training, ranks) * length
     element = DTYPE_BYTES[config.base_model.dtype]
     sent = traffic(shape, sharding, ranks, element, passes)  # raises for stages without model
     gib = memory_by_stage(shape.facts, config)[f"zero{sharding.stage}"]
     partitioned = sharding.stage == 3
     return Cost(
-        forward=passes * forward_flops(shape, tokens, training.max_length),
-        backward=passes * backward_flops(shape, tokens, training.max_length, partitioned),
+        forward=passes * forward_flops(shape, tokens, length),
+        backward=passes * backward_flops(shape, tokens, length, partitioned),
         traffic=sent,
         memory={name: value * 2**30 for name, value in gib.items()},
     )

@@ -44,6 +44,10 @@ class ModelFacts:
     unadapted_experts: Mapping[str, int] = field(default_factory=dict)  # parameters of fused expert tensors, by name
     said: tuple[str, ...] = ()  # warnings of the adapter itself
 
+    def longest(self, max_length: int) -> int:
+        """Tokens of the longest training sequence: `training.max_length`, or what the context holds (0: unknown)."""
+        return min(max_length, self.context or max_length)
+
     @property
     def warnings(self) -> list[str]:
         """What of the base the adapter does not reach as configured, though a user may expect it."""
@@ -93,7 +97,8 @@ def weight_bytes(facts: ModelFacts, config: PipelineConfig) -> float:
 def _training_pass(facts: ModelFacts, config: PipelineConfig, sharded: bool) -> float:
     """Bytes of the activations and logits of one micro-batch."""
     training, workers = config.training, config.resources.workers
-    tokens = -(-training.batch_size // training.gradient_accumulation // workers) * training.max_length
+    length = facts.longest(training.max_length)
+    tokens = -(-training.batch_size // training.gradient_accumulation // workers) * length
     layer = facts.hidden * ACTIVATION_BYTES
     kept = facts.layers * facts.hidden * 2 + layer if training.gradient_checkpointing else facts.layers * layer
     return tokens * kept * DTYPE_BYTES[config.base_model.dtype] / 2 + _logits(facts, tokens, sharded)

@@ -134,17 +134,21 @@ class RunDirectory:
             RunDirectoryError: the storage is not writable, or the run was written in another format.
         """
         try:
-            marker = self.read_json("format.json")
-            if marker is None and self.exists("steps"):
-                marker = {"format": 0}
-            if marker is not None and marker["format"] != FORMAT:
-                raise RunDirectoryError(
-                    f"{self.uri} has format {marker['format']}, but this version writes {FORMAT}; use another name"
-                )
+            self.check_format()
             self.write_json("format.json", {"format": FORMAT})
             self.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
         except OSError as error:
             raise self.not_writable(error) from error
+
+    def check_format(self) -> None:
+        """Raises RunDirectoryError if the run was written in another format."""
+        marker = self.read_json("format.json")
+        if marker is None and self.exists("steps"):
+            marker = {"format": 0}
+        if marker is not None and marker["format"] != FORMAT:
+            raise RunDirectoryError(
+                f"{self.uri} has format {marker['format']}, but this version writes {FORMAT}; use another name"
+            )
 
     def not_writable(self, error: OSError) -> RunDirectoryError:
         return RunDirectoryError(f"storage: {self.uri} is not writable ({error}); choose another storage")

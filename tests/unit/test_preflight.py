@@ -34,6 +34,16 @@ def test_hand_worked_numbers(config):
     assert host_bytes(facts(8 * 10**9), config) == pytest.approx(4e9)
 
 
+def test_no_sequence_is_longer_than_the_context(config):
+    training = config.training.model_copy(update={"max_length": 4096})
+    passes = [
+        memory_by_stage(replace(facts(10**9), context=context), config.model_copy(update={"training": training}))
+        for context in (64, 0)
+    ]
+    assert passes[0]["zero3"] == memory_by_stage(facts(10**9), config)["zero3"]
+    assert passes[1]["zero3"]["passes"] == pytest.approx(64 * passes[0]["zero3"]["passes"])
+
+
 def test_checkpointing_keeps_one_layer_and_the_borders_of_the_others(config):
     training = config.training.model_copy(update={"gradient_checkpointing": True})
     table = memory_by_stage(facts(10**9), config.model_copy(update={"training": training}))

@@ -83,7 +83,8 @@ def test_written_numbers_keep_their_fingerprint(tmp_path, reviews):
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text("{}")
-    written = {"adapter": {"type": "lora", "r": 23, "alpha": 1.0}, "training": {"learning_rate": 3e-3}}
+    training = {"learning_rate": 3e-3, "max_length": 128}
+    written = {"adapter": {"type": "lora", "r": 23, "alpha": 1.0}, "training": training}
     raw = minimal(tmp_path, reviews, base_model={"path": str(base), "dtype": "float32"}, tracking=None, **written)
     (step,) = make_plan(parse_config(raw)).steps
     assert step.fingerprint == "daa18bdaf6f69d648e04872957c7681c"

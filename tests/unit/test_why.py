@@ -6,7 +6,7 @@ import pytest
 from sample_run import make_config, make_run
 
 from pipelines.chain.plan import make_plan
-from pipelines.chain.why import steps_ahead
+from pipelines.chain.why import steps_ahead, trained_again
 from pipelines.runs.directory import RunDirectory
 
 TASKS = ("mrpc", "sst2", "biomed")
@@ -90,3 +90,19 @@ def test_prompts_added_to_a_finished_chain_are_the_only_thing_to_do(tmp_path):
     make_run(tmp_path)
     asked = make_config(tmp_path, evaluation={"samples": {"prompts": ["Who are you?"], "per_task": 0}})
     assert sentences(asked) == ["will be scored: 1 sample prompt without an answer"] * 3
+
+
+def test_a_run_names_the_first_step_that_it_trains_again_and_why(tmp_path):
+    """As after a change of a default, e.g. that of training.max_length from 128 to 1024."""
+    make_run(tmp_path, training={"learning_rate": 3e-3, "epochs": 2, "max_length": 128})
+    config = make_config(tmp_path)
+    run = RunDirectory(config.run_uri)
+    found = trained_again(config, run, make_plan(config, run))
+    assert found == ("step 1 (mrpc) and all steps after it will be trained again: training.max_length 128 → 1024")
+
+
+def test_a_run_has_nothing_to_say_of_steps_that_are_new_or_done(tmp_path):
+    make_run(tmp_path, tasks=TASKS[:2])
+    config = make_config(tmp_path, tasks=TASKS)
+    run = RunDirectory(config.run_uri)
+    assert trained_again(config, run, make_plan(config, run)) is None
