@@ -12,9 +12,10 @@ import click
 
 from pipelines.cli.helpers import at_work, new_console, number_list, with_bar
 from pipelines.config.paths import CONFIGS
-from pipelines.errors import ConfigError, DemoError
+from pipelines.errors import ConfigError, DemoError, Problem
 
 if TYPE_CHECKING:
+    from pipelines.comparison.methods import Method
     from pipelines.runs.event import Event
 
 
@@ -213,6 +214,7 @@ def _print_step_cost(config, console) -> None:
     default="",
     help="Learning rates to choose from, on the first task's validation data.",
 )
+@click.option("--fronts", is_flag=True, help="Train at every learning rate: forgetting at one and the same learning.")
 @click.option(
     "--train-examples", default="", help="Compare with this many training examples per task, e.g. 100,500,1000."
 )
@@ -228,6 +230,7 @@ def compare(
     methods,
     seeds,
     learning_rates,
+    fronts,
     train_examples,
     reference,
     parallel,
@@ -252,11 +255,12 @@ def compare(
 
     chosen = read_methods([name.strip() for name in methods.split(",")], catalogue or CATALOGUE)
     sizes = number_list(train_examples, int, "--train-examples")
+    rates = number_list(learning_rates, float, "--learning-rates")
     comparison = Comparison(
         read_config(config, overrides),
-        [method.on(size) for method in chosen for size in sizes] or chosen,
+        _variants(chosen, sizes, rates, fronts),
         number_list(seeds, int, "--seeds"),
-        number_list(learning_rates, float, "--learning-rates"),
+        [] if fronts else rates,
         reference or chosen[0].name,
     )
     console = new_console(err=as_json)
@@ -268,6 +272,16 @@ def compare(
     with at_work(as_json):
         result = run_comparison(comparison, verbose, address, report, parallel)
     click.echo(json.dumps(result, indent=1) if as_json else markdown(result))
+
+
+def _variants(methods: list[Method], sizes: list[int], rates: list[float], fronts: bool) -> list[Method]:
+    """The methods at every size of the training data or, for fronts, at every learning rate."""
+    if not fronts:
+        return [method.on(size) for method in methods for size in sizes] or methods
+    if sizes or len(rates) < 2:
+        remedy = "leave out --train-examples" if sizes else "add --learning-rates with at least two, e.g. 1e-3,4e-3"
+        raise ConfigError([Problem("--fronts", f"compares methods over learning rates; {remedy}")])
+    return [variant for method in methods for variant in method.at(rates)]
 
 
 @click.command()

@@ -20,6 +20,7 @@ from pipelines.chain.base_dtype import with_dtype
 from pipelines.chain.driver import run_chain
 from pipelines.chain.plan import make_plan
 from pipelines.comparison.figures import examples_figure, tradeoff_figure
+from pipelines.comparison.fronts import fronts
 from pipelines.comparison.intervals import paired_intervals
 from pipelines.comparison.methods import EXAMPLES_MARK, Comparison, Method
 from pipelines.comparison.tables import AGGREGATES, as_csv, markdown
@@ -213,8 +214,10 @@ def reuse_base_scores(config: PipelineConfig, plan: Plan) -> None:
 
 # -- summary
 def summarise(comparison: Comparison, folder: RunDirectory, rates: dict[str, float | None]) -> dict:
-    """`{"name", "seeds", "reference", "methods": {name: {"learning_rate", "runs", figures …}}}`, written as JSON, CSV,
-    Markdown and a figure into the comparison's folder."""
+    """`{"name", "seeds", "reference", "methods": {name: {"learning_rate", "runs", figures …}}, "fronts"}`.
+
+    Also written as JSON, CSV, Markdown and a figure into the comparison's folder. `fronts`: see `fronts.py`.
+    """
     outcomes = {m.name: _finished(comparison, m, rates) for m in comparison.methods}
     methods = {name: _summary(list(runs.values()), rates[name]) for name, runs in outcomes.items() if runs}
     found = False
@@ -225,6 +228,8 @@ def summarise(comparison: Comparison, folder: RunDirectory, rates: dict[str, flo
             summary["against_reference"] = paired_intervals(outcomes[name], outcomes[reference])
     reference = comparison.reference if found else None
     result = {"name": comparison.name, "seeds": comparison.seeds, "reference": reference, "methods": methods}
+    results = {name: {seed: run.results() for seed, run in runs.items()} for name, runs in outcomes.items()}
+    result["fronts"] = fronts(results, comparison.reference or "")
     folder.write_json("comparison.json", result)
     folder.write_bytes("comparison.md", markdown(result).encode())
     folder.write_bytes("comparison.csv", as_csv(result).encode())
@@ -242,15 +247,20 @@ def _finished(comparison: Comparison, method: Method, rates: dict) -> dict[int, 
 
 
 def _summary(runs: list[RunDirectory], rate: float | None) -> dict:
-    results = [run.results() for run in runs]
     summary: dict = {"runs": len(runs), "learning_rate": rate}
     for key, _, _ in AGGREGATES:
-        values = [v for v in (_figure(r, key) for r in results) if v is not None]
+        values = [v for run in runs if (v := _figure(run, run.results(), key)) is not None]
         summary[key] = mean_and_error(values)
     return summary
 
 
-def _figure(results: Results, key: str) -> float | None:
+def _figure(run: RunDirectory, results: Results, key: str) -> float | None:
+    if key == "train_seconds":
+        return results.seconds.train
+    if key == "kept_bytes":
+        record = run.metrics(results.steps[-1].directory) if results.steps else None
+        files = (record.files if record else None) or {}
+        return sum(file.bytes for name, file in files.items() if name.startswith("strategy/"))
     if key not in ("tokens_per_second", "peak_memory_bytes"):
         return getattr(results, key)
     values = [value for step in results.steps if (value := getattr(step, key))]

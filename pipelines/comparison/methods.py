@@ -13,6 +13,7 @@ from pipelines.errors import ConfigError, Problem, did_you_mean
 
 CATALOGUE = Path(__file__).parent / "methods.yaml"
 EXAMPLES_MARK = "@"  # between the name of a method and its number of training examples
+RATE_MARK = ":"  # between the name of a method and its learning rate
 NO_STRATEGY = {"strategy": {"name": "sequential"}}  # replaces the strategy of the sequence itself
 
 
@@ -26,12 +27,24 @@ class Method:
 
     @property
     def safe_name(self) -> str:
-        return self.name.replace("+", "_").replace(EXAMPLES_MARK, "-n")
+        name = self.name.replace("+", "_").replace(EXAMPLES_MARK, "-n")
+        return name.replace(RATE_MARK, "-lr").replace(".", "_")
 
     def on(self, examples: int) -> Method:
         """This method with at most that many training examples per task, called `name@examples`."""
         changes = merged(self.changes, {"training": {"max_train_examples": examples}})
         return replace(self, name=f"{self.name}{EXAMPLES_MARK}{examples}", changes=changes)
+
+    def at(self, rates: Sequence[float]) -> list[Method]:
+        """This method at each of the rates, called `name:rate`; itself if its rate is fixed."""
+        if not self.tuned:
+            return [self]
+        return [
+            Method(
+                f"{self.name}{RATE_MARK}{rate:g}", merged(self.changes, {"training": {"learning_rate": rate}}), False
+            )
+            for rate in rates
+        ]
 
 
 @dataclass

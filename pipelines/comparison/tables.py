@@ -19,6 +19,8 @@ AGGREGATES = (  # key in results.json, heading, digits
     ("perplexity_ratio", "ppl ratio", 3),
     ("trainable_parameters", "parameters", 0),
     ("adapter_bytes", "adapter bytes", 0),
+    ("kept_bytes", "bytes kept", 0),
+    ("train_seconds", "training s", 0),
     ("tokens_per_second", "tokens/s", 0),
     ("peak_memory_bytes", "peak memory", 0),
 )
@@ -30,7 +32,7 @@ def columns_of(result: dict) -> list[tuple[str, str, int]]:
 
 
 def markdown(result: dict) -> str:
-    """The table of all methods, then the paired intervals where there is a reference method."""
+    """The table of all methods, then the paired intervals where there is a reference method, then the fronts."""
     columns = columns_of(result)
     lines = ["| method | lr | runs | " + " | ".join(title for _, title, _ in columns) + " |"]
     lines.append("|---|---|---|" + "---|" * len(columns))
@@ -44,7 +46,19 @@ def markdown(result: dict) -> str:
         for name, summary in result["methods"].items():
             if against := summary.get("against_reference"):
                 lines.append(f"| {name} | {interval(against['learning'])} | {interval(against['forgetting'])} |")
+    if result.get("fronts"):
+        lines += ["", *_fronts(result["fronts"])]
     return "\n".join(lines) + "\n"
+
+
+def _fronts(found: dict) -> list[str]:
+    target = f"{found['learning']:.3f}"
+    lines = [f"At a learning of {target}, 95 % of the best of {found['reference']}, over all learning rates:", ""]
+    lines += ["| method | best learning | forgetting there | seeds that learn as much |", "|---|---|---|---|"]
+    for name, front in found["methods"].items():
+        cells = [with_error(*front[key], 3) for key in ("best", "forgetting")]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {front['seeds']} |")
+    return lines
 
 
 def as_csv(result: dict) -> str:

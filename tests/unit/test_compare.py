@@ -6,9 +6,13 @@ import math
 
 import numpy as np
 import pytest
+import yaml
+from click.testing import CliRunner
 
+from pipelines.cli.app import main
 from pipelines.comparison.compare import tuning_config
 from pipelines.comparison.figures import examples_figure, pareto_front, tradeoff_figure
+from pipelines.comparison.fronts import forgetting_at, fronts
 from pipelines.comparison.intervals import paired_intervals
 from pipelines.comparison.methods import Comparison, merged, read_methods
 from pipelines.comparison.tables import as_csv, markdown
@@ -142,7 +146,7 @@ def result() -> dict:
         for key in (
             *("learning_accuracy", "average_accuracy", "backward_transfer", "forgetting", "forward_transfer"),
             *("nll_learning", "nll_backward_transfer", "nll_average", "perplexity_ratio", "trainable_parameters"),
-            *("adapter_bytes", "tokens_per_second", "peak_memory_bytes"),
+            *("adapter_bytes", "kept_bytes", "train_seconds", "tokens_per_second", "peak_memory_bytes"),
         )
     }
     interval = {"mean": -0.1, "low": -0.2, "high": -0.05}
@@ -186,7 +190,61 @@ def test_the_front_is_what_no_other_method_beats_in_learning_and_in_forgetting()
     assert pareto_front([]) == []
 
 
+def test_forgetting_is_read_off_where_a_method_learns_as_much():
+    points = [(0.2, 0.1), (0.6, 0.3), (0.5, 0.9), (1.0, 0.7)]  # the third one is beaten
+    assert forgetting_at(points, 0.6) == pytest.approx(0.3)
+    assert forgetting_at(points, 0.8) == pytest.approx(0.5)
+    assert forgetting_at(points, 0.1) == 0.1  # its gentlest point learns more and forgets that
+    assert forgetting_at(points, 1.01) is None
+    assert forgetting_at([], 0.1) is None
+
+
+def test_fronts_compare_methods_at_the_learning_of_the_reference():
+    def text(learning, backward):
+        return results(tasks=("t",), nll_learning=learning, nll_backward_transfer=backward, learning_accuracy=None)
+
+    outcomes = {
+        "lora:0.001": {0: text(0.5, -0.2), 1: text(0.7, -0.4)},
+        "lora:0.01": {0: text(1.0, -1.2), 1: text(1.0, -1.4)},
+        "curlora:0.01": {0: text(0.97, -0.1), 1: text(0.9, -0.1)},
+        "none": {0: text(0.0, 0.0)},  # no rate, no front
+    }
+    found = fronts(outcomes, "lora")
+    assert found["learning"] == pytest.approx(0.95)
+    assert set(found["methods"]) == {"lora", "curlora"}
+    lora, curlora = found["methods"]["lora"], found["methods"]["curlora"]
+    expected = [0.2 + (0.95 - 0.5) / 0.5 * 1.0, 0.4 + (0.95 - 0.7) / 0.3 * 1.0]
+    assert lora["forgetting"] == pytest.approx(mean_and_error(expected)) and lora["seeds"] == 2
+    assert curlora["forgetting"] == [pytest.approx(0.1), None] and curlora["seeds"] == 1
+    table = markdown(result() | {"fronts": found})
+    assert "At a learning of 0.950, 95 % of the best of lora" in table
+    assert "| curlora | 0.935 ± 0.035 | 0.100 | 1 |" in table
+    assert fronts({"lora": outcomes["none"]}, "lora") is None
+
+
+def test_a_method_at_each_rate_is_a_method_that_is_not_tuned(tmp_path):
+    (lora,) = read_methods(["lora-all-decay"])
+    slow, fast = lora.at([1e-3, 4e-3])
+    assert (fast.name, fast.safe_name, fast.tuned) == ("lora-all-decay:0.004", "lora-all-decay-lr0_004", False)
+    assert slow.changes["training"] == {"weight_decay": 0.1, "learning_rate": 1e-3}
+    (none,) = read_methods(["none"])
+    assert none.at([1e-3, 4e-3]) == [none]
+
+
 def test_csv_has_a_column_for_each_error():
     rows = list(csv.DictReader(io.StringIO(as_csv(result()))))
     assert rows[0]["nll_learning_se"] == "0.01"
     assert [row["method"] for row in rows] == ["lora", "curlora"]
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        (["--learning-rates", "1e-3"], "add --learning-rates with at least two"),
+        (["--learning-rates", "1e-3,4e-3", "--train-examples", "10"], "leave out --train-examples"),
+    ],
+)
+def test_fronts_need_several_learning_rates_and_nothing_else(tmp_path, given, remedy):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(minimal(tmp_path, tmp_path)))
+    outcome = CliRunner().invoke(main, ["compare", str(tmp_path / "c.yaml"), "--methods", "lora", "--fronts", *given])
+    assert outcome.exit_code == 2 and remedy in outcome.output
