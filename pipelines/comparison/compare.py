@@ -35,7 +35,7 @@ from pipelines.runs.identity import fingerprint
 from pipelines.runs.results import Results
 from pipelines.search.objective import loss_of
 from pipelines.workers.group import WorkerGroup, groups_that_fit
-from pipelines.workers.ray_cluster import cluster, gpus_per_worker
+from pipelines.workers.ray_cluster import capacity, cluster, gpus_per_worker
 
 if TYPE_CHECKING:
     from pipelines.chain.plan import Plan
@@ -58,15 +58,13 @@ def compare(
     Raises:
         ConfigError: a method's configuration is impossible, before anything is trained.
     """
-    import ray  # slow
-
     comparison = _with_dtype(comparison, address)
     configs = {m.name: _parsed(m, comparison.configuration(m)) for m in comparison.methods}
     first = next(iter(configs.values()))
     folder = RunDirectory(f"{first.storage}")
     with cluster(first, verbose, address):
         gpus = gpus_per_worker(first)
-        count = parallel or groups_that_fit(first, ray.cluster_resources(), gpus)
+        count = parallel or groups_that_fit(first, capacity(), gpus)
         pool = GroupPool([WorkerGroup(first, folder.uri, gpus, verbose) for _ in range(count)], on_event)
         try:
             rates = _learning_rates(comparison, pool)

@@ -31,6 +31,7 @@ from pipelines.search.trial_spec import Spec
 from pipelines.workers.assignment import Assignment
 from pipelines.workers.failures import GroupLost, WorkersFailed, WorkersSilent
 from pipelines.workers.group import RemoteGroup, groups_that_fit
+from pipelines.workers.ray_cluster import capacity
 from pipelines.workers.supervision import STOP_SECONDS, Supervisor
 
 CHECKED_MODELS = 24  # settings whose adapters are tried on the model (on the meta device) before anything starts
@@ -334,9 +335,7 @@ def concurrent(config: PipelineConfig, resources: dict, gpus: float) -> int:
 @contextlib.contextmanager
 def warm_groups(config: PipelineConfig, run: RunDirectory, gpus: float, verbose: bool) -> Iterator[list[RemoteGroup]]:
     """Worker groups for trials; the first one trains the chain as well, so the chain needs no further resources."""
-    import ray  # slow
-
-    count = concurrent(config, ray.cluster_resources(), gpus)
+    count = concurrent(config, capacity(), gpus)
     groups = [RemoteGroup(config, f"{run.uri}/search", gpus, verbose) for _ in range(count)]
     yield groups
     for group in groups:

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import ray
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from pipelines.serve.target import Plan
+from pipelines.serve.target import Plan, plan_of
+from pipelines.workers.ray_cluster import capacity
 
 APPLICATION = "curlora"
 STREAMS = 64  # requests beyond those that the engine takes, so that the engine refuses them and not Ray
@@ -47,7 +49,7 @@ class Server:
         return await asyncio.to_thread(self.service.drain, seconds)
 
 
-def application(plan: Plan, gpus: int) -> serve.Application:
+def application(plan: Plan, gpus: float) -> serve.Application:
     """The application, for `serve.run`."""
     settings = plan.settings
     deployment = serve.deployment(
@@ -61,6 +63,37 @@ def application(plan: Plan, gpus: int) -> serve.Application:
     return deployment.bind(plan)
 
 
+class Arguments(BaseModel):
+    """`args` of the application in Ray Serve's configuration file, whose `http_options` say where it listens.
+
+    Attributes:
+        source, storage, uri, canary: as for `curlora serve`.
+        gpus: GPUs of the replica; nodes that have some may start only afterwards.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    source: str = Field(min_length=1)
+    storage: str = "./runs"
+    uri: str | None = None
+    canary: float | None = Field(None, ge=0, le=1)
+    gpus: float = Field(0, ge=0, le=1, allow_inf_nan=False)
+
+
+def build(arguments: dict) -> serve.Application:
+    """The application for `serve deploy` and for a RayService (`import_path: pipelines.serve.deployment:build`).
+
+    Such a server listens beyond this machine, so its token must be in the environment (`CURLORA_SERVE_TOKEN`).
+
+    Raises:
+        ValidationError: an argument is unknown or impossible.
+        ConfigError: the source cannot be served, or there is no token.
+    """
+    found = Arguments.model_validate(arguments)
+    canary = {} if found.canary is None else {"canary": found.canary}
+    plan = plan_of(found.source, found.storage, found.uri, {"host": "0.0.0.0"} | canary)
+    return application(plan, found.gpus)
+
+
 @contextmanager
 def serving(plan: Plan, alone: bool) -> Iterator[serve.handle.DeploymentHandle]:
     """Serve on the connected Ray cluster; in the end, requests that are running have `serve.drain` to finish.
@@ -71,7 +104,7 @@ def serving(plan: Plan, alone: bool) -> Iterator[serve.handle.DeploymentHandle]:
     Raises:
         RuntimeError: the server does not start.
     """
-    settings, gpus = plan.settings, int(ray.cluster_resources().get("GPU", 0) > 0)
+    settings, gpus = plan.settings, int(capacity().get("GPU", 0) > 0)
     serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=QUIET)
     try:
         handle = serve.run(application(plan, gpus), name=APPLICATION, route_prefix="/", logging_config=QUIET)

@@ -24,6 +24,9 @@ LOCAL_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", LOCAL: "1"}
 # on two cores starve each other (13 instead of 130 tokens/s); passive waiting makes one alone 3 times slower.
 SPIN_COUNT = "10000"
 
+CLUSTER_MAX = "CURLORA_CLUSTER_MAX"
+"""Environment variable of an autoscaling cluster: what it may grow to, e.g. `CPU=32,GPU=4`; Ray itself cannot say."""
+
 _early: Future | None = None
 
 
@@ -65,7 +68,7 @@ def cluster(config: PipelineConfig, verbose: bool = False, address: str | None =
             _set_sigterm(signal.getsignal(signal.SIGTERM))
         elif mine:
             connect(verbose, address)
-        check_cluster(config, ray.cluster_resources())
+        check_cluster(config, capacity())
         yield
     finally:
         if mine:
@@ -119,6 +122,28 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def capacity() -> dict[str, float]:
+    """Resources that the connected cluster has, or that it may grow to (`CLUSTER_MAX`).
+
+    Raises:
+        ConfigError: the variable cannot be read.
+    """
+    import ray  # slow
+
+    return grown(ray.cluster_resources(), os.environ.get(CLUSTER_MAX, ""))
+
+
+def grown(resources: dict[str, float], most: str) -> dict[str, float]:
+    """Resources of a cluster after its autoscaler has added what it may, e.g. `CPU=32,GPU=4`."""
+    found = dict(resources)
+    for part in filter(None, (part.strip() for part in most.split(","))):
+        kind, _, amount = part.partition("=")
+        if kind not in ("CPU", "GPU") or not amount.isdecimal() or len(amount) > 9:
+            raise ConfigError([Problem(CLUSTER_MAX, f"'{part[:60]}' cannot be read; write e.g. CPU=32,GPU=4")])
+        found[kind] = max(float(amount), found.get(kind, 0.0))
+    return found
+
+
 def check_cluster(config: PipelineConfig, resources: dict) -> None:
     """Raises ConfigError if the workers can never be placed: Ray itself would wait for ever."""
     workers = config.resources.workers
@@ -138,12 +163,10 @@ def check_cluster(config: PipelineConfig, resources: dict) -> None:
 
 
 def gpus_per_worker(config: PipelineConfig, resources: dict | None = None) -> float:
-    """GPUs per worker; `auto` means one if the cluster has any, else none."""
+    """GPUs per worker; `auto` means one if the cluster has any or may get some, else none."""
     value = config.resources.gpus_per_worker
     if value != "auto":
         return value
     if resources is None:
-        import ray  # slow
-
-        resources = ray.cluster_resources()
+        resources = capacity()
     return 1.0 if resources.get("GPU", 0) else 0.0

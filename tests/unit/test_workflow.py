@@ -11,7 +11,7 @@ from pipelines.config.loading import parse_config
 from pipelines.errors import ConfigError
 from pipelines.promotion.gate import judge
 from pipelines.runs.directory import RunDirectory
-from pipelines.workers.ray_cluster import check_cluster, gpus_per_worker
+from pipelines.workers.ray_cluster import check_cluster, gpus_per_worker, grown
 from tests.conftest import minimal, write_jsonl
 from tests.unit.sample_records import cell, results, step_record
 
@@ -179,3 +179,15 @@ def test_workers_that_can_never_be_placed_are_bad_input(raw):
         check_cluster(gpus, {"CPU": 8})
     assert gpus_per_worker(config, {"GPU": 4}) == 1.0
     assert gpus_per_worker(config, {}) == 0.0
+
+
+def test_a_cluster_that_grows_counts_with_what_it_may_grow_to(raw):
+    """Its workers are gone between two jobs; a driver that starts then must wait for new ones, not refuse."""
+    empty = {"CPU": 40.0, "memory": 1.0}
+    config = parse_config(changed(raw, "resources", {"workers": 4, "gpus_per_worker": 1}))
+    check_cluster(config, grown(empty, "CPU=32, GPU=4"))
+    assert grown(empty, "CPU=32,GPU=4") == {"CPU": 40.0, "GPU": 4.0, "memory": 1.0}
+    assert grown(empty, "") == empty
+    for text in ("GPU", "GPU=x", "gpu=4", "GPU=4;CPU=1", "GPU=-1", "GPU=" + "9" * 400, "GPU=²"):
+        with pytest.raises(ConfigError, match=r"CURLORA_CLUSTER_MAX: .* cannot be read"):
+            grown(empty, text)
