@@ -13,6 +13,7 @@ from pipelines.runs import environment
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
 from pipelines.runs.start import Start
+from pipelines.runs.step_record import Seconds, Setting, StepRecord
 from pipelines.workers.assignment import Assignment
 from pipelines.workers.heartbeat import Heartbeat
 
@@ -59,6 +60,24 @@ class WorkContext:
     def event(self, kind: str, plan: StepPlan | None = None, **fields) -> None:
         if self.is_writer:
             self.run.event(kind, **(plan.identity if plan else {}), **fields)
+
+    def record(self, plan: StepPlan) -> StepRecord:
+        """The record of a step that begins now: who it is, and nothing yet of what its training produces."""
+        now = time.time()
+        return StepRecord(
+            fingerprint=plan.fingerprint,
+            position=plan.position,
+            tasks=plan.tasks,
+            parent=plan.parent,
+            parent_run=self.start.run_uri if self.start and plan.parent == self.start.fingerprint else None,
+            depth=plan.depth,
+            setting=Setting.of(self.config),
+            started=now,
+            finished=now,
+            cells=(),
+            seconds=Seconds(),
+            environment=self.environment(),
+        )
 
     def environment(self) -> dict:
         return environment.describe(self.world.size, zero_settings.stage_of(self.settings), self.world.device.type)

@@ -13,7 +13,7 @@ import torch
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
 from pipelines.runs.live import MOST_SAMPLES, LiveStep, read_curve, read_live, write_curve, write_live
-from pipelines.runs.step_record import Seconds, Series, Setting, StepRecord
+from pipelines.runs.step_record import Series, StepRecord
 from pipelines.workers.context import WorkContext
 
 WRITE_SECONDS = 5.0  # between two writes, and two measurements at first
@@ -111,22 +111,7 @@ class LiveFeed:
 
 def feed_of(work: WorkContext, plan: StepPlan) -> LiveFeed:
     """The feed of a step that is about to be trained, or to be resumed."""
-    now = time.time()
-    step = StepRecord(
-        fingerprint=plan.fingerprint,
-        position=plan.position,
-        tasks=plan.tasks,
-        parent=plan.parent,
-        parent_run=work.start.run_uri if work.start and plan.parent == work.start.fingerprint else None,
-        depth=plan.depth,
-        setting=Setting.of(work.config),
-        started=now,
-        finished=now,
-        cells=(),
-        seconds=Seconds(),
-        environment=work.environment(),
-    )
-    return LiveFeed(work.run, plan.live, step, work.world.device)
+    return LiveFeed(work.run, plan.live, work.record(plan), work.world.device)
 
 
 def load(device: torch.device) -> dict[str, float]:

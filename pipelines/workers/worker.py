@@ -35,7 +35,7 @@ from pipelines.lineage.model_card import CARD, ancestry_of, model_card
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
 from pipelines.runs.samples import Sample
-from pipelines.runs.step_record import Cell, Seconds, Setting, Split, StepRecord, TaskData, TrainedStep
+from pipelines.runs.step_record import Cell, Seconds, Split, StepRecord, TaskData, TrainedStep
 from pipelines.workers.assignment import Assignment, Queue
 from pipelines.workers.context import WorkContext
 from pipelines.workers.control import Control
@@ -230,25 +230,17 @@ class Segment:
     def _record(self, plan: StepPlan, trained: TrainedStep) -> StepRecord:
         """`metrics.json` of a trained step, without cells and timings of evaluation."""
         work = self.work
-        return StepRecord(
-            fingerprint=plan.fingerprint,
-            position=plan.position,
-            tasks=plan.tasks,
-            parent=plan.parent,
-            parent_run=work.start.run_uri if work.start and plan.parent == work.start.fingerprint else None,
-            depth=plan.depth,
-            setting=Setting.of(work.config),
+        return replace(
+            work.record(plan),
             data={name: _training_data(work.config, name) for name in plan.tasks},
             classes=_class_names(work.config, plan.tasks),
             peak_memory_bytes=_peak_memory(work.world.device),
-            finished=time.time(),
             trainable_parameters=trained.trainable_parameters,
             head_parameters=trained.head_parameters,
             adapter_bytes=trained.adapter_bytes,
             files=trained.files,
             training=trained.training,
             started=trained.started,
-            cells=(),
             seconds=trained.seconds,
             environment={},
             other=trained.other,
