@@ -258,7 +258,7 @@ def _figure(run: RunDirectory, results: Results, key: str) -> float | None:
     if key == "kept_bytes":
         record = run.metrics(results.steps[-1].directory) if results.steps else None
         files = (record.files if record else None) or {}
-        return sum(file.bytes for name, file in files.items() if name.startswith("strategy/"))
+        return sum(file.bytes for name, file in files.items() if name.startswith(("strategy/", "bank/")))
     if key not in ("tokens_per_second", "peak_memory_bytes"):
         return getattr(results, key)
     values = [value for step in results.steps if (value := getattr(step, key))]

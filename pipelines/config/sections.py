@@ -74,12 +74,19 @@ class AdapterConfig(Section):
         description="Factor of the update when whiten is on: adam keeps the step length of LoRA, rsqrt is alpha/√r, "
         "none is alpha.",
     )
-    carry: Literal["continue", "stack", "fresh"] = Field(
+    carry: Literal["continue", "stack", "fresh", "bank"] = Field(
         "continue",
         description="What the next task starts from: continue trains the same adapter, stack freezes it below a new "
-        "block (curlora, lora), fresh starts a new adapter for every task.",
+        "block (curlora, lora), fresh starts a new adapter for every task, bank too, and keeps those of all tasks: "
+        "each text goes to the one that it looks like.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Further fields of the adapter's PEFT config.")
+
+    @model_validator(mode="after")
+    def _bank_of_something(self) -> AdapterConfig:
+        if self.carry == "bank" and self.type == "none":
+            raise ValueError("carry: bank keeps an adapter per task, but type is none; choose a type, e.g. curlora")
+        return self
 
     @field_validator("selection")
     @classmethod

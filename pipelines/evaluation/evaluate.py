@@ -9,23 +9,28 @@ collective operation. The task kind turns the scores of sequences into outcomes 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from pipelines.data.kinds import KINDS
-from pipelines.data.kinds.base import EvaluationSet, Scored
+from pipelines.data.kinds.base import EvaluationSet, Scored, Summary
 from pipelines.distributed.world import World, gather
 from pipelines.evaluation.batching import make_batches, make_question_batches
 from pipelines.evaluation.scorers import SCORERS
 from pipelines.metrics import score_matrix
 from pipelines.metrics.answers import majority_rate
+from pipelines.models.bank import Bank, bank_of
 from pipelines.runs.step_record import Cell
 
 Progress = Callable[[int, int, float], None]
 """Called after every batch with the number of examples scored so far on all ranks, the number of all of them, and the
 share of the tokens that has been computed (long sequences come first, so it is ahead of the share of the examples)."""
+
+Routes = Mapping[int, int]
+"""Example → position in the model's bank of the adapter that answers it."""
 
 
 def evaluate(
@@ -40,15 +45,19 @@ def evaluate(
     """Score `evaluation`; (cell, outcomes in order of example) on rank 0, None on the others.
 
     An outcome is `{"id", "label", "prediction", "correct"}`; of generation `{"id", "reference", "prediction",
-    "correct", "score", …}`; of text `{"id", "nll", "tokens"}`, summed over the tokens.
+    "correct", "score", …}`; of text `{"id", "nll", "tokens"}`, summed over the tokens. With a bank of adapters,
+    `route` is the task whose adapter answered.
     """
     begin = time.perf_counter()
-    scored = score(model, evaluation, world, batch_tokens, progress)
+    routes = routes_of(model, evaluation, world)
+    scored = score(model, evaluation, world, batch_tokens, progress, routes)
     if scored is None:
         return None
     kind = KINDS[evaluation.kind]
     outcomes = kind.outcomes(evaluation, scored)
     summary = kind.summary(evaluation, outcomes)
+    if routes:
+        outcomes, summary = _with_routes(bank_of(model), evaluation, outcomes, summary, routes)
     cell = Cell(
         name=evaluation.name,
         role=role,
@@ -76,9 +85,10 @@ def score(
     world: World,
     batch_tokens: int,
     progress: Progress = lambda *_: None,
+    routes: Routes | None = None,
 ) -> list[Scored] | None:
     """Scored sequences, unordered, on rank 0; None on the others."""
-    return gather(score_part(model, evaluation, world, batch_tokens, progress), world)
+    return gather(score_part(model, evaluation, world, batch_tokens, progress, routes), world)
 
 
 def score_part(
@@ -87,8 +97,56 @@ def score_part(
     world: World,
     batch_tokens: int,
     progress: Progress = lambda *_: None,
+    routes: Routes | None = None,
 ) -> list[Scored]:
-    """Scored sequences of this rank's share."""
+    """Scored sequences of this rank's share, each by the adapter that `routes` (by default the bank) chooses."""
+    routes = routes_of(model, evaluation, world) if routes is None else routes
+    if not routes:
+        return _score_alike(model, evaluation, world, batch_tokens, progress)
+    local: list[Scored] = []
+    examples, behind = len(routes), 0
+    for place in sorted(set(routes.values())):
+        part = replace(evaluation, items=[item for item in evaluation.items if routes[item.example] == place])
+        here = sum(chosen == place for chosen in routes.values())
+
+        def report(done: int, count: int, share: float, behind: int = behind, here: int = here) -> None:
+            progress(behind + done, examples, (behind + share * here) / examples)
+
+        with bank_of(model).active(model, place):
+            local += _score_alike(model, part, world, batch_tokens, report)
+        behind += here
+    return local
+
+
+def routes_of(model: nn.Module, evaluation: EvaluationSet, world: World) -> Routes:
+    """The adapter that the model's bank chooses for each example, by what a user would send of it; a collective call.
+
+    Empty if the model has no bank. Of alternatives to a prompt only the prompt counts.
+    """
+    bank = bank_of(model)
+    if bank is None:
+        return {}
+    asked = KINDS[evaluation.kind].scorer == "choices"
+    texts: dict[int, Sequence[int]] = {}
+    for item in evaluation.items:
+        texts.setdefault(item.example, item.input_ids[: item.start] if asked and item.start else item.input_ids)
+    return dict(zip(texts, bank.routes(model, list(texts.values()), world), strict=True))
+
+
+def _with_routes(
+    bank: Bank, evaluation: EvaluationSet, outcomes: list[dict], summary: Summary, routes: Routes
+) -> tuple[list[dict], Summary]:
+    """Each outcome with its route, and the share that went where it belongs: to its task, or to the base."""
+    home = bank.tasks.index(evaluation.name) if evaluation.name in bank.tasks else 0
+    outcomes = [o | {"route": bank.tasks[routes[number]]} for number, o in enumerate(outcomes)]
+    share = sum(place == home for place in routes.values()) / len(routes)
+    return outcomes, replace(summary, extras=summary.extras | {"routed_home": share})
+
+
+def _score_alike(
+    model: nn.Module, evaluation: EvaluationSet, world: World, batch_tokens: int, progress: Progress
+) -> list[Scored]:
+    """Scored sequences of this rank's share, by the adapter that is active."""
     scorer = KINDS[evaluation.kind].scorer
     if scorer == "choices":
         batches = make_question_batches(evaluation.items, batch_tokens)

@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.tasks import GenerationTask, TaskSource
 from pipelines.data.kinds import kind_of
+from pipelines.data.kinds.base import EvaluationSet
 from pipelines.data.kinds.chats import asked_row
 from pipelines.data.sets import prediction_set
 from pipelines.distributed.world import World
 from pipelines.errors import ConfigError, Problem, RunDirectoryError, did_you_mean
-from pipelines.evaluation.evaluate import score
+from pipelines.evaluation.evaluate import Routes, score
 from pipelines.models import heads
+from pipelines.models.bank import Bank, bank_of
 from pipelines.models.base import context_length, load_base, load_tokenizer
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import choose_step
@@ -47,8 +49,18 @@ class Trained:
             raise ConfigError([Problem(task, reason)])
         evaluation = prediction_set(source, rows, self.tokenizer, self.config, self.context)
         world = World(0, 1, next(self.model.parameters()).device)
-        scored = score(self.model, evaluation, world, self.config.evaluation.batch_tokens)
+        scored = score(
+            self.model, evaluation, world, self.config.evaluation.batch_tokens, routes=self._routes(task, evaluation)
+        )
         return kind_of(source).predictions(evaluation, scored)
+
+    def _routes(self, task: str, evaluation: EvaluationSet) -> Routes | None:
+        """With a bank, the task's own adapter if it has one: whoever names the task need not have it guessed."""
+        bank = bank_of(self.model)
+        if bank is None or task not in bank.tasks:
+            return None
+        place = bank.tasks.index(task)
+        return {item.example: place for item in evaluation.items}
 
 
 def predict(run: RunDirectory, task: str, rows: Sequence[dict], step: str | None = None) -> list[dict]:
@@ -110,6 +122,8 @@ def _with_adapter(model: torch.nn.Module, folder: Path, config: PipelineConfig) 
         classes = {name.removesuffix(".bias"): len(t) for name, t in saved.items() if name.endswith(".bias")}
         heads.attach_heads(model, classes, config.training.seed)
         heads.load_heads(model, saved)
+    if bank := Bank.load(folder):
+        bank.attach(model)
     return model
 
 

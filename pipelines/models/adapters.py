@@ -69,8 +69,8 @@ def attach_adapter(
     """Attach the adapter to `base`: new, or with the weights saved in the folder `parent`.
 
     Args:
-        extend: to train the next task: `carry: stack` adds a block to those of `parent`, `carry: fresh` replaces it by
-            a new adapter.
+        extend: to train the next task: `carry: stack` adds a block to those of `parent`, `carry: fresh` and `bank`
+            replace it by a new adapter.
 
     Raises:
         ConfigError: the adapter does not fit the model (rank, module names, blocks).
@@ -78,7 +78,7 @@ def attach_adapter(
     if adapter.type == "none":
         base.requires_grad_(False)
         return base
-    if extend and adapter.carry == "fresh":
+    if extend and adapter.carry in ("fresh", "bank"):
         parent = None
     config = peft_config(adapter, seed)
     torch.manual_seed(seed)  # LoRA's A is random; it must be equal on all ranks and in all runs

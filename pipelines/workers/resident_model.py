@@ -21,6 +21,7 @@ from pipelines.data.sets import evaluation_set
 from pipelines.distributed import engine, sparse
 from pipelines.distributed.world import World
 from pipelines.models import adapters, heads
+from pipelines.models.bank import Bank
 from pipelines.models.base import context_length, load_base, load_tokenizer
 from pipelines.runs.identity import fingerprint
 from pipelines.runs.step_record import StepRecord
@@ -96,7 +97,15 @@ class ResidentModel:
                 saved = load_file(folder / "heads.safetensors")
                 heads.load_heads(model, saved)
                 self.learned = frozenset(name.rpartition(".")[0] for name in saved)
+            bank = Bank.load(folder) if folder and not extend else None
+            if bank:
+                bank.attach(model)
         return model if engine.is_partitioned(model) else model.to(work.world.device)
+
+    def bank(self, step: str) -> Bank | None:
+        """The bank of a finished step, given by fingerprint; None if it has none."""
+        with tempfile.TemporaryDirectory() as scratch:
+            return Bank.load(self.step_files(step, Path(scratch)))
 
     def detach(self, model: nn.Module | None = None) -> None:
         """Remove the adapter from `model` (default: the model attached last); the bare base stays."""

@@ -23,6 +23,7 @@ from pipelines.distributed import engine
 from pipelines.errors import DivergedError, Stopped
 from pipelines.evaluation.sampling import sample_text
 from pipelines.models import adapters, heads
+from pipelines.models.bank import BASE_LENGTH, BASE_ROWS, Bank
 from pipelines.runs.identity import StepPlan, fingerprint
 from pipelines.runs.step_record import PublishedFile, Seconds, TrainedStep, Training
 from pipelines.training import checkpoint
@@ -66,12 +67,19 @@ class StepTraining:
         heads.train_heads(model, plan.tasks)
         trainable, in_heads = adapters.adapter_parameters(model), _head_parameters(model)
         strategy = self._strategy(parent)
+        bank = self._bank(parent, model) if work.config.adapter.carry == "bank" else None
         resume = self._newest_checkpoint(plan)
         feed = feed_of(work, plan) if work.is_writer else None
         started = feed.started if feed else begun
         history = resume.values if resume else {"started": started, "seconds": 0.0, "curve": [], "resumed_at": []}
         fitted = self._train(model, plan, strategy, resume, history, feed)
+        if bank:
+            with self._ready(model):
+                bank.add(model, plan.label, self._examples(plan), fitted.weights)
+            bank.attach(model)
         with tempfile.TemporaryDirectory() as scratch:
+            if bank and work.is_writer:
+                bank.save(Path(scratch))
             adapter_bytes, files = self._save(model, strategy, fitted.weights, Path(scratch), plan)
         trained = TrainedStep(
             trainable_parameters=trainable,
@@ -113,6 +121,16 @@ class StepTraining:
                         load_file(tensors) if tensors.exists() else {}, json.loads((folder / "state.json").read_text())
                     )
         return strategy
+
+    def _bank(self, parent: str | None, model: nn.Module) -> Bank:
+        """The bank of the parent step; before the first task, one that knows the base by text that it writes."""
+        bank = self.resident.bank(parent) if parent else None
+        if bank is None:
+            bank = Bank()
+            written = self._sample_text(model, BASE_ROWS, BASE_LENGTH)
+            with self._ready(model):
+                bank.begin(model, written)
+        return bank
 
     # -- training
 

@@ -11,7 +11,9 @@ import transformers
 from safetensors.torch import load_file
 
 import curlora  # noqa: F401  (registers its adapter type)
+from pipelines.data.sources import load_split
 from pipelines.inference.export import export_step
+from pipelines.inference.predict import predict
 from pipelines.runs.directory import RunDirectory
 
 CASES = {  # adapter, strategy, DeepSpeed stage with two workers
@@ -19,6 +21,7 @@ CASES = {  # adapter, strategy, DeepSpeed stage with two workers
     "olora": ({"type": "lora", "r": 2, "alpha": 4, "carry": "stack"}, {"name": "olora"}, "zero3"),
     "replay": ({"type": "curlora", "r": 2, "carry": "stack"}, {"name": "replay", "share": 0.2}, "zero2"),
     "ewc": ({"type": "curlora", "r": 8}, {"name": "ewc", "strength": 1e4, "examples": 6}, "zero3"),
+    "bank": ({"type": "curlora", "r": 8, "carry": "bank"}, {"name": "sequential"}, "zero3"),
 }
 
 
@@ -68,6 +71,35 @@ def test_a_head_stays_as_its_own_task_left_it(bench, two_workers, name):
     assert own, "a task of this sequence has a head"
     assert own.keys() == after[-1].keys()
     assert all(torch.equal(after[-1][key], tensor) for key, tensor in own.items())
+
+
+def test_an_answer_of_a_bank_never_changes_while_its_route_does_not(bench, two_workers):
+    results = two_workers["bank"]
+    run_directory = RunDirectory(str(bench.root / "runs" / results["run"]))
+    folders = [step["directory"] for step in results["steps"]]
+    compared = 0
+    for position, task in enumerate(results["tasks"]):
+        rows = [run_directory.read_jsonl(f"{folder}/predictions/{task}.jsonl") for folder in folders[position:]]
+        for first, *later in zip(*rows, strict=True):
+            for outcome in later:
+                if outcome["route"] == first["route"]:
+                    compared += 1
+                    assert outcome == first
+    assert compared > 48
+    last = run_directory.metrics(folders[-1])
+    assert {cell.name for cell in last.cells if "routed_home" in cell.extras} == {cell.name for cell in last.cells}
+    assert (
+        last.files["bank/state.safetensors"].bytes
+        > run_directory.metrics(folders[0]).files["bank/state.safetensors"].bytes
+    )
+
+
+def test_a_bank_predicts_with_the_adapter_of_the_task_that_is_named(bench, two_workers):
+    run_directory = RunDirectory(str(bench.root / "runs" / two_workers["bank"]["run"]))
+    first = next(t for t in run_directory.config().tasks if t.kind == "classification" and t.head == "classifier")
+    rows = load_split(first, "test").to_list()[:12]
+    own, last = (predict(run_directory, first.name, rows, step) for step in (first.name, None))
+    assert own == last
 
 
 @pytest.mark.parametrize(("name", "field", "sizes"), [("olora", "r", [2, 4, 6]), ("replay", "blocks", [1, 2, 3])])
