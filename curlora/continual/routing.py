@@ -1,13 +1,15 @@
 """Routing: which of several tasks a text looks like, told by the base model alone.
 
 In the first blocks of the frozen base, a few coordinates of every adapted layer's output are observed. A task is the
-matrix of their second moments, S = E[z zᵀ] per layer, over its training text; a text with the moments Ŝ has under it
+matrix of their second moments, S = E[z zᵀ] per layer, over its training text. A text with the moments Ŝ over n tokens
+has under it the log-likelihood of a Gaussian,
 
-    ℓ = −½ Σ_layers [tr(S⁻¹ Ŝ) + logdet S]
+    ℓ = −n/2 Σ_layers [tr(S⁻¹ Ŝ) + logdet S]
 
-nats per token, up to a constant: the likelihood of a Gaussian. An invertible map of z changes ℓ of all tasks alike, so
-no whitening is needed. A text goes to its likeliest task, or to none if the base's own language (task 0) is likelier,
-or if hardly any training text of that task was as unlikely under it.
+up to a constant. The last tokens are observed a second time by themselves: that is where a template ends, and tells
+tasks apart whose words are alike. An invertible map of z changes ℓ of all tasks alike, so no whitening is needed. A
+text goes to its likeliest task, or to none (the base, position 0) where the base's own language is likelier, or where
+hardly any training text of that task was as near to the base's language.
 
 Compared with a gate that is trained (GainLoRA, arXiv 2505.15424) nothing is learned and nothing is forgotten: a new
 task adds its matrices and changes no others.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,26 +32,56 @@ COORDINATES = 32
 BLOCKS = 4
 """Observed blocks, from the input on."""
 
+LAST = 4
+"""Tokens at the end of a text that are observed by themselves."""
+
+MOST = 128
+"""A text counts as no more tokens than these against its last ones."""
+
 ROWS = 8
 """Sequences per pass."""
 
-SHRINKAGE = 0.01
-"""Part of the mean variance that is added to every coordinate's own."""
+SHRINKAGE = 0.1
+"""What is added to the variance of each coordinate, in units of its variance on the base's text."""
 
-RARE = 0.02
-"""A text is none of a task's if less than this part of the task's training texts was as unlikely."""
+RARE = 0.01
+"""A text is none of a task's if less than this part of its training texts was as near to the base's language."""
 
-Moments = dict[str, Tensor]
-"""Name of an observed layer → (rows, k, k), mean z zᵀ over the tokens of each row, fp32 on the CPU."""
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of some texts: per observed layer (rows, k, k), mean z zᵀ, fp32 on the CPU.
+
+    `whole`: over all tokens of a text but the first; `last`: over its last tokens. `tokens` (rows,): their number.
+    """
+
+    whole: dict[str, Tensor]
+    last: dict[str, Tensor]
+    tokens: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows) -> Moments:
+        parts = ({name: values[rows] for name, values in part.items()} for part in (self.whole, self.last))
+        return Moments(*parts, self.tokens[rows])
+
+    def mean(self) -> dict[str, Tensor]:
+        """(k, k) per layer, over the texts; the moments of the last tokens have names that end with @last."""
+        ends = {name + AT_LAST: values.mean(0) for name, values in self.last.items()}
+        return {name: values.mean(0) for name, values in self.whole.items()} | ends
+
+
+AT_LAST = "@last"
 
 
 class Router:
     """Second moments of tasks; position 0 is the base, to which whatever looks like no task goes."""
 
-    def __init__(self, coordinates: int = COORDINATES, blocks: int = BLOCKS, shrinkage: float = SHRINKAGE):
-        self.coordinates, self.blocks, self.shrinkage = coordinates, blocks, shrinkage
-        self.matrices: list[Moments] = []  # per position: (k, k) per layer
-        self.floors: list[float] = []  # ℓ under itself below which a text is not the task's
+    def __init__(self, coordinates: int = COORDINATES, blocks: int = BLOCKS):
+        self.coordinates, self.blocks = coordinates, blocks
+        self.matrices: list[dict[str, Tensor]] = []  # per position, as `Moments.mean` gives them
+        self.margins: list[float] = []  # how much likelier than under the base a text of the task is, per token
 
     def __len__(self) -> int:
         return len(self.matrices)
@@ -56,16 +89,19 @@ class Router:
     def fit(self, seen: Moments) -> None:
         """Append a task (at first: the base) with the moments of its texts, at least two.
 
-        The floor is found on the half of the texts that the other half's moments have not seen.
+        The margin is found on the half of the texts that the other half's moments have not seen.
         """
-        rows = len(next(iter(seen.values())))
-        if rows < 2:
-            raise ValueError(f"{rows} text is too little to know a task by; at least 2 are needed")
-        halves = [{name: values[first::2].mean(0) for name, values in seen.items()} for first in (0, 1)]
-        unseen = [{name: values[second::2] for name, values in seen.items()} for second in (1, 0)]
-        own = torch.cat([self._likelihood(half, other) for half, other in zip(halves, unseen, strict=True)])
-        self.floors.append(float(own.quantile(RARE)))
-        self.matrices.append({name: values.mean(0) for name, values in seen.items()})
+        if len(seen) < 2:
+            raise ValueError(f"{len(seen)} text is too little to know a task by; at least 2 are needed")
+        margin = 0.0
+        if self.matrices:
+            base = self._likelihood(self.matrices[0], seen)
+            own = torch.empty_like(base)
+            for first in (0, 1):
+                own[1 - first :: 2] = self._likelihood(seen[first::2].mean(), seen[1 - first :: 2])
+            margin = float((own - base).quantile(RARE))
+        self.matrices.append(seen.mean())
+        self.margins.append(margin)
 
     def likelihoods(self, seen: Moments) -> Tensor:
         """(rows, positions) ℓ in nats per token, fp64."""
@@ -74,19 +110,21 @@ class Router:
     def route(self, seen: Moments) -> Tensor:
         """(rows,) position of each row, int64; 0 is the base."""
         found = self.likelihoods(seen)
-        best = found.argmax(1)
-        floors = torch.tensor(self.floors, dtype=found.dtype)[best]
-        return torch.where(found.gather(1, best[:, None])[:, 0] < floors, 0, best)
+        margins = torch.tensor(self.margins, dtype=found.dtype)
+        return found.where(found - found[:, :1] >= margins, -torch.inf).argmax(1)
 
     def _likelihood(self, matrices: Mapping[str, Tensor], seen: Moments) -> Tensor:
-        total = torch.zeros(len(next(iter(seen.values()))), dtype=torch.float64)
+        count = seen.tokens.double().clamp(max=MOST)
+        total = torch.zeros(len(seen), dtype=torch.float64)
         for name, own in matrices.items():
+            layer = name.removesuffix(AT_LAST)
+            times = count if layer == name else count.clamp(max=LAST)
+            measured = (seen.whole if layer == name else seen.last)[layer]
             scale = self._scale(name, own)
-            s = own.double() / scale[:, None] / scale
-            s = s + self.shrinkage * torch.eye(len(s), dtype=torch.float64)
-            measured = seen[name].double() / scale[:, None] / scale
-            total -= (torch.linalg.inv(s) * measured).sum((1, 2)) + torch.logdet(s)
-        return total / 2
+            s = own.double() / scale[:, None] / scale + SHRINKAGE * torch.eye(len(own), dtype=torch.float64)
+            measured = measured.double() / scale[:, None] / scale
+            total -= times / 2 * ((torch.linalg.inv(s) * measured).sum((1, 2)) + torch.logdet(s))
+        return total / count
 
     def _scale(self, name: str, own: Tensor) -> Tensor:
         """(k,) root mean square of each coordinate on the base's text, so that shrinkage has no unit."""
@@ -103,23 +141,23 @@ class Router:
         observed layer, unless the model is partitioned (ZeRO-3), where every pass is a collective call.
         """
         layers = self._observed(model)
-        found: dict[str, list[Tensor]] = {name: [] for name in layers}
+        found: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         was_training = model.training
         model.eval()
         for first in range(0, len(texts), ROWS):
             ids, mask = _padded(texts[first : first + ROWS], pad, next(model.parameters()).device)
             with _outputs(layers, stop=not _is_partitioned(model)) as seen, contextlib.suppress(_Enough):
                 model(input_ids=ids, attention_mask=mask, use_cache=False)
-            weights = mask.float()
-            weights[:, 0] = (mask.sum(1) == 1).float()
-            weights = weights / weights.sum(1, keepdim=True)
+            weights = _weights(mask)
             for name, values in seen.items():
                 if values.dim() != 3:
                     continue  # an expert sees only the tokens that are sent to it
-                z = values[..., self._places(name, values.shape[-1]).to(values.device)].float()
-                found[name].append(torch.einsum("bt,bti,btj->bij", weights, z, z).cpu())
+                z = values[..., self._places(values.shape[-1]).to(values.device)].float()
+                for parts, w in zip(found.setdefault(name, ([], [])), weights, strict=True):
+                    parts.append(torch.einsum("bt,bti,btj->bij", w, z, z).cpu())
         model.train(was_training)
-        return {name: torch.cat(parts) for name, parts in found.items() if parts}
+        whole, last = ({name: torch.cat(parts[kind]) for name, parts in found.items()} for kind in (0, 1))
+        return Moments(whole, last, torch.tensor([max(len(text) - 1, 1) for text in texts]))
 
     def _observed(self, model: nn.Module) -> dict[str, nn.Module]:
         """Name → base layer of the adapted layers in the first blocks."""
@@ -127,7 +165,7 @@ class Router:
         numbers = sorted({_block(name) for name in adapted})[: self.blocks]
         return {name: m.get_base_layer() for name, m in adapted.items() if _block(name) in numbers}
 
-    def _places(self, name: str, width: int) -> Tensor:
+    def _places(self, width: int) -> Tensor:
         """The observed coordinates of a layer: evenly spread, the same in every process."""
         count = min(self.coordinates, width)
         return torch.arange(count) * width // count
@@ -137,14 +175,13 @@ class Router:
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors and JSON values, for `load_state`."""
         tensors = {f"{place}/{name}": m for place, part in enumerate(self.matrices) for name, m in part.items()}
-        values = {name: getattr(self, name) for name in ("coordinates", "blocks", "shrinkage", "floors")}
-        return tensors, values
+        return tensors, {name: getattr(self, name) for name in ("coordinates", "blocks", "margins")}
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping) -> None:
         """The inverse of `state`."""
         self.coordinates, self.blocks = values["coordinates"], values["blocks"]
-        self.shrinkage, self.floors = values["shrinkage"], list(values["floors"])
-        self.matrices = [{} for _ in self.floors]
+        self.margins = list(values["margins"])
+        self.matrices = [{} for _ in self.margins]
         for key, tensor in tensors.items():
             place, _, name = key.partition("/")
             self.matrices[int(place)][name] = tensor
@@ -192,3 +229,11 @@ def _padded(texts: Sequence[Sequence[int]], pad: int, device: torch.device) -> t
         ids[row, : len(text)] = torch.as_tensor(text)
         mask[row, : len(text)] = 1
     return ids.to(device), mask.to(device)
+
+
+def _weights(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, length) each: what a token counts in the moments of all tokens but the first, and of the last ones."""
+    place, length = mask.cumsum(1), mask.sum(1, keepdim=True)
+    whole = mask.bool() & ((place > 1) | (length == 1))
+    last = whole & (place > length - LAST)
+    return tuple(chosen.float() / chosen.sum(1, keepdim=True) for chosen in (whole, last))

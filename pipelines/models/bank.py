@@ -70,7 +70,7 @@ class Bank:
         self.weights.append({name: weights[name].float().cpu() for name in self.weights[0]})
 
     def _drop(self, place: int) -> None:
-        for part in (self.tasks, self.weights, self.router.matrices, self.router.floors):
+        for part in (self.tasks, self.weights, self.router.matrices, self.router.margins):
             del part[place]
 
     @contextlib.contextmanager
