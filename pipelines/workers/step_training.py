@@ -68,7 +68,7 @@ class StepTraining:
         trainable, in_heads = adapters.adapter_parameters(model), _head_parameters(model)
         strategy = self._strategy(parent)
         bank = self._bank(parent, model) if work.config.adapter.carry == "bank" else None
-        resume = self._newest_checkpoint(plan)
+        resume = newest_checkpoint(work, plan)
         feed = feed_of(work, plan) if work.is_writer else None
         started = feed.started if feed else begun
         history = resume.values if resume else {"started": started, "seconds": 0.0, "curve": [], "resumed_at": []}
@@ -96,18 +96,6 @@ class StepTraining:
             work.run.remove(plan.live)
         work.world.barrier()
         return model, trained
-
-    def _newest_checkpoint(self, plan: StepPlan) -> Checkpoint | None:
-        """The checkpoint to resume from: rank 0 chooses it, all ranks load it."""
-        work = self.work
-        found, damaged = checkpoint.newest(work.run, plan) if work.is_writer else (None, [])
-        for reason in damaged:
-            work.event("checkpoint_skipped", plan, reason=reason)
-        step = work.world.sum(found.step if found else 0)
-        if not step:
-            return None
-        work.event("resumed", plan, step=step)
-        return found or checkpoint.load(work.run, plan, step)
 
     def _strategy(self, parent: str | None) -> Strategy:
         """The strategy, with its state after the parent step."""
@@ -369,6 +357,18 @@ class StepTraining:
             work.run.upload(scratch, plan.directory)
         work.world.barrier()
         return adapter_bytes, files
+
+
+def newest_checkpoint(work: WorkContext, plan: StepPlan) -> Checkpoint | None:
+    """The checkpoint to resume from: rank 0 chooses it, all ranks load it."""
+    found, damaged = checkpoint.newest(work.run, plan) if work.is_writer else (None, [])
+    for reason in damaged:
+        work.event("checkpoint_skipped", plan, reason=reason)
+    step = work.world.sum(found.step if found else 0)
+    if not step:
+        return None
+    work.event("resumed", plan, step=step)
+    return found or checkpoint.load(work.run, plan, step)
 
 
 def reports_of(work: WorkContext, plan: StepPlan, trainer: ContinualTrainer) -> Reports | None:
