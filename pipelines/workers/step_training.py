@@ -66,7 +66,7 @@ class StepTraining:
         model = self.resident.attach(parent, extend=True)
         heads.train_heads(model, plan.tasks)
         trainable, in_heads = adapters.adapter_parameters(model), _head_parameters(model)
-        strategy = self._strategy(parent)
+        strategy = strategy_after(parent, work, self.resident)
         bank = self._bank(parent, model) if work.config.adapter.carry == "bank" else None
         resume = newest_checkpoint(work, plan)
         feed = feed_of(work, plan) if work.is_writer else None
@@ -96,19 +96,6 @@ class StepTraining:
             work.run.remove(plan.live)
         work.world.barrier()
         return model, trained
-
-    def _strategy(self, parent: str | None) -> Strategy:
-        """The strategy, with its state after the parent step."""
-        strategy = make_strategy(self.work.config.strategy.name, **self.work.config.strategy.options)
-        if parent is not None:
-            with tempfile.TemporaryDirectory() as scratch:
-                folder = self.resident.step_files(parent, Path(scratch)) / "strategy"
-                if (folder / "state.json").exists():
-                    tensors = folder / "state.safetensors"
-                    strategy.load_state(
-                        load_file(tensors) if tensors.exists() else {}, json.loads((folder / "state.json").read_text())
-                    )
-        return strategy
 
     def _bank(self, parent: str | None, model: nn.Module) -> Bank:
         """The bank of the parent step; before the first task, one that knows the base by text that it writes."""
@@ -357,6 +344,20 @@ class StepTraining:
             work.run.upload(scratch, plan.directory)
         work.world.barrier()
         return adapter_bytes, files
+
+
+def strategy_after(parent: str | None, work: WorkContext, resident: ResidentModel) -> Strategy:
+    """The strategy, with its state after the parent step."""
+    strategy = make_strategy(work.config.strategy.name, **work.config.strategy.options)
+    if parent is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = resident.step_files(parent, Path(scratch)) / "strategy"
+            if (folder / "state.json").exists():
+                tensors = folder / "state.safetensors"
+                strategy.load_state(
+                    load_file(tensors) if tensors.exists() else {}, json.loads((folder / "state.json").read_text())
+                )
+    return strategy
 
 
 def newest_checkpoint(work: WorkContext, plan: StepPlan) -> Checkpoint | None:
