@@ -5,9 +5,10 @@ from __future__ import annotations
 from pipelines.chain.plan import Plan
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.metrics import score_matrix
+from pipelines.metrics.paired import paired_p_value
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.identity import StepPlan
-from pipelines.runs.results import Results, SearchSummary, StepSummary
+from pipelines.runs.results import BenchmarkScores, Results, SearchSummary, StepSummary
 from pipelines.runs.step_record import Cell, Seconds, StepRecord
 from pipelines.search.step_search import summaries
 
@@ -19,7 +20,7 @@ def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status:
     rows = [run.metrics(plan.base_directory), *(run.metrics(step.directory) for step in plan.steps)]
     cells = [_cells_of(row, plan.cell_keys) for row in rows]
     scores = [[row[name].value if name in row else None for name in names] for row in cells]
-    nll = {c.name: [row[c.name].nll if c.name in row else None for row in cells] for c in config.retention}
+    nll = {name: [row[name].nll if name in row else None for row in cells] for name in _texts(config, cells)}
     done = [row for row in rows[1:] if row]
     metric_names = [task.metric for task in config.tasks]
     learned_at = {name: plan.learned_at()[name] for name in names}
@@ -42,6 +43,7 @@ def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status:
         nll=nll,
         majority={name: next((row[name].majority for row in cells if name in row), None) for name in names},
         extras=_extras(names, cells),
+        benchmarks=_benchmarks(config, plan, run, cells),
         **score_matrix.aggregates(scores, metric_names, nll, None if config.is_joint else list(learned_at.values())),
         seconds=_seconds(run, [row for row in rows if row]),
         steps=tuple(_step_summary(step, row) for step, row in zip(plan.steps, rows[1:], strict=True)),
@@ -53,6 +55,32 @@ def build_results(config: PipelineConfig, plan: Plan, run: RunDirectory, status:
 def _cells_of(row: StepRecord | None, keys: dict[str, str]) -> dict[str, Cell]:
     """name → cell, for the cells that belong to this configuration."""
     return {cell.name: cell for cell in (row.cells if row else ()) if keys.get(cell.name) == cell.key}
+
+
+def _texts(config: PipelineConfig, cells: list[dict[str, Cell]]) -> list[str]:
+    """The retained texts: corpora, and benchmarks that score the likelihood of text."""
+    likely = {cell.name for row in cells for cell in row.values() if cell.role == "retention"}
+    corpora = {corpus.name for corpus in config.corpora}
+    return [source.name for source in config.retention if source.name in corpora | likely]
+
+
+def _benchmarks(
+    config: PipelineConfig, plan: Plan, run: RunDirectory, cells: list[dict[str, Cell]]
+) -> dict[str, BenchmarkScores] | None:
+    """Benchmark → its scores in every row; None if there is none."""
+    ends, found = (plan.base_directory, plan.steps[-1].directory), {}
+    for benchmark in config.benchmarks:
+        series = [row.get(benchmark.name) for row in cells]
+        first = next(filter(None, series), None)
+        if first and first.role == "benchmark":
+            values = [cell.value if cell else None for cell in series]
+            extras = [cell.extras if cell else None for cell in series]
+            p = None
+            if series[0] and series[-1]:
+                outcomes = [run.read_jsonl(f"{directory}/predictions/{benchmark.name}.jsonl") for directory in ends]
+                p, _ = paired_p_value(*outcomes)
+            found[benchmark.name] = BenchmarkScores(first.metric, first.count, values, extras, p)
+    return found or None
 
 
 def _extras(names: list[str], cells: list[dict[str, Cell]]) -> dict[str, list[dict[str, float] | None]]:

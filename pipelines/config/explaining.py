@@ -7,9 +7,12 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from pipelines.config.benchmarks import RETAINED, Benchmark
 from pipelines.config.sections import Section
 from pipelines.config.tasks import TASKS
 from pipelines.errors import Problem, did_you_mean
+
+UNIONS: dict[str, type[Section]] = TASKS | RETAINED  # by the tag of each member
 
 
 def problem_of(error: dict, root: type[Section]) -> Problem:
@@ -50,6 +53,8 @@ def false_numbers(raw: Any, section: type[Section], place: tuple[str, ...] = ())
         for position, part in enumerate(value) if isinstance(value, list) else ():
             kind = part.get("kind") if isinstance(part, dict) else None
             nested = TASKS.get(kind) if isinstance(kind, str) else None
+            if isinstance(part, dict) and "suite" in part:
+                nested = Benchmark
             yield from false_numbers(part, nested or _section_of(field.annotation), (*here, str(position)))
         yield from false_numbers(value, _section_of(field.annotation), here)
 
@@ -80,7 +85,7 @@ def _short(value: Any) -> str:
 
 def _is_union_tag(part: Any) -> bool:
     return isinstance(part, str) and (
-        part in (*TASKS, "list[str]", "str", "float", "TrackingConfig", "GateConfig", "DomainsConfig", "range")
+        part in (*UNIONS, "list[str]", "str", "float", "TrackingConfig", "GateConfig", "DomainsConfig", "range")
         or part.startswith(("dict[", "literal[", "list["))
     )
 
@@ -92,8 +97,8 @@ def _section_at(loc: tuple, root: type[Section]) -> type[Section]:
         if isinstance(part, str) and part in section.model_fields:
             nested = list(_sections(section.model_fields[part].annotation))
             section = nested[0] if nested else section
-        elif part in TASKS:
-            section = TASKS[part]
+        elif part in UNIONS:
+            section = UNIONS[part]
     return section
 
 

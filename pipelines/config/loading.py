@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pipelines.config.benchmarks import is_file
 from pipelines.config.explaining import false_numbers, problem_of
 from pipelines.config.paths import CONFIGS, absolute_path, absolute_sqlite, is_hub_adapter, is_uri
 from pipelines.config.pipeline import PipelineConfig
@@ -31,7 +32,13 @@ def resolve(config: PipelineConfig) -> PipelineConfig:
     if start and not is_uri(start) and not start.startswith("models:/") and not is_hub_adapter(start):
         raw["start_from"] = os.path.abspath(os.path.expanduser(os.path.expandvars(raw["start_from"])))
     for source in [*raw["tasks"], *raw["retention"]]:
-        source["data"] = absolute_path(source["data"])
+        if "suite" in source:
+            source["tasks"] = [
+                os.path.abspath(os.path.expanduser(os.path.expandvars(task))) if is_file(task) else task
+                for task in source["tasks"]
+            ]
+        else:
+            source["data"] = absolute_path(source["data"])
     if raw["domains"] and not is_uri(raw["domains"]["inbox"]):
         raw["domains"]["inbox"] = os.path.abspath(os.path.expanduser(os.path.expandvars(raw["domains"]["inbox"])))
     if isinstance(raw["deepspeed"], str) and raw["deepspeed"].endswith(".json"):

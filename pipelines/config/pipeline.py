@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from pipelines.config.benchmarks import Benchmark, Retained
 from pipelines.config.domains import DomainsConfig
 from pipelines.config.search import SearchConfig
 from pipelines.config.sections import (
@@ -53,8 +54,9 @@ class PipelineConfig(Section):
     tasks: list[Task] = Field(
         default_factory=list, description="Tasks in the order of training; may be empty if domains is set."
     )
-    retention: list[RetentionCorpus] = Field(
-        default_factory=list, description="Text whose perplexity is measured after each step and never trained on."
+    retention: list[Retained] = Field(
+        default_factory=list,
+        description="Text whose perplexity is measured after each step, and benchmarks; never trained on.",
     )
     search: SearchConfig | None = Field(None, description="Hyperparameter search; null: none.")
     tracking: TrackingConfig | None = Field(TrackingConfig(), description="MLflow; null: record nothing there.")
@@ -113,6 +115,16 @@ class PipelineConfig(Section):
     @property
     def is_joint(self) -> bool:
         return self.strategy.name == "joint"
+
+    @property
+    def corpora(self) -> list[RetentionCorpus]:
+        """The entries of `retention` that are text."""
+        return [source for source in self.retention if isinstance(source, RetentionCorpus)]
+
+    @property
+    def benchmarks(self) -> list[Benchmark]:
+        """The entries of `retention` that are benchmarks."""
+        return [source for source in self.retention if isinstance(source, Benchmark)]
 
     def task(self, name: str):
         return next(task for task in self.tasks if task.name == name)

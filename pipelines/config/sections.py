@@ -329,7 +329,7 @@ class GateConfig(Section):
         0.02,
         ge=0,
         le=1,
-        description="Largest loss of a task's score (accuracy, F1, ROUGE-L), from 0 to 1; null: no limit.",
+        description="Largest loss of a score (a task, a benchmark) such as accuracy, from 0 to 1; null: no limit.",
     )
     max_nll_increase: float | None = Field(
         0.05,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 
+from pipelines.config.benchmarks import Benchmark
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.tasks import RetentionCorpus, TaskSource
 from pipelines.data.sources import digest_of, load_split
@@ -93,9 +94,11 @@ def _scored_on_held_out(task: TaskSource) -> TaskSource:
 
 
 def _retention_without_test(config: PipelineConfig) -> list[RetentionCorpus]:
-    """The retention corpora on their validation or train split."""
+    """The retention corpora on their validation or train split; benchmarks have only what they are tested on."""
     texts, problems = [], []
     for index, corpus in enumerate(config.retention):
+        if isinstance(corpus, Benchmark):
+            continue
         for split in ("validation", "train"):
             if split == corpus.split:
                 continue

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
+from pipelines.config.benchmarks import Benchmark
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.tasks import GenerationTask, RetentionCorpus, Source, TaskSource
+from pipelines.data.benchmarks import benchmark_identity
 from pipelines.data.held_out import validation_part
 from pipelines.data.kinds import kind_of
 from pipelines.data.kinds.chat_template import template_identity
@@ -54,8 +56,10 @@ def _has_earlier_answers(task: GenerationTask, digest: str) -> bool:
     return memo.read_text() == str(True)
 
 
-def score_identity(source: Source, config: PipelineConfig) -> dict:
+def score_identity(source: Source | Benchmark, config: PipelineConfig) -> dict:
     """Everything that affects a score, for the key of a score cell: an equal key needs no new evaluation."""
+    if isinstance(source, Benchmark):
+        return benchmark_identity(source)
     if isinstance(source, RetentionCorpus):
         fields = source.model_dump(include={"name", "text", "window", "stride"})
         if source.stride and (source.window is None or source.stride == source.window):

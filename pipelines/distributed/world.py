@@ -50,6 +50,15 @@ def gather(local: list, world: World) -> list | None:
     return [entry for part in parts for entry in part] if parts is not None else None
 
 
+def gather_everywhere(local: list, world: World) -> list:
+    """The lists of all ranks joined, on every rank."""
+    if world.size == 1:
+        return local
+    parts: list = [None] * world.size
+    torch.distributed.all_gather_object(parts, local, group=world.group)
+    return [entry for part in parts for entry in part]
+
+
 def current_world() -> World:
     """The world of this process: the workers of a Ray Train run, or the process alone."""
     if not torch.distributed.is_initialized():

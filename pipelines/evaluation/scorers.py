@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -112,8 +112,18 @@ def by_generation(model: nn.Module, evaluation: EvaluationSet, batch: list[Encod
     ]
 
 
-def greedy(model: nn.Module, padded: Padded, limit: int, stops: Sequence[int], world: World) -> list[list[int]]:
+def greedy(
+    model: nn.Module,
+    padded: Padded,
+    limit: int,
+    stops: Sequence[int],
+    world: World,
+    ended: Callable[[Sequence[int]], bool] | None = None,
+) -> list[list[int]]:
     """Greedy decoding of left-padded prompts: at most `limit` tokens per row, up to but excluding a stop token.
+
+    Args:
+        ended: whether the tokens of a row so far are its whole answer.
 
     In lockstep all ranks continue until every rank is done: under ZeRO-3 each pass is a collective operation.
     """
@@ -135,6 +145,10 @@ def greedy(model: nn.Module, padded: Padded, limit: int, stops: Sequence[int], w
         tokens = output.logits[:, -1:].argmax(-1)
         done = done | torch.isin(tokens[:, 0], stop)
         columns.append(torch.where(done, -1, tokens[:, 0]))
+        if ended:
+            rows = torch.stack(columns, 1).tolist()
+            whole = [known or ended(row) for known, row in zip(done.tolist(), rows, strict=True)]
+            done = torch.tensor(whole, device=tokens.device)
         mask = torch.cat([mask, torch.ones_like(tokens)], 1)
         positions = positions[:, -1:] + 1
         if _all_done(bool(done.all()), world):

@@ -57,7 +57,7 @@ def _line(
     begin = _weights(load_trained(run, first.fingerprint).model)
     trained = load_trained(run, second.fingerprint)
     end = _weights(trained.model)
-    sources = [task for task in config.tasks if task.name in trained.tasks] + list(config.retention)
+    sources = [task for task in config.tasks if task.name in trained.tasks] + config.corpora
     sets = [evaluation_set(s, trained.tokenizer, config, trained.context) for s in sources]
     world = World(0, 1, next(trained.model.parameters()).device)
     parameters = dict(trained.model.named_parameters())

@@ -182,7 +182,8 @@ def set_tags(to: Target, run, wanted: Mapping[str, str]) -> None:
 
 def send_inputs(to: Target, run_id: str, metrics: StepRecord) -> None:
     """Log datasets with the run directory's digests; MLflow's own digest covers only the first 10,000 rows."""
-    sources = {source.name: source.data for source in [*to.config.tasks, *to.config.retention]}
+    sources = {source.name: source.data for source in [*to.config.tasks, *to.config.corpora]}
+    sources |= {benchmark.name: f"{benchmark.suite}:{','.join(benchmark.tasks)}" for benchmark in to.config.benchmarks}
     inputs = []
     for name, data in (metrics.data or {}).items():
         inputs.append(_dataset(f"{name}/train", data.train.digest, data.train.rows, sources.get(name), "training"))

@@ -104,6 +104,13 @@ def _scores(config: PipelineConfig, records: Sequence[StepRecord]) -> Iterator[s
     for cell in retained:
         before = first.get(cell.name)
         yield f"| {cell.name} | {_number(cell.perplexity)} | {_number(before.perplexity if before else None)} |"
+    benchmarks = [cell for cell in now.values() if cell.role == "benchmark"]
+    if benchmarks:
+        yield ""
+        yield "| benchmark | metric | score | of the base |"
+        yield "|---|---|---|---|"
+    for cell in benchmarks:
+        yield f"| {cell.name} | {cell.metric} | {_value(cell)} | {_value(first.get(cell.name))} |"
 
 
 def _value(cell: Cell | None) -> str:

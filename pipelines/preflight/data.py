@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipelines.config.benchmarks import Benchmark
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.sections import BaseModelConfig
 from pipelines.config.tasks import RetentionCorpus, Source, TaskSource
+from pipelines.data.benchmarks import load_benchmark, missing_suite
 from pipelines.data.damage import silent_damage
 from pipelines.data.encoding import Encoder
 from pipelines.data.held_out import KEPT, trial_view, validation_view
@@ -57,6 +59,9 @@ def check_data(config: PipelineConfig, warn: Warn = _silent) -> list[Problem]:
     problems: list[Problem] = []
     for section in ("tasks", "retention"):
         for number, source in enumerate(getattr(config, section)):
+            if isinstance(source, Benchmark):
+                problems += _benchmark_problems(f"retention.{number}", source, tokenizer)
+                continue
             encoder = None
             length = scored_length(source, config, context)
             if length < 1:
@@ -73,6 +78,19 @@ def check_data(config: PipelineConfig, warn: Warn = _silent) -> list[Problem]:
         for text in cut_rows(config, tokenizer, context):
             warn(text)
     return problems
+
+
+def _benchmark_problems(field: str, benchmark: Benchmark, tokenizer) -> Iterator[Problem]:
+    """Why a benchmark cannot be scored; loads its tasks and their data."""
+    if reason := missing_suite():
+        yield Problem(f"{field}.suite", reason)
+        return
+    if benchmark.chat_template and tokenizer is not None and not tokenizer.chat_template:
+        yield Problem(f"{field}.chat_template", "the base's tokenizer has no chat template; set it to false")
+    try:
+        load_benchmark(benchmark)
+    except DataError as error:
+        yield Problem(f"{field}.tasks", str(error))
 
 
 def _splits(source: Source, config: PipelineConfig) -> list[str]:

@@ -6,8 +6,10 @@ import os
 import socket
 from urllib.parse import urlsplit
 
+from pipelines.config.benchmarks import Benchmark
 from pipelines.config.paths import is_hub_adapter, is_uri, looks_local
 from pipelines.config.pipeline import PipelineConfig
+from pipelines.config.tasks import RetentionCorpus
 
 TIMEOUT_SECONDS = 3.0
 
@@ -16,8 +18,15 @@ def uses_hub(config: PipelineConfig) -> bool:
     """Whether the base model, the adapter to start from or any data is on the hub."""
     if config.start_from and is_hub_adapter(config.start_from):
         return True
-    names = [config.base_model.path, *(source.data for source in [*config.tasks, *config.retention])]
+    if any(on_hub(benchmark) for benchmark in config.benchmarks):
+        return True
+    names = [config.base_model.path, *(source.data for source in [*config.tasks, *config.corpora])]
     return any(is_hub_id(name) for name in names)
+
+
+def on_hub(source: Benchmark | RetentionCorpus) -> bool:
+    """Whether an entry of `retention` reads from the hub; the suite's own tasks do."""
+    return len(source.files) < len(source.tasks) if isinstance(source, Benchmark) else is_hub_id(source.data)
 
 
 def is_hub_id(name: str) -> bool:
@@ -51,7 +60,11 @@ def _answers() -> bool:
 def split_unreachable(config, problems: list) -> tuple[list, list[str]]:
     """Split problems of data into real ones and, as text, those that only say that the hub cannot be reached."""
     fields = {f"tasks.{i}.data": task.data for i, task in enumerate(config.tasks)}
-    fields |= {f"retention.{i}.data": corpus.data for i, corpus in enumerate(config.retention)}
     remote = {field for field, data in fields.items() if is_hub_id(data)}
+    for i, source in enumerate(config.retention):
+        is_benchmark = isinstance(source, Benchmark)
+        field = f"retention.{i}.{'tasks' if is_benchmark else 'data'}"
+        fields[field] = ", ".join(source.tasks) if is_benchmark else source.data
+        remote |= {field} if on_hub(source) else set()
     unasked = sorted({f"{p.field} ({fields[p.field]})" for p in problems if p.field in remote})
     return [p for p in problems if p.field not in remote], [f"{field}: the hub cannot be reached" for field in unasked]

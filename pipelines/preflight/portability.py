@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+from pipelines.config.benchmarks import Benchmark
 from pipelines.config.paths import is_hub_adapter, is_uri, looks_local
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import Problem
@@ -32,7 +33,11 @@ def named_paths(config: PipelineConfig) -> Iterator[tuple[str, str]]:
         yield "tracking.uri", config.tracking.uri
     sources = [("base_model.path", config.base_model.path)]
     for section in ("tasks", "retention"):
-        sources += [(f"{section}.{i}.data", source.data) for i, source in enumerate(getattr(config, section))]
+        for number, source in enumerate(getattr(config, section)):
+            if isinstance(source, Benchmark):
+                yield from ((f"{section}.{number}.tasks", file) for file in source.files)
+            else:
+                sources.append((f"{section}.{number}.data", source.data))
     yield from ((field, value) for field, value in sources if is_uri(value) or looks_local(value))
 
 

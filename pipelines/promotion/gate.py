@@ -14,7 +14,7 @@ from pipelines.config.sections import GateConfig
 from pipelines.metrics.paired import paired_p_value
 from pipelines.metrics.score_matrix import higher_is_better, perplexity
 from pipelines.reporting.formatting import compact, number, percent, probability
-from pipelines.runs.results import Results
+from pipelines.runs.results import BenchmarkScores, Results
 from pipelines.runs.step_record import Cell
 
 SIGNIFICANT = 0.05
@@ -84,7 +84,10 @@ class Comparison:
 
 # -- without a champion
 def judge(results: Results, gate: GateConfig) -> dict:
-    """`{"passed": bool, "reasons": [...]}`; an aggregate that is None (forgetting of one task) exceeds no limit."""
+    """`{"passed": bool, "reasons": [...]}`; an aggregate that is None (forgetting of one task) exceeds no limit.
+
+    A benchmark may lose `max_forgetting` since row 0; a larger loss that is not significant is among the `notes`.
+    """
     transfer = results.nll_backward_transfer
     limits = [
         ("forgetting", results.forgetting, gate.max_forgetting, False),
@@ -93,7 +96,21 @@ def judge(results: Results, gate: GateConfig) -> dict:
         _floor(results, gate),
     ]
     reasons = list(filter(None, (_broken(*limit) for limit in limits)))
-    return {"passed": not reasons, "reasons": reasons}
+    lost = [_lost(name, found, gate.max_forgetting) for name, found in (results.benchmarks or {}).items()]
+    reasons += [text for text, significant in filter(None, lost) if significant]
+    notes = [text for text, significant in filter(None, lost) if not significant]
+    return {"passed": not reasons, "reasons": reasons} | ({"notes": notes} if notes else {})
+
+
+def _lost(name: str, found: BenchmarkScores, limit: float | None) -> tuple[str, bool] | None:
+    """(what a benchmark has lost beyond its limit, whether that is significant)."""
+    if limit is None or found.loss is None or found.p is None or found.loss <= limit:
+        return None
+    change = f"{name}: {found.metric} {number(found.scores[0], 4)} → {number(found.scores[-1], 4)}"
+    significant = found.p < SIGNIFICANT
+    text = f"{change}, a loss of {number(found.loss, 4)} over the limit {compact(limit)}"
+    tested = f"paired test, {found.examples} examples, p = {probability(found.p)}"
+    return f"{text} ({tested})" if significant else f"{text}, but not significant ({tested})", significant
 
 
 def _floor(results: Results, gate: GateConfig) -> tuple[str, float | None, float | None, bool]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipelines.metrics.score_matrix import gain, higher_is_better
-from pipelines.reporting.formatting import duration, number, signed, size, whole
+from pipelines.reporting.formatting import duration, number, probability, signed, size, whole
 from pipelines.runs.results import Results
 from pipelines.runs.verdict import Verdict
 
@@ -44,6 +44,10 @@ def headlines(results: Results) -> list[Headline]:
         ratio = number(results.perplexity_ratio)
         meaning = "Perplexity on retained text, after / before. Above 1 = loss of general language ability."
         rows.append(("forgotten", "perplexity ratio", ratio, meaning))
+    for name, found in (results.benchmarks or {}).items():
+        value = f"{number(found.scores[0])} → {number(found.scores[-1])}"
+        tested = "" if found.p is None else f" Loss on {found.examples} examples: p = {probability(found.p)}."
+        rows.append(("forgotten", f"{name}, {found.metric}", value, f"Benchmark before and after the chain.{tested}"))
     return [Headline(*row) for row in [*rows, *_cost_headlines(results)]]
 
 

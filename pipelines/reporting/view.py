@@ -51,6 +51,7 @@ def page_values(
         "row_labels": row_labels(results),
         "histories": histories(results),
         "extras": _extras(results),
+        "benchmarks": results.benchmarks or {},
         "gate": gate and {"against": None, "notes": [], "comparisons": []} | gate | {"verdict": Verdict.of(gate)},
         "registered": registered and {"hook_failure": None, "failure": None} | registered,
         "configuration": configuration,

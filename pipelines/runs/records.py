@@ -102,7 +102,7 @@ def score_points(metrics: StepRecord) -> list[Point]:
     points: list[Point] = []
     for cell in newest_cells(metrics):
         name, moment, position = cell.name, cell.time, metrics.position
-        if cell.role == "task":
+        if cell.role != "retention":
             points.append((f"score/{name}", cell.value, moment, position))
             for metric, value in cell.extras.items():
                 points.append((f"{metric}/{name}", value, moment, position))

@@ -56,6 +56,28 @@ class SearchSummary(Record):
 
 
 @dataclass(frozen=True)
+class BenchmarkScores(Record):
+    """A benchmark in `results.json`.
+
+    Attributes:
+        scores, extras: its score and other metrics in every row.
+        p: p-value of a one-sided paired test that the last row is no worse than row 0; None where one is missing.
+    """
+
+    metric: str
+    examples: int
+    scores: Series
+    extras: list[dict[str, float] | None]
+    p: float | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """Score lost since row 0; None where one of them is missing."""
+        before, after = self.scores[0], self.scores[-1]
+        return None if before is None or after is None else before - after
+
+
+@dataclass(frozen=True)
 class Results(Record):
     """Results of a run; a trial of a search has no score matrix. `metrics/score_matrix.py` defines the metrics.
 
@@ -69,6 +91,7 @@ class Results(Record):
         perplexity, nll: retention corpus → its value in every row.
         majority: task → score of always answering the most frequent class.
         extras: task → its other metrics in every row.
+        benchmarks: name → its scores; None without benchmarks.
         gate: the verdict, `{"passed", "reasons", …}`.
         registry: the registered version, `{"name", "version", "uri", "promoted", …}`, or `failure`: why there is none.
         samples: keys of the questions of `evaluation.samples`, in order; the steps' `metrics.json` holds the answers.
@@ -107,6 +130,7 @@ class Results(Record):
     seconds: Seconds = field(default_factory=Seconds)
     steps: tuple[StepSummary, ...] = ()
     searches: tuple[SearchSummary, ...] | None = field(default=None, metadata=OPTIONAL)
+    benchmarks: dict[str, BenchmarkScores] | None = field(default=None, metadata=OPTIONAL)
     samples: tuple[str, ...] | None = field(default=None, metadata=OPTIONAL)
     ran: bool | None = field(default=None, metadata=OPTIONAL)
 

@@ -33,10 +33,10 @@ def step_label(tasks: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Cell(Record):
-    """One cell of the score matrix, or a measurement on a retention corpus.
+    """One cell of the score matrix, or a measurement on a retention corpus or a benchmark.
 
     Attributes:
-        role: `task` or `retention`.
+        role: `task`, `retention` (text that no task trains on) or `benchmark`.
         value: score in the unit of `metric`.
         nll: nats per token; None if the task has none.
         count: number of examples.

@@ -15,6 +15,7 @@ from torch import nn
 
 from pipelines.config.sections import AdapterConfig, BaseModelConfig
 from pipelines.config.tasks import ClassificationTask
+from pipelines.data.benchmarks import LoadedBenchmark, load_benchmark
 from pipelines.data.kinds import kind_of
 from pipelines.data.kinds.base import EvaluationSet
 from pipelines.data.sets import evaluation_set
@@ -48,6 +49,7 @@ class ResidentModel:
         self._adapted: nn.Module | None = None  # the base with an adapter attached
         self._classes: dict[str, int] = {}  # task → classes of its head
         self._encoded: dict[str, EvaluationSet] = {}  # by cell key, kept across assignments with this base
+        self._benchmarks: dict[str, LoadedBenchmark] = {}  # by cell key
         self._partitioning = None
 
     def prepare(self, work: WorkContext) -> None:
@@ -130,9 +132,19 @@ class ResidentModel:
         work = self.work
         key = work.assignment.cell_keys[name]
         if key not in self._encoded:
-            source = next(s for s in [*work.config.tasks, *work.config.retention] if s.name == name)
+            source = next(s for s in [*work.config.tasks, *work.config.corpora] if s.name == name)
             self._encoded[key] = evaluation_set(source, self.tokenizer, work.config, self.context)
         return self._encoded[key]
+
+    def benchmark(self, name: str) -> LoadedBenchmark | None:
+        """The tasks of a benchmark, cached across steps; None if the name is that of a task or corpus."""
+        found = next((benchmark for benchmark in self.work.config.benchmarks if benchmark.name == name), None)
+        if found is None:
+            return None
+        key = self.work.assignment.cell_keys[name]
+        if key not in self._benchmarks:
+            self._benchmarks[key] = load_benchmark(found)
+        return self._benchmarks[key]
 
     def _inherited_heads(self) -> dict[str, int]:
         """Task → number of classes of the heads that the chain starts with, even of tasks not in the configuration."""

@@ -10,9 +10,11 @@ import time
 import torch
 from torch import nn
 
+from pipelines.data.benchmarks import LoadedBenchmark
 from pipelines.data.samples import parts_of
 from pipelines.distributed import engine
 from pipelines.errors import DivergedError
+from pipelines.evaluation.benchmarks import evaluate_benchmark
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.samples import answer
 from pipelines.runs.samples import Sample
@@ -42,7 +44,8 @@ class StepScoring:
         work = self.work
         cells: list[Cell] = []
         for name in names:
-            self.resident.evaluation_set(name)  # reading and encoding may take long; only what follows is guarded
+            # reading and encoding may take long; only what follows is guarded
+            self.resident.benchmark(name) or self.resident.evaluation_set(name)
         ready = contextlib.nullcontext() if training else engine.ready_for_inference(model, work.settings, work.world)
         with ready, work.heartbeat.guard():
             for name in names:
@@ -64,21 +67,37 @@ class StepScoring:
             numbers = {"done": done, "count": count, "seconds_left": left}
             work.heartbeat.report("evaluating", directory=directory, name=name, **numbers)
 
-        result = evaluate(
-            model,
-            self.resident.evaluation_set(name),
-            work.world,
-            work.config.evaluation.batch_tokens,
-            role="task" if name in {task.name for task in work.config.tasks} else "retention",
-            key=work.assignment.cell_keys[name],
-            progress=progress,
-        )
+        if benchmark := self.resident.benchmark(name):
+            result = self._benchmark(model, benchmark, progress)
+        else:
+            result = evaluate(
+                model,
+                self.resident.evaluation_set(name),
+                work.world,
+                work.config.evaluation.batch_tokens,
+                role="task" if name in {task.name for task in work.config.tasks} else "retention",
+                key=work.assignment.cell_keys[name],
+                progress=progress,
+            )
         if result is None:
             return []
         cell, outcomes = result
         lines = "".join(json.dumps(outcome) + "\n" for outcome in outcomes)
         work.run.write_bytes(f"{directory}/predictions/{name}.jsonl", lines.encode())
         return [cell]
+
+    def _benchmark(self, model: nn.Module, loaded: LoadedBenchmark, progress) -> tuple[Cell, list[dict]] | None:
+        work, resident = self.work, self.resident
+        return evaluate_benchmark(
+            model,
+            loaded,
+            resident.tokenizer,
+            resident.context,
+            work.world,
+            work.config.evaluation.batch_tokens,
+            work.assignment.cell_keys[loaded.benchmark.name],
+            lambda done, count: progress(done, count, done / count),
+        )
 
     def sample(self, model: nn.Module, directory: str) -> list[Sample]:
         """Answer what the step has yet to answer of `evaluation.samples`; on rank 0, an empty list elsewhere."""
@@ -97,7 +116,7 @@ class StepScoring:
     def self_test(self, model: nn.Module) -> SelfTest:
         """A few logits that this worker computes, against which anyone who loads the adapter can check it."""
         work = self.work
-        text = (work.config.retention or work.config.tasks)[0]
+        text = (work.config.corpora or work.config.tasks)[0]
         ids = next(iter(self.resident.evaluation_set(text.name).items)).input_ids[:SELF_TEST_TOKENS]
         with engine.ready_for_inference(model, work.settings, work.world), torch.no_grad():
             model.eval()

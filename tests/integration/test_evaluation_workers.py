@@ -1,5 +1,6 @@
 """Scores of a fixed model on 1, 2 and 3 real processes over gloo, in lockstep as under ZeRO-3, and by a plain loop."""
 
+import importlib.util
 import json
 import multiprocessing
 import socket
@@ -9,16 +10,41 @@ import pytest
 import torch
 
 from pipelines.config.loading import parse_config
+from pipelines.data.benchmarks import load_benchmark
 from pipelines.data.encoding import Encoder
 from pipelines.data.samples import parts_of, questions_of
 from pipelines.data.sets import evaluation_set
 from pipelines.data.sources import load_split, records
 from pipelines.distributed.world import World
+from pipelines.evaluation.benchmarks import evaluate_benchmark
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.samples import answer
 from tests.conftest import write_jsonl
 
 CPU = torch.device("cpu")
+
+
+HARNESS = importlib.util.find_spec("lm_eval") is not None
+QUIZ = """
+task: quiz
+dataset_path: json
+dataset_kwargs: {data_files: {test: test.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}\\nTopic:"
+doc_to_choice: [World, Sports, Business, Science]
+doc_to_target: label
+"""
+WRITTEN = """
+task: written
+dataset_path: json
+dataset_kwargs: {data_files: {test: test.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{text}}\\nIt"
+doc_to_target: "{{label}}"
+generation_kwargs: {until: ["."], max_gen_toks: 6}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +69,12 @@ def config(shared, tmp_path_factory):
         "training": {"max_length": 64},
         "evaluation": {"samples": {"prompts": ["The capital of", "She said"], "per_task": 2, "max_new_tokens": 12}},
     }
+    if HARNESS:
+        for name, text in {"quiz": QUIZ, "written": WRITTEN}.items():
+            (folder / f"{name}.yaml").write_text(text)
+        raw["retention"] = [
+            {"name": name, "suite": "lm-eval", "tasks": [str(folder / f"{name}.yaml")]} for name in ("quiz", "written")
+        ]
     return parse_config(raw | {"tasks": [task | {"data": str(folder)} for task in tasks]})
 
 
@@ -64,6 +96,12 @@ def work(rank: int, size: int, port: int, config: dict, batch_tokens: int, targe
         result = evaluate(model, evaluation, World(rank, size, CPU, size > 1, group), batch_tokens, "task", "key")
         if result is not None:
             found[task.name] = {"cell": result[0].to_json(), "outcomes": result[1]}
+    for benchmark in config.benchmarks:
+        world = World(rank, size, CPU, size > 1, group)
+        loaded = load_benchmark(benchmark)
+        result = evaluate_benchmark(model, loaded, tokenizer, 512, world, batch_tokens, "key")
+        if result is not None:
+            found[benchmark.name] = {"cell": result[0].to_json(), "outcomes": result[1]}
     questions = questions_of(config)
     asked = parts_of(questions, tokenizer, config, 512)
     samples = answer(model, questions, asked, World(rank, size, CPU, size > 1, group), batch_tokens)
@@ -122,6 +160,17 @@ def test_scores_do_not_depend_on_workers_or_batch_size(config, results):
                 assert cell["value"] == expected["value"]
                 predictions = [outcome["prediction"] for outcome in result["outcomes"]]
                 assert predictions == [outcome["prediction"] for outcome in wanted[name]["outcomes"]]
+
+
+@pytest.mark.skipif(not HARNESS, reason="lm-eval is not installed; pip install 'curlora[lm-eval]'")
+@pytest.mark.parametrize("name", ["quiz", "written"])
+def test_benchmarks_do_not_depend_on_workers_or_batch_size(results, name):
+    wanted = results[1, 8192][name]
+    assert wanted["cell"]["count"] == 23
+    if name == "written":
+        assert len({outcome["prediction"] for outcome in wanted["outcomes"]}) > 1
+    for found in results.values():
+        assert found[name]["outcomes"] == wanted["outcomes"]
 
 
 def test_text_scores_are_those_of_a_plain_loop(config, results):

@@ -187,3 +187,32 @@ def test_all_sections_of_a_configuration_are_walked():
         if isinstance(part, type) and issubclass(part, Section)
     }
     assert nested and nested < set(sections_below(Section))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"limits": 3}, "retention.0: unknown key 'limits', did you mean 'limit'?"),
+        ({"suite": "lm_eval"}, "retention.0.suite: found 'lm_eval', did you mean 'lm-eval'?"),
+        ({"limit": True}, "retention.0.limit: found true, expected a number"),
+        ({"tasks": ["a", "a"]}, "retention.0.tasks: a is given twice; name each task once"),
+        ({"name": "../x"}, "retention.0.name: "),
+    ],
+)
+def test_an_entry_of_retention_with_a_suite_is_a_benchmark(tmp_path, change, expected):
+    entry = {"name": "bench", "suite": "lm-eval", "tasks": ["arc_easy"]}
+    (problem,) = problems_of(minimal(tmp_path, tmp_path, retention=[entry | change]))
+    assert problem.startswith(expected)
+
+
+def test_a_corpus_beside_a_benchmark_is_still_a_corpus(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bench = {"name": "bench", "suite": "lm-eval", "tasks": ["arc_easy", "own.yaml"]}
+    raw = minimal(tmp_path, tmp_path, retention=[{"name": "wiki", "data": str(tmp_path)}, bench])
+    config = parse_config(raw)
+    assert ([c.name for c in config.corpora], [b.name for b in config.benchmarks]) == (["wiki"], ["bench"])
+    assert config.benchmarks[0].tasks == ["arc_easy", str(tmp_path / "own.yaml")]
+    assert problems_of(minimal(tmp_path, tmp_path, retention=[{"name": "wiki", "dat": "x"}])) == [
+        "retention.0.data: is missing; it has no default",
+        "retention.0: unknown key 'dat', did you mean 'data'?",
+    ]

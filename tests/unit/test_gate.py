@@ -10,7 +10,8 @@ import pytest
 
 from pipelines.config.sections import GateConfig
 from pipelines.metrics.paired import mcnemar, paired_p_value, sign_flip
-from pipelines.promotion.gate import Side, judge_against
+from pipelines.promotion.gate import Side, judge, judge_against
+from pipelines.runs.results import BenchmarkScores
 from tests.unit import sample_records
 
 NOTHING = sample_records.results()
@@ -67,6 +68,25 @@ def test_text_and_retained_text_are_compared_by_their_losses(role, limit):
     assert ("a rise by 22.1% over the limit 5.0%" in verdict["reasons"][0]) == (role == "retention")
     assert judge_against(champion, candidate, NOTHING, GateConfig(**{limit: None}))["passed"]
     assert judge_against(candidate, champion, NOTHING, GateConfig())["passed"]  # an improvement
+
+
+@pytest.mark.parametrize(("after", "p", "passes"), [(0.30, 0.001, False), (0.30, 0.2, True), (0.395, 0.001, True)])
+def test_a_benchmark_may_not_lose_more_than_the_limit_significantly(after, p, passes):
+    scores = BenchmarkScores("acc", 100, [0.4, after], [None, None], p)
+    verdict = judge(sample_records.results(benchmarks={"quiz": scores}), GateConfig(max_forgetting=0.02))
+    assert verdict["passed"] == passes
+    texts = verdict["reasons"] + verdict.get("notes", [])
+    assert ["quiz: acc 0.4000 → 0.3000, a loss of 0.1000 over the limit 0.02" in text for text in texts] == (
+        [True] if after == 0.30 else []
+    )
+    assert judge(sample_records.results(benchmarks={"quiz": scores}), GateConfig(max_forgetting=None))["passed"]
+
+
+def test_a_benchmark_is_compared_with_the_champion_by_its_score():
+    champion = side({"quiz": answers(80, 100)}, quiz={"value": 0.8, "metric": "acc", "role": "benchmark"})
+    candidate = side({"quiz": answers(60, 100)}, quiz={"value": 0.6, "metric": "acc", "role": "benchmark"})
+    verdict = judge_against(champion, candidate, NOTHING, GateConfig())
+    assert "quiz: acc 0.8000 → 0.6000, a loss of 0.2000 over the limit 0.02 (exact McNemar" in verdict["reasons"][0]
 
 
 def test_what_the_champion_has_learned_must_be_measured():

@@ -1,5 +1,6 @@
 """What is refused before any worker starts: every problem at once, with file, line and remedy, and never a crash."""
 
+import importlib.util
 import json
 import os
 import string
@@ -348,3 +349,10 @@ def test_any_damage_to_a_good_file_passes_or_is_explained(check, data, form):
         content[at:at] = data.draw(st.binary(min_size=1, max_size=4))
     file.write_bytes(bytes(content))
     passes_or_says_why(check)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_a_benchmark_without_its_suite_is_refused_before_a_run(tmp_path, reviews):
+    bench = {"name": "bench", "suite": "lm-eval", "tasks": ["arc_easy"]}
+    (problem,) = check_data(parse_config(minimal(tmp_path, reviews, retention=[bench])))
+    assert str(problem).startswith("retention.0.suite: lm-eval is not installed; pip install 'curlora[lm-eval]'")
