@@ -19,7 +19,7 @@ import torch
 
 from curlora.mixed import BASE
 from pipelines.errors import ConfigError, Problem
-from pipelines.models.losses import cache_argument, keep_logits, position_ids
+from pipelines.models.losses import cache_argument, keep_last, position_ids
 from pipelines.models.padding import pad
 from pipelines.serve.cache import Batching, State, batching_of, join, keep
 from pipelines.serve.contract import Ask, Busy, Draining, Listener, NotFinite
@@ -240,7 +240,7 @@ class Engine:
         if positions is not None:
             inputs |= position_ids(self.model.base, positions)
         with torch.no_grad():
-            output = self.model(names, **inputs, **keep_logits(self.model.base, 1))
+            output = self.model(names, **inputs, **keep_last(self.model.base, inputs["input_ids"]))
         return output.logits[:, -1], getattr(output, self.cache_name)
 
     def _take(self, rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
