@@ -31,6 +31,7 @@ COMMANDS = {
     "report": "pipelines.cli.results:report",
     "predict": "pipelines.cli.results:predict",
     "export": "pipelines.cli.results:export",
+    "push": "pipelines.cli.results:push",
     "lineage": "pipelines.cli.results:lineage",
     "connectivity": "pipelines.cli.results:connectivity",
     "sync": "pipelines.cli.results:sync",
@@ -47,7 +48,7 @@ COMMANDS = {
 
 GROUPS = {
     "Training": ("demo", "base", "init", "schema", "run", "tune", "compare"),
-    "Runs and results": ("status", "cancel", "report", "predict", "export", "connectivity", "delete"),
+    "Runs and results": ("status", "cancel", "report", "predict", "export", "push", "connectivity", "delete"),
     "MLflow and registry": ("lineage", "sync", "promote", "serve", "ui"),
     "Cluster and machine": ("submit", "tick", "schedule", "doctor"),
 }

@@ -1,4 +1,5 @@
-"""Commands on the results of a run: `report`, `predict`, `export`, `lineage`, `connectivity`, `sync`, `delete`."""
+"""Commands on the results of a run: `report`, `predict`, `export`, `push`, `lineage`, `connectivity`, `sync` and
+`delete`."""
 
 from __future__ import annotations
 
@@ -142,12 +143,18 @@ def connectivity(run: str, points: int, max_examples: int | None, storage: str, 
 
 @click.command()
 @click.argument("run")
-@click.option("--as", "form", type=click.Choice(["lora", "merged"]), required=True, help="LoRA adapter or full model.")
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(["adapter", "lora", "merged"]),
+    required=True,
+    help="The adapter as it was trained, as a LoRA adapter, or a full model.",
+)
 @click.option("--to", "target", type=click.Path(path_type=Path), required=True, help="Folder to create.")
 @click.option("--step", help="Task name, position or fingerprint; default: the last finished step.")
 @click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
 def export(run: str, form: str, target: Path, step: str | None, storage: str) -> None:
-    """Write an adapter of RUN as LoRA adapter or merged model.
+    """Write an adapter of RUN as it is, as LoRA adapter or merged model.
 
     The LoRA adapter is exact, and any server of LoRA adapters can load it.
 
@@ -157,6 +164,33 @@ def export(run: str, form: str, target: Path, step: str | None, storage: str) ->
     from pipelines.inference.export import export_step
 
     click.echo(export_step(open_run(run, storage), step, form, target))
+
+
+@click.command()
+@click.argument("run")
+@click.option("--to", "hub_id", required=True, help="Model repository on the hub, owner/name; created if need be.")
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(["adapter", "lora", "merged"]),
+    default="adapter",
+    show_default=True,
+    help="The adapter as it was trained, as a LoRA adapter, or a full model.",
+)
+@click.option("--step", help="Task name, position or fingerprint; default: the last finished step.")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
+def push(run: str, hub_id: str, form: str, step: str | None, private: bool, storage: str) -> None:
+    """Push an adapter of RUN to the Hugging Face hub, with tokenizer and model card.
+
+    The token is that of the environment variable HF_TOKEN, the hub that of HF_ENDPOINT.
+
+    \b
+    Example:  curlora push demo --to me/demo-lora --as lora
+    """
+    from pipelines.inference.push import push_step
+
+    click.echo(push_step(open_run(run, storage), step, form, hub_id, private))
 
 
 @click.command()

@@ -1,4 +1,5 @@
-"""Exports a finished step as a standard PEFT LoRA adapter, or merged into a full model, with tokenizer and card."""
+"""Exports a finished step as it was trained, as a standard PEFT LoRA adapter, or merged into a full model, with
+tokenizer and card."""
 
 from __future__ import annotations
 
@@ -8,19 +9,21 @@ import tempfile
 from pathlib import Path
 
 from pipelines.config.paths import public_name
+from pipelines.config.sections import BaseModelConfig
 from pipelines.errors import ConfigError, Problem
 from pipelines.lineage.model_card import CARD, ancestry_of, model_card
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import choose_step
 
 
-def export_step(run: RunDirectory, step: str | None, form: str, target: Path) -> Path:
+def export_step(run: RunDirectory, step: str | None, form: str, target: Path, name: str | None = None) -> Path:
     """Write a step's adapter to `target` and return `target`; classifier heads are written as `heads.safetensors`.
 
     Tokenizer, chat template and a model card go with it, and nothing names a path of this machine.
 
     Args:
-        form: `lora` (a PEFT LoRA directory, exact) or `merged` (the full model).
+        form: `adapter` (as it was trained), `lora` (a PEFT LoRA directory, exact) or `merged` (the full model).
+        name: hub id by which the card loads it; None: the folder.
 
     Raises:
         ConfigError: no such step, nothing to export, or `target` is not empty.
@@ -33,26 +36,35 @@ def export_step(run: RunDirectory, step: str | None, form: str, target: Path) ->
         )
     if target.exists() and any(target.iterdir()):
         raise ConfigError([Problem("--to", f"{target} is not empty; name a new folder")])
-    import transformers  # slow
+    from pipelines.models.base import load_tokenizer  # slow
 
-    from pipelines.models.base import load_base, load_tokenizer
-
-    transformers.utils.logging.disable_progress_bar()
-    base = load_base(config.base_model)
-    if form == "merged" and config.base_model.quantization:
-        base = base.dequantize()  # in full precision, the weights that the adapter was trained on
     with tempfile.TemporaryDirectory() as scratch:
         local = run.download(directory, Path(scratch) / "step")
         adapter = Path(shutil.copytree(local / "adapter", Path(scratch) / "adapter"))
-        _name_base(adapter, config.base_model.path)  # where PEFT finds the vocabulary without asking the hub
-        _write(config.adapter.type, form, base, adapter, target)
+        if form == "adapter":
+            shutil.copytree(adapter, target, dirs_exist_ok=True)
+        else:
+            _name_base(adapter, config.base_model.path)  # where PEFT finds the vocabulary without asking the hub
+            _write(config.adapter.type, form, _base(config.base_model, form), adapter, target)
         if (local / "heads.safetensors").exists():
             (target / "heads.safetensors").write_bytes((local / "heads.safetensors").read_bytes())
-    load_tokenizer(config.base_model).save_pretrained(target)
+    if not (target / "tokenizer_config.json").exists():  # runs of earlier versions have none beside the adapter
+        load_tokenizer(config.base_model).save_pretrained(target)
     _name_base(target, public_name(config.base_model.path)[0])
-    card = model_card(form, run.name, config, ancestry_of(run, directory))
+    card = model_card(form, run.name, config, ancestry_of(run, directory), name)
     (target / CARD).write_text(card, encoding="utf-8")
     return target
+
+
+def _base(model: BaseModelConfig, form: str):
+    import transformers  # slow
+
+    from pipelines.models.base import load_base
+
+    transformers.utils.logging.disable_progress_bar()
+    base = load_base(model)
+    # in full precision, the weights that the adapter was trained on
+    return base.dequantize() if form == "merged" and model.quantization else base
 
 
 def _name_base(folder: Path, name: str) -> None:

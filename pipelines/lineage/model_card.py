@@ -21,13 +21,16 @@ FORMS = ("adapter", "lora", "merged")
 KINDS = {"curlora": "CURLoRA", "lora": "LoRA"}
 
 
-def model_card(form: str, run: str, config: PipelineConfig, records: Sequence[StepRecord]) -> str:
+def model_card(
+    form: str, run: str, config: PipelineConfig, records: Sequence[StepRecord], name: str | None = None
+) -> str:
     """The card as Markdown with the metadata of the Hugging Face hub.
 
     Args:
         form: `adapter` (as it was trained), `lora` (converted), `merged` (a full model).
         run: name of the run.
         records: of the step and of its ancestors, newest first; row 0 may be the last.
+        name: hub id of the repository that the card is in; None: it is in a folder.
     """
     step = records[0]
     base, is_on_hub = public_name(config.base_model.path)
@@ -49,7 +52,7 @@ def model_card(form: str, run: str, config: PipelineConfig, records: Sequence[St
         "## Lineage",
         "\n".join(_lineage(base, records)),
         "## How to load it",
-        _loading(form, base, is_on_hub, config),
+        _loading(form, base, is_on_hub, config, name),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -135,22 +138,24 @@ def _lineage(base: str, records: Sequence[StepRecord]) -> Iterator[str]:
         yield f"{number}. {record.label}, fingerprint `{record.fingerprint}`, {where}"
 
 
-def _loading(form: str, base: str, is_on_hub: bool, config: PipelineConfig) -> str:
-    note = "" if is_on_hub else f"`BASE` is the folder of your copy of `{base}`; `FOLDER` is this folder. "
+def _loading(form: str, base: str, is_on_hub: bool, config: PipelineConfig, name: str | None) -> str:
+    folder, here = (name, "") if name else ("FOLDER", "`FOLDER` is this folder")
+    copy = f"`BASE` is the folder of your copy of `{base}`"
+    note = "" if is_on_hub else f"{'; '.join(filter(None, (copy, here)))}. "
     named = base if is_on_hub else "BASE"
     head = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-    tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
     if form == "merged":
-        code = f'{head}model = AutoModelForCausalLM.from_pretrained("FOLDER")\n{tokenizer}'
-        return f"`FOLDER` is this folder.\n\n```python\n{code}\n```"
+        code = f'{head}model = AutoModelForCausalLM.from_pretrained("{folder}")\n{tokenizer}'
+        return (f"{here}.\n\n" if here else "") + f"```python\n{code}\n```"
     with_curlora = form == "adapter" and config.adapter.type == "curlora"
     register = "import curlora  # pip install curlora: its adapter type\n" if with_curlora else ""
     code = (
         f"{register}from peft import PeftModel\n{head}"
         f'base = AutoModelForCausalLM.from_pretrained("{named}", dtype="{config.base_model.dtype}")\n'
-        f'model = PeftModel.from_pretrained(base, "FOLDER")\n{tokenizer}'
+        f'model = PeftModel.from_pretrained(base, "{folder}")\n{tokenizer}'
     )
-    more = "With `pip install 'curlora[pipelines]'`, a chain goes on from it: `start_from: FOLDER`"
+    more = f"With `pip install 'curlora[pipelines]'`, a chain goes on from it: `start_from: {folder}`"
     if form == "adapter" and config.adapter.type in KINDS:
         more += "; `curlora export RUN --as lora` (or `merged`) makes what needs no curlora"
     return f"{note}With PEFT:\n\n```python\n{code}\n```\n\n{more}."

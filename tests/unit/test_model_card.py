@@ -4,21 +4,13 @@ import json
 
 import pytest
 import torch
-import transformers
 import yaml
 from sample_run import make_grown_run, make_run
 
-from pipelines.config.loading import parse_config
 from pipelines.config.paths import public_name
 from pipelines.inference.export import export_step
 from pipelines.lineage.model_card import ancestry_of, model_card
-from pipelines.models import adapters
 from pipelines.runs.directory import RunDirectory
-from pipelines.runs.results import StepSummary
-from tests.conftest import minimal
-from tests.unit.sample_records import cell, results, step_record
-
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
 def card_of(run: RunDirectory, form: str = "adapter", **changes) -> str:
@@ -69,44 +61,13 @@ def test_a_base_without_configuration_is_known_by_its_file(tmp_path):
     assert public_name(str(tmp_path / "model.Q4.gguf")) == ("model.Q4.gguf", False)
 
 
-@pytest.fixture
-def trained(tmp_path, model, tokenizer, reviews):
-    """A run with one finished step, and its model."""
-    tokenizer.chat_template = TEMPLATE
-    model.save_pretrained(tmp_path / "my-base")
-    tokenizer.save_pretrained(tmp_path / "my-base")
-    task = {"name": "reviews", "kind": "classification", "data": str(reviews), "head": "verbalizer"}
-    task |= {"prompt": "{sentence}:"}
-    base = {"path": str(tmp_path / "my-base"), "dtype": "float32"}
-    config = parse_config(
-        minimal(tmp_path, reviews, base_model=base, adapter={"type": "curlora", "r": 4}, tasks=[task])
-    )
-    run = RunDirectory(config.run_uri)
-    run.open_for_writing(config)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "my-base", dtype=torch.float32)
-    adapted = adapters.attach_adapter(loaded, config.adapter, 0)
-    weights = {name: value for name, value in adapted.state_dict().items() if "curlora_" in name}
-    for name, parameter in adapted.named_parameters():
-        if "curlora_" in name:
-            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-            weights[name] = parameter.detach().clone()
-    (tmp_path / "step").mkdir()
-    adapters.save_adapter(adapted, weights, tmp_path / "step", "my-base")
-    directory = "steps/1-reviews-abcdef12"
-    run.upload(tmp_path / "step", directory)
-    record = step_record("abcdef1234", ("reviews",), parent="base", cells=(cell("reviews", value=0.75),))
-    run.write_json(f"{directory}/metrics.json", record)
-    run.write_json("results.json", results(steps=(StepSummary("reviews", "abcdef1234", directory),)))
-    return run, adapted.eval()
-
-
-@pytest.mark.parametrize("form", ["lora", "merged"])
+@pytest.mark.parametrize("form", ["adapter", "lora", "merged"])
 def test_an_export_is_loaded_as_its_card_says(trained, tmp_path, form):
     run, adapted = trained
     folder = export_step(run, None, form, tmp_path / "export")
     card = (folder / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
-    assert "import curlora" not in code
+    assert ("import curlora" in code) == (form == "adapter")
     names = {}
     exec(code.replace("BASE", str(tmp_path / "my-base")).replace("FOLDER", str(folder)), names)
     ids = torch.arange(3, 15)[None]
