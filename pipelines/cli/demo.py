@@ -14,8 +14,6 @@ from pipelines.config.paths import CONFIGS
 from pipelines.errors import DemoError
 
 PLAIN, PROTECTED = "plain", "protected"
-# of the protected chain; fewer rows than the default, because two cores write them
-STRATEGY = {"name": "rehearsal", "share": 0.1, "base_share": 0.25, "base_rows": 64, "base_length": 96, "distill": 3.0}
 
 
 def demo_on(base: str, overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
@@ -46,7 +44,8 @@ def _run_both(base: str, overrides: tuple[str, ...], as_json: bool, verbose: boo
 
     raw = read_config(str(CONFIGS / f"demo-{base}.yaml"), overrides)
     plain = parse_config(raw)
-    protected = parse_config(raw | {"name": f"{plain.name}-{PROTECTED}", "strategy": STRATEGY})
+    bank = {"adapter": raw["adapter"] | {"carry": "bank"}}
+    protected = parse_config(raw | bank | {"name": f"{plain.name}-{PROTECTED}"})
     console = new_console(err=as_json)
 
     def progress_of(config) -> ChainProgress:

@@ -33,7 +33,7 @@ def demo(overrides: tuple[str, ...], as_json: bool, verbose: bool, base: str | N
     four libraries, one after another.
 
     With --base the model is a real one, and there are two chains over three other tasks: a plain one, and one with a
-    strategy that protects what was learned.
+    bank of adapters, which forgets nothing.
 
     \b
     Example:  curlora demo
