@@ -154,9 +154,9 @@ def connectivity(run: str, points: int, max_examples: int | None, storage: str, 
 @click.option("--step", help="Task name, position or fingerprint; default: the last finished step.")
 @click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
 def export(run: str, form: str, target: Path, step: str | None, storage: str) -> None:
-    """Write an adapter of RUN as it is, as LoRA adapter or merged model.
+    """Write an adapter of RUN, as LoRA adapter or merged model.
 
-    The LoRA adapter is exact, and any server of LoRA adapters can load it.
+    `adapter` is what the step has published. The LoRA adapter is exact, and any server of LoRA adapters can load it.
 
     \b
     Example:  curlora export demo --as lora --to ./demo-lora --step scipy
@@ -181,9 +181,9 @@ def export(run: str, form: str, target: Path, step: str | None, storage: str) ->
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
 def push(run: str, hub_id: str, form: str, step: str | None, private: bool, storage: str) -> None:
-    """Push an adapter of RUN to the Hugging Face hub, with tokenizer and model card.
+    """Push an adapter of RUN to the Hugging Face hub.
 
-    The token is that of the environment variable HF_TOKEN, the hub that of HF_ENDPOINT.
+    Tokenizer and model card go with it. The token is that of the environment variable HF_TOKEN, the hub that of HF_ENDPOINT.
 
     \b
     Example:  curlora push demo --to me/demo-lora --as lora
