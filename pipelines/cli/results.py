@@ -183,7 +183,8 @@ def export(run: str, form: str, target: Path, step: str | None, storage: str) ->
 def push(run: str, hub_id: str, form: str, step: str | None, private: bool, storage: str) -> None:
     """Push an adapter of RUN to the Hugging Face hub.
 
-    Tokenizer and model card go with it. The token is that of the environment variable HF_TOKEN, the hub that of HF_ENDPOINT.
+    Tokenizer and model card go with it. The token is that of the environment variable HF_TOKEN, the hub that of
+    HF_ENDPOINT.
 
     \b
     Example:  curlora push demo --to me/demo-lora --as lora
