@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -98,6 +99,13 @@ class Bank:
         found = {number: places for part in gathered for number, places in part.items()}
         return [place for number in sorted(found) for place in found[number]]
 
+    def named(self, adapter: str) -> Bank:
+        """The same bank over an adapter of another name in its model than the one it was trained under."""
+        other = Bank()
+        other.tasks, other.router = self.tasks, self.router
+        other.weights = [{renamed(key, adapter): value for key, value in weights.items()} for weights in self.weights]
+        return other
+
     def attach(self, model: nn.Module) -> None:
         """Let whatever scores the model route by this bank."""
         model.curlora_bank = self
@@ -117,7 +125,11 @@ class Bank:
 
     @classmethod
     def load(cls, folder: Path) -> Bank | None:
-        """The bank of a step's folder; None if it has none."""
+        """The bank of a step's folder; None if it has none.
+
+        Raises:
+            ValueError: a task lacks its adapter or its moments.
+        """
         source = folder / FOLDER
         if not source.exists():
             return None
@@ -135,12 +147,25 @@ class Bank:
                 place, _, name = rest.partition("/")
                 bank.weights[int(place)][name] = tensor
         bank.router.load_state(moments, values["router"])
+        for place, task in enumerate(bank.tasks):
+            if len(bank.router) != len(bank) or bank.weights[place].keys() != bank.weights[0].keys():
+                raise ValueError(f"{source} is damaged: '{task}' lacks an adapter or moments; restore the folder")
         return bank
+
+
+def renamed(parameter: str, adapter: str) -> str:
+    """The name of a parameter of the adapter `default`, under another name of the adapter."""
+    return re.sub(r"\.default(?=\.|$)", f".{adapter}", parameter)
 
 
 def bank_of(model: nn.Module) -> Bank | None:
     """The bank that was attached to a model."""
     return getattr(model, "curlora_bank", None)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `Bank.attach`."""
+    model.__dict__.pop("curlora_bank", None)
 
 
 def prompt(example: Example) -> tuple[int, ...]:

@@ -156,10 +156,13 @@ class Service:
         try:
             deadline = time.monotonic() + self.settings.timeout
             stops = self.prompts.chat_ends if chat else self.prompts.ends
+            routes = await self._routed(served.key, prompts)
+            if any(task for _, task in routes):
+                adapter |= {"routes": [task for _, task in routes]}
             asks = []
-            for prompt in prompts:
+            for prompt, (key, _) in zip(prompts, routes, strict=True):
                 room = self.prompts.room(prompt, request.limit, request.usual)
-                asks += [Ask(served.key, tuple(prompt), s, stops, deadline) for s in request.sampling(room)]
+                asks += [Ask(key, tuple(prompt), s, stops, deadline) for s in request.sampling(room)]
             read = sum(map(len, prompts))
             logprobs = request.top is not None
             writer = Writer(chat, request.model, adapter, self.tokenizer, logprobs, read)
@@ -167,6 +170,11 @@ class Service:
         except BaseException:
             self.catalogue.release(served)
             raise
+
+    async def _routed(self, key: str, prompts: list[list[int]]) -> list[tuple[str, str | None]]:
+        if not self.model.has_bank(key):
+            return [(key, None)] * len(prompts)
+        return await asyncio.wrap_future(self.engine.call(lambda: self.model.routed(key, prompts)))
 
     def _encode(self, request: Generation) -> list[list[int]]:
         if isinstance(request, ChatRequest):

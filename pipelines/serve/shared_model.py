@@ -19,6 +19,7 @@ from torch import nn
 import curlora  # noqa: F401  registers its tuner with PEFT
 from curlora.mixed import BASE
 from pipelines.models import heads
+from pipelines.models.bank import Bank, detach, renamed
 from pipelines.serve.contract import AdapterError
 
 MIXED = ("CURLORA", "LORA")  # types whose layers take a name per row
@@ -35,6 +36,7 @@ class SharedModel:
         self.base = base.eval()
         self._peft: peft.PeftModel | None = None
         self._heads: dict[str, nn.ModuleDict] = {}
+        self._banks: dict[str, Bank] = {}
         self._bare: set[str] = set()  # names of steps that trained heads alone
 
     @property
@@ -50,6 +52,9 @@ class SharedModel:
         """The adapters in memory."""
         return self._bare | (set(self._peft.peft_config) if self._peft else set())
 
+    def has_bank(self, name: str) -> bool:
+        return name in self._banks
+
     # -- loading
     def load(self, name: str, folder: Path) -> None:
         """Add the adapter and the heads of a step's folder under a name.
@@ -61,10 +66,14 @@ class SharedModel:
             found = _heads_of(self.base, folder)
             if (folder / "adapter").exists():
                 self._add(name, str(folder / "adapter"))
+                if bank := Bank.load(folder):
+                    self._add_bank(name, bank, str(folder / "adapter"))
             else:
                 self._bare.add(name)
         except Exception as error:  # whatever is wrong with a file must not end the server
-            self._forget(name)
+            for part in (*self._members(name), name):
+                self._forget(part)
+            self._banks.pop(name, None)
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise AdapterError(lines[0]) from error
         if found is not None:
@@ -88,8 +97,24 @@ class SharedModel:
         if lacking or result.unexpected_keys:
             raise AdapterError(f"its file does not fit this base: {(lacking or result.unexpected_keys)[0]}")
 
+    def _add_bank(self, name: str, bank: Bank, folder: str) -> None:
+        """Add every task of a bank as an adapter of its own; they have the same form as the step's."""
+        self._banks[name] = bank.named(name)
+        for member, weights in zip(self._members(name), bank.weights[1:], strict=True):
+            self._add(member, folder)
+            parameters = dict(self._peft.named_parameters())
+            for key, value in weights.items():
+                parameters[renamed(key, member)].data.copy_(value)
+
+    def _members(self, name: str) -> list[str]:
+        """The adapters of the tasks of a bank, in the order of its positions from 1 on."""
+        return [f"{name}_{place}" for place in range(1, len(self._banks.get(name, [BASE])))]
+
     def unload(self, name: str) -> None:
-        """Remove an adapter; the last one stays, since PEFT needs one."""
+        """Remove an adapter with its bank; the last one stays, since PEFT needs one."""
+        for member in self._members(name):
+            self.unload(member)
+        self._banks.pop(name, None)
         self._bare.discard(name)
         self._heads.pop(name, None)
         if self._peft is not None and name in self._peft.peft_config and len(self._peft.peft_config) > 1:
@@ -114,6 +139,16 @@ class SharedModel:
                 delattr(self.base, attribute)
 
     # -- running
+    def routed(self, name: str, prompts: Sequence[Sequence[int]]) -> list[tuple[str, str | None]]:
+        """For each prompt the adapter that answers it and its task; the adapter itself and None, if it has no bank."""
+        bank = self._banks.get(name)
+        if bank is None:
+            return [(name, None)] * len(prompts)
+        members = [BASE, *self._members(name)]
+        with self._peft.disable_adapter():
+            places = bank.router.route(bank.router.observe(self._peft, prompts)).tolist()
+        return [(members[place], bank.tasks[place]) for place in places]
+
     def __call__(self, names: Sequence[str], **inputs: Any):
         """A forward pass in which row i uses the adapter `names[i]`, or none for `BASE`."""
         if self._peft is None:
@@ -135,8 +170,11 @@ class SharedModel:
                     yield self._peft
             else:
                 self._peft.set_adapter(name)
+                if name in self._banks:
+                    self._banks[name].attach(self._peft)
                 yield self._peft
         finally:
+            detach(self.model)
             heads.detach_heads(self.base)
 
 
