@@ -271,7 +271,8 @@ class Segment:
         if not metrics.adapter_bytes or metrics.position == 0 or work.assignment.trial:
             return
         parent = work.finished.get(metrics.parent)
-        ancestors = ancestry_of(*parent) if parent else []
+        base = None if parent or work.start else work.run.metrics(work.assignment.base_directory)
+        ancestors = ancestry_of(*parent) if parent else [base] if base else []
         card = model_card("adapter", work.run.name, work.config, [metrics, *ancestors])
         work.run.write_bytes(f"{directory}/adapter/{CARD}", card.encode())
 

@@ -31,6 +31,7 @@ from pipelines.preflight.data import check_data
 from pipelines.reporting.page import write_report
 from pipelines.reporting.summary import headlines
 from pipelines.runs.directory import RunDirectory
+from pipelines.runs.records import score_points
 from pipelines.runs.results import Results
 from pipelines.workers.assignment import Assignment
 from pipelines.workers.worker import Worker
@@ -191,6 +192,18 @@ def test_limits_and_solved_examples_are_those_of_the_harness(adapted, tokenizer,
     assert cell.value == pytest.approx(found["results"]["quiz"]["acc,none"])
 
 
+def test_prompts_are_chats_where_asked(adapted, tokenizer, suite, alone, monkeypatch):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}A:{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    cell, _ = ours(adapted, tokenizer, benchmark(suite, "quiz", chat_template=True, num_fewshot=1))
+    found = alone(adapted, "quiz", num_fewshot=1, apply_chat_template=True)
+    prompts = [sample["arguments"][0][0] for sample in found["samples"]["quiz"]]
+    assert all(prompt.startswith("user: ") and prompt.count("user: ") == 2 for prompt in prompts)
+    assert cell.value == pytest.approx(found["results"]["quiz"]["acc,none"])
+    assert cell.extras["acc_norm"] == pytest.approx(found["results"]["quiz"]["acc_norm,none"])
+
+
 @pytest.mark.parametrize(("task", "metric"), [("last_word", "acc"), ("written", "exact_match")])
 def test_every_example_of_other_requests_is_answered_as_by_the_harness(adapted, tokenizer, suite, alone, task, metric):
     cell, outcomes = ours(adapted, tokenizer, benchmark(suite, task))
@@ -277,6 +290,13 @@ def test_a_step_scores_its_benchmarks_as_the_harness_alone_scores_the_merged_mod
     assert not plan.lacks_scores(directory)
     results = build_results(config, plan, directory, "finished")
     directory.write_json("results.json", results)
+    record = directory.metrics(plan.steps[-1].directory)
+    points = {name: value for name, value, *_ in score_points(record)}
+    assert points["score/quiz"] == results.benchmarks["quiz"].scores[-1]
+    assert {"acc_norm/quiz", "perplexity/texts", "nll/texts"} <= points.keys()
+    card = directory.read_bytes(f"{plan.steps[-1].directory}/adapter/README.md").decode()
+    ends = (results.benchmarks["quiz"].scores[-1], results.benchmarks["quiz"].scores[0])
+    assert "| quiz | acc | {:.4g} | {:.4g} |".format(*ends) in card
     found = results.benchmarks["quiz"]
     trained = load_trained(directory, plan.steps[-1].fingerprint)
     wanted = alone(trained.model, "quiz")["results"]["quiz"]
