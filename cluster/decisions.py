@@ -58,6 +58,10 @@ class Ledger:
         """Decisions on this version of a domain since it was last taken up `again`, oldest first."""
         return self._last.get((domain, stamp), [])
 
+    def rounds(self, domain: str, stamp: str) -> int:
+        """How often this version of a domain was taken up `again`."""
+        return sum((d.domain, d.stamp, d.state) == (domain, stamp, "again") for d in self.all)
+
     def open(self) -> list[Decision]:
         """The `accepted` decision of every domain that is not settled yet."""
         return [found[0] for found in self._last.values() if found and found[-1].state not in SETTLED]

@@ -7,6 +7,7 @@ champion as a job, records its decision with the reasons, and ends. All files ar
     decisions/<time>.<domain>.<stamp>.<state>.<id>.json   accepted, submitted, finished, refused, unchanged or failed;
                                                           `again` withdraws the earlier ones of a domain
     data/<domain>-<stamp>/                                the checked copy that is trained
+    notify/, undelivered/                                 messages to the outside (notices.py)
     pause.json, last_tick.json, lease.json
 
 File names alone tell what is decided: a tick without news reads no content and imports nothing slow.
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 
 from cluster.decisions import NAME_LENGTH, Decision, Ledger, schedule_folder
 from cluster.inbox import Domain, copy_domain, scan
+from cluster.notices import deliver, take_over, tell_decision
 from pipelines.chain.start import find_start
 from pipelines.config.domains import DomainsConfig
 from pipelines.config.loading import parse_config
@@ -29,6 +31,7 @@ from pipelines.errors import ConfigError, DataError, LeaseHeld, LineageError, Pr
 from pipelines.lineage import registry
 from pipelines.preflight.hub import hub_available
 from pipelines.preflight.portability import open_secrets, unshared
+from pipelines.preflight.tools import notify_problems
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.lease import acquire_lease
 from pipelines.runs.results import Results
@@ -56,6 +59,7 @@ def check_schedule(config: PipelineConfig) -> None:
         problems.append(Problem("tracking.register_as", f"is null; name a model: {why}"))
     if config.gate is None:
         problems.append(Problem("gate", "is null, so no candidate could become champion; set its limits"))
+    problems += notify_problems(config)
     if problems:
         raise ConfigError(problems)
 
@@ -82,22 +86,29 @@ def tick(config: PipelineConfig, cluster: Callable, dry_run: bool = False) -> Ou
         ) from error
     ledger = Ledger(folder)
     fresh = [domain for domain in found if not ledger.of(domain.key, domain.stamp)]
-    if not fresh and not ledger.open():
-        return _recorded(folder, Outcome([f"nothing new among {len(found)} domains"]), dry_run)
     if dry_run:
-        return _forecast(config.domains, ledger, fresh)
+        return _forecast(config.domains, ledger, fresh) if fresh or ledger.open() else _nothing_new(found)
+    if not fresh and not ledger.open():
+        outcome = _nothing_new(found)
+        outcome.did += deliver(folder, config)
+        return _recorded(folder, outcome)
     try:
         with acquire_lease(folder):
             ledger.read()  # another tick may have decided meanwhile
             fresh = [domain for domain in found if not ledger.of(domain.key, domain.stamp)]
-            return _recorded(folder, _Tick(config, ledger, cluster).at(fresh), dry_run)
+            outcome = _Tick(config, ledger, cluster).at(fresh)
+            outcome.did += deliver(folder, config)
+            return _recorded(folder, outcome)
     except LeaseHeld:
         return Outcome(["another tick is at work"], at_work=True)
 
 
-def _recorded(folder: RunDirectory, outcome: Outcome, dry_run: bool) -> Outcome:
-    if not dry_run:
-        folder.write_json("last_tick.json", outcome.to_json() | {"time": time.time()})
+def _nothing_new(found: Sequence[Domain]) -> Outcome:
+    return Outcome([f"nothing new among {len(found)} domains"])
+
+
+def _recorded(folder: RunDirectory, outcome: Outcome) -> Outcome:
+    folder.write_json("last_tick.json", outcome.to_json() | {"time": time.time()})
     return outcome
 
 
@@ -133,7 +144,7 @@ class _Tick:
             self._follow(decision)
         for domain in fresh:
             if domain.problems:
-                self._settle(domain, "refused", reasons=domain.problems)
+                self._settle(domain.key, domain.stamp, "refused", reasons=domain.problems)
             elif not domain.is_complete(self.domains.quiet_period, time.time()):
                 self._say(domain.key, "is not complete yet")
             elif self.outcome.at_work:
@@ -145,9 +156,11 @@ class _Tick:
     def _say(self, domain: str, text: str) -> None:
         self.outcome.did.append(f"{domain}: {text}")
 
-    def _settle(self, domain: Domain, state: str, **fields) -> None:
-        self.ledger.record(domain.key, domain.stamp, state, **fields)
-        self._say(domain.key, f"{state}: {'; '.join(fields['reasons'])}")
+    def _settle(self, domain: str, stamp: str, state: str, **fields) -> None:
+        round_number = self.ledger.rounds(domain, stamp)
+        tell_decision(self.ledger.folder, self.config, domain, [stamp, round_number], state, **fields)
+        self.ledger.record(domain, stamp, state, **fields)
+        self._say(domain, f"{state}: {'; '.join(fields['reasons'])}")
 
     # -- a new domain
 
@@ -164,7 +177,8 @@ class _Tick:
         if reasons:
             self.ledger.folder.remove(f"data/{label}")
             inbox = f"{self.domains.inbox.rstrip('/')}/{domain.name}"  # where its owner can correct it
-            self._settle(domain, state, reasons=[reason.replace(data, inbox) for reason in reasons])
+            reasons = [reason.replace(data, inbox) for reason in reasons]
+            self._settle(domain.key, domain.stamp, state, reasons=reasons)
             return
         self._check_chain(chain)
         parent = chain.start_from or "the base"
@@ -255,12 +269,13 @@ class _Tick:
             last = (job.message.strip().splitlines() or ["no message"])[-1] if job else "the cluster forgot the job"
             remedy = f"correct the cause, then: curlora tick … --again {accepted.domain}"
             reason = f"{len(submitted)} jobs failed ({last}); {remedy}"
-            self.ledger.record(accepted.domain, accepted.stamp, "failed", run=chain.name, reasons=[reason])
-            self._say(accepted.domain, f"failed: {reason}")
+            take_over(self.ledger.folder, self.config, chain.run_uri)
+            self._settle(accepted.domain, accepted.stamp, "failed", run=chain.name, reasons=[reason])
 
     def _finish(self, accepted: Decision, chain: PipelineConfig, results: Results) -> None:
         gate, registry = results.gate or {}, results.registry or {}
         verdict = Verdict.of(gate)
+        take_over(self.ledger.folder, self.config, chain.run_uri)
         fields = {"verdict": verdict.value, "reasons": gate.get("reasons", []), "version": registry.get("uri")}
         fields |= {"run": chain.name, "run_uri": chain.run_uri, "promoted": registry.get("promoted", False)}
         self.ledger.record(accepted.domain, accepted.stamp, "finished", **fields)

@@ -25,6 +25,7 @@ from pipelines.distributed.zero_settings import ignored
 from pipelines.errors import ConfigError, Problem, RunDirectoryError, RunFailed, RunStopped, and_then
 from pipelines.lineage.background import Projector
 from pipelines.models.gguf import described
+from pipelines.notify.sender import telling
 from pipelines.preflight.data import check_data
 from pipelines.preflight.tools import tool_problems
 from pipelines.promotion.publish import already_published, publish
@@ -112,14 +113,14 @@ def run_chain(
         lease = stack.enter_context(acquire_lease(run))
         _warn(on_event, trained_again(config, run, plan))
         run.open_for_writing(config)
+        stack.enter_context(telling(run, config, functools.partial(_warn, on_event)))
         import_folder(config, plan.start)
         record_start(run, plan.start)
         run.remove("stop.json")  # a request to an earlier driver
         _forget(run, plan, redo)
         _check_files(config, run, plan)
         projector = Projector(run, config, [step.fingerprint for step in plan.steps])
-        ran = bool(plan.missing_steps(run) or plan.lacks_scores(run) or plan.undecided)
-        if ran:
+        if ran := bool(plan.missing_steps(run) or plan.lacks_scores(run) or plan.undecided):
             drive = Drive(config, plan, run, lease, projector, on_event)
             with _stops_cleanly(drive), _workers(drive, group, verbose, address) as groups:
                 _train(drive, groups, segment_length)

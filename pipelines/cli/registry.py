@@ -33,6 +33,7 @@ def promote(run: str, version: int | None, force: bool, reason: str, no_hook: bo
     Example:  curlora promote support-bot
               curlora promote support-bot --to 3 --reason "the new one misreads invoices"
     """
+    from pipelines.notify.sender import Sender
     from pipelines.promotion import promotion
 
     if force and not reason.strip():
@@ -52,6 +53,8 @@ def promote(run: str, version: int | None, force: bool, reason: str, no_hook: bo
     before = f", before it version {done.before.version}" if done.before else ""
     words = f"{done.version.name}: version {done.version.version} is the champion ({done.why}){before}"
     click.echo(json.dumps(done.to_json(), indent=1) if as_json else words)
+    for text in Sender(directory, directory.config().notify).finish():
+        click.echo(f"warning: {text}", err=True)
     if done.hook_failure:
         click.echo(f"error: promoted, but {done.hook_failure}", err=True)
         sys.exit(1)

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipelines.config.benchmarks import Benchmark, Retained
 from pipelines.config.domains import DomainsConfig
+from pipelines.config.notify import NotifyConfig
 from pipelines.config.search import SearchConfig
 from pipelines.config.sections import (
     AdapterConfig,
@@ -63,6 +64,9 @@ class PipelineConfig(Section):
     gate: GateConfig | None = Field(None, description="Limits that a finished chain must keep; null: no gate.")
     domains: DomainsConfig | None = Field(
         None, description="Inbox of new domains for curlora tick and schedule; null: none."
+    )
+    notify: NotifyConfig | None = Field(
+        None, description="Who is told of failures, refusals, promotions and drift; null: nobody."
     )
     serve: ServeConfig = Field(ServeConfig(), description="The server of curlora serve.")
 

@@ -11,9 +11,11 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import ConfigError, LineageError, NotRegistered, Problem, RunDirectoryError
@@ -22,6 +24,7 @@ from pipelines.lineage.ancestry import from_run
 from pipelines.lineage.mlflow_records import identity
 from pipelines.lineage.registry import Version
 from pipelines.lineage.store import connect, errors, quiet
+from pipelines.notify.outbox import post
 from pipelines.promotion.gate import Side, judge, judge_against
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import newest_cells
@@ -147,6 +150,7 @@ def settle(
         if verdict["passed"] and config.gate.promote:
             done = promote(uri, version, "the gate passed", config.gate.on_promotion, config.gate.hook_timeout)
             outcome |= {"promoted": True, "hook_failure": done.hook_failure}
+            _tell(run, config, done, ["gate"])  # a version passes the gate once, whatever is repeated after a crash
     registry.record_verdict(uri, version, verdict, ancestry)  # last: it marks the verdict as applied
     return outcome
 
@@ -172,6 +176,14 @@ def promote(
         if run.exists("config.yaml"):
             run.event("promoted", **done.to_json())
     return done
+
+
+def _tell(run: RunDirectory, config: PipelineConfig, done: Promotion, key: Sequence[Any]) -> None:
+    """Post a message on a promotion."""
+    before = f", before it version {done.before.version}" if done.before else ""
+    text = f"{done.version.name}: version {done.version.version} is the champion ({done.why}){before}"
+    facts = {**done.to_json(), "run_uri": done.version.run_uri}
+    post(run, config.notify, "promotion", [done.version.uri, *key], text, **facts)
 
 
 def _run_hook(command: Sequence[str], version: Version, timeout: float) -> str | None:
@@ -218,8 +230,7 @@ def promote_run(run: RunDirectory, force: bool = False, reason: str = "", hook: 
         if verdict["passed"] is not True and not force:
             raise Refused("\n".join(verdict["reasons"]))
     why = f"forced: {reason}" if force else "the gate passed" if verdict else "by hand, without a gate"
-    command = config.gate.on_promotion if config.gate and hook else None
-    return promote(uri, version, why, command, config.gate.hook_timeout if config.gate else 0)
+    return _promote_by_hand(run, config, version, why, hook)
 
 
 def restore(run: RunDirectory, number: int, force: bool = False, reason: str = "", hook: bool = True) -> Promotion:
@@ -241,8 +252,15 @@ def restore(run: RunDirectory, number: int, force: bool = False, reason: str = "
         verdict = f"the gate's verdict: {version.gate or 'none'}"
         raise Refused(f"version {number} was never in use ({verdict}); to use it anyway: --force --reason TEXT")
     why = f"forced: {reason}" if force else f"restored{f': {reason}' if reason else ''}"
+    return _promote_by_hand(run, config, version, why, hook)
+
+
+def _promote_by_hand(run: RunDirectory, config: PipelineConfig, version: Version, why: str, hook: bool) -> Promotion:
     command = config.gate.on_promotion if config.gate and hook else None
-    return promote(uri, version, why, command, config.gate.hook_timeout if config.gate else 0)
+    done = promote(config.tracking.uri, version, why, command, config.gate.hook_timeout if config.gate else 0)
+    with contextlib.suppress(OSError):  # the run's storage may be read-only; the registry has the record
+        _tell(run, config, done, [time.time()])
+    return done
 
 
 def _registry_of(config: PipelineConfig) -> tuple[str, str]:

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.errors import LineageError, NotRegistered
 from pipelines.lineage.projection import Projection, Sent
+from pipelines.notify.outbox import post
+from pipelines.notify.sender import Sender
 from pipelines.promotion import promotion
 from pipelines.promotion.promotion import settle
 from pipelines.runs.directory import RunDirectory
@@ -42,6 +44,7 @@ def publish(run: RunDirectory, config: PipelineConfig, results: Results, send: S
     verdict = promotion.decide(run, config, results) if undecided else results.gate
     results = replace(results, gate=verdict, registry=None)
     run.write_json("results.json", results)
+    _tell_of_refusal(run, config, results)
     write_pages(run, figures=True)
     sent = send() if config.tracking else Sent()
     results = replace(results, steps=_with_run_ids(results.steps, sent.runs))
@@ -60,6 +63,17 @@ def publish(run: RunDirectory, config: PipelineConfig, results: Results, send: S
     return results, [*([sent.warning] if sent.warning else []), *sent.unlogged, *notes]
 
 
+def _tell_of_refusal(run: RunDirectory, config: PipelineConfig, results: Results) -> None:
+    """Post a message if the gate refuses the run; the same verdict is told once."""
+    if not results.gate or results.gate["passed"] is not False:
+        return
+    reasons = results.gate["reasons"]
+    key = [results.steps[-1].fingerprint, reasons, results.gate.get("against")]
+    text = f"{run.name}: the gate refuses it: {'; '.join(reasons)}"
+    facts = {"run": run.name, "run_uri": run.uri, "reasons": reasons, "against": results.gate.get("against")}
+    post(run, config.notify, "refusal", key, text, **facts)
+
+
 def _settle(
     run: RunDirectory, config: PipelineConfig, results: Results, runs: dict[str, str], uri: str
 ) -> tuple[dict | None, list[str]]:
@@ -72,6 +86,8 @@ def _settle(
         outcome = settle(run, config, results, runs, uri)
     except NotRegistered as error:
         name = config.tracking.register_as
+        text = f"{run.name} is trained, but not registered as '{name}': {error}"
+        post(run, config.notify, "failure", [text], text, run=run.name, run_uri=run.uri)
         return promotion.not_registered(name, str(error)), [f"not registered as '{name}': {error}"]
     failure = (outcome or {}).get("hook_failure")
     return outcome, [failure] if failure else []
@@ -90,7 +106,7 @@ def sync(
     """Send a run to MLflow (again): publish it in its own store, or copy it to another one.
 
     Args:
-        note: called with what the server's limits have left out, which fails nothing.
+        note: called with what fails nothing: what the server's limits have left out, undelivered messages.
 
     Returns:
         step fingerprint (and "parent") → MLflow run id, the store, warnings.
@@ -113,6 +129,8 @@ def sync(
         warnings = [*sent.unlogged, *more]
     if projection.note:
         note(projection.note)
+    for text in Sender(run, config.notify).finish():
+        note(text)
     return runs, target, warnings
 
 

@@ -15,6 +15,7 @@ its `metrics.json` exists, which is written last. Layout, below `<storage>/<name
     tensorboard/<k>-<task>-<fp8>/    curves for TensorBoard, if tracking.report_to names it
     events/<time>-<id>.json          immutable, one file per event
     results.json, report.html, figures/*.png
+    notify/<id>.json, <id>.<n>.…     messages to the outside and the attempts to deliver them (pipelines/notify/outbox.py)
     lease.json, progress.json, stop.json   its driver, its progress, a request to stop
 """
 
@@ -82,6 +83,22 @@ class RunDirectory:
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
+
+    def create(self, relative: str, data: bytes) -> bool:
+        """Write a file that does not exist yet, on a local disk through to the medium; False if it exists."""
+        path = self.path(relative)
+        self.fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        try:
+            if not self.is_local:
+                self.fs.pipe_file(path, data, mode="create")
+                return True
+            with open(path, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            return False
+        return True
 
     def read_json(self, relative: str) -> Any | None:
         """The parsed file, or None if it does not exist."""

@@ -12,7 +12,7 @@ FLOORS = (
     ("distributed", "runs"),
     ("data",),
     ("models",),
-    ("preflight", "bases", "demo", "lineage", "evaluation", "training"),
+    ("notify", "preflight", "bases", "demo", "lineage", "evaluation", "training"),
     ("reporting",),
     ("workers", "promotion", "inference"),
     ("search", "serve"),

@@ -20,6 +20,7 @@ from pipelines.cli.app import main
 from pipelines.config.loading import parse_config
 from pipelines.data.sources import digest_of
 from pipelines.errors import ConfigError, Unavailable
+from pipelines.notify.outbox import post
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.lease import acquire_lease
 from tests.conftest import minimal, write_jsonl
@@ -386,3 +387,32 @@ def test_a_tick_that_fails_does_not_end_the_loop(raw, tmp_path):
     Loop(parse_config(raw), [str(tmp_path / "c.yaml")], said.append).look()
     assert "nothing new among 0 domains" in said[-1]
     assert json.loads((tmp_path / "runs" / "unit.domains" / "last_tick.json").read_text())["at_work"] is False
+
+
+def test_decisions_and_what_a_run_could_not_deliver_are_told_once(raw, jobs, registry, add, tmp_path):
+    """A command that fails until it may: the run's message is taken over, the domain's refusal told again only
+    after it was taken up again."""
+    told, may = tmp_path / "told", tmp_path / "may"
+    code = "import sys, os; text = sys.stdin.read(); os.path.exists(sys.argv[2]) or sys.exit('away'); "
+    code += "open(sys.argv[1], 'a').write(text + chr(10))"
+    command = [sys.executable, "-c", code, str(told), str(may)]
+    config = parse_config(raw | {"notify": {"command": command, "attempts": 1}})
+    add("broken", train=[{"words": "no text"}])
+    add("good")
+
+    def look() -> list[str]:
+        return tick.tick(config, lambda: jobs).did
+
+    assert any("is not delivered (exit code 1: away)" in line for line in look())
+    run = finish_job(jobs, registry)
+    post(run, config.notify, "promotion", [1], "good is the champion")
+    assert any("promotion-" in line for line in look())
+    may.touch()
+    for _ in range(2):
+        look()
+    events = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [event["event"] for event in events] == ["refusal", "promotion"]
+    assert events[0]["domain"] == "broken" and "text" in events[0]["reasons"][0]
+    schedule_decisions.again(config, "broken")
+    look()
+    assert len(told.read_text().splitlines()) == 3

@@ -1,0 +1,1 @@
+"""Messages to the outside on failure, refusal, promotion and drift, each delivered at most once."""
