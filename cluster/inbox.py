@@ -46,6 +46,7 @@ class Domain:
     """A folder of the inbox, as listed.
 
     Attributes:
+        inbox: folder or URI that it was found in.
         newest: modification time of its newest file in Unix seconds; None if the storage reports none.
         marked: whether it contains the marker of completeness.
         problems: names and paths that cannot be accepted, each with a remedy.
@@ -56,6 +57,7 @@ class Domain:
     newest: float | None = None
     marked: bool = False
     problems: list[str] = field(default_factory=list)
+    inbox: str = ""
 
     @property
     def stamp(self) -> str:
@@ -83,6 +85,7 @@ def scan(inbox: str, marker: str) -> list[Domain]:
     fs, root = fsspec.core.url_to_fs(inbox)
     found = _local(root, marker) if _is_local(fs) else _remote(fs, root.rstrip("/"), marker)
     for domain in found:
+        domain.inbox = inbox
         if not SAFE_NAME.fullmatch(domain.name):
             domain.problems.append(f"'{domain.name}' is not a safe name; use letters, digits, _ and - (at most 64)")
     return sorted(found, key=lambda domain: (domain.newest or 0.0, domain.name))

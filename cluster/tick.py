@@ -7,6 +7,7 @@ champion as a job, records its decision with the reasons, and ends. All files ar
     decisions/<time>.<domain>.<stamp>.<state>.<id>.json   accepted, submitted, finished, refused, unchanged or failed;
                                                           `again` withdraws the earlier ones of a domain
     data/<domain>-<stamp>/                                the checked copy that is trained
+    drift/, recent/                                       the champion on recent text (drift.py)
     notify/, undelivered/                                 messages to the outside (notices.py)
     pause.json, last_tick.json, lease.json
 
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.decisions import NAME_LENGTH, Decision, Ledger, schedule_folder
+from cluster.drift import RECENT, measure
 from cluster.inbox import Domain, copy_domain, scan
 from cluster.notices import deliver, take_over, tell_decision
 from pipelines.chain.start import find_start
@@ -78,12 +80,42 @@ def tick(config: PipelineConfig, cluster: Callable, dry_run: bool = False) -> Ou
     folder = schedule_folder(config)
     if folder.exists("pause.json"):
         return Outcome(["paused; resume with --resume"])
+    drifted = _drift(config, folder) if config.domains.drift and not dry_run else []
+    outcome = _look(config, folder, cluster, dry_run)
+    outcome.did[:0] = drifted
+    return outcome
+
+
+def _drift(config: PipelineConfig, folder: RunDirectory) -> list[str]:
+    """Measure the champion's drift, unless another tick is at work."""
     try:
-        found = scan(config.domains.inbox, config.domains.marker)
+        with acquire_lease(folder):
+            return measure(config, folder, champion_of(config))
+    except LeaseHeld:
+        return []
+
+
+def _domains(config: PipelineConfig, folder: RunDirectory) -> list[Domain]:
+    """What the inbox holds, and the recent text that is to be trained.
+
+    Raises:
+        ConfigError: the inbox cannot be listed, or a domain has the name that recent text is trained under.
+    """
+    domains = config.domains
+    try:
+        found = scan(domains.inbox, domains.marker)
     except OSError as error:
-        raise ConfigError(
-            [Problem("domains.inbox", f"'{config.domains.inbox}' cannot be listed ({error})")]
-        ) from error
+        raise ConfigError([Problem("domains.inbox", f"'{domains.inbox}' cannot be listed ({error})")]) from error
+    if domains.drift is None or not domains.drift.retrain:
+        return found
+    if any(domain.name == domains.drift.domain for domain in found):
+        message = f"'{domains.drift.domain}' is a domain of the inbox, too; choose another name"
+        raise ConfigError([Problem("domains.drift.domain", message)])
+    return [*found, *(scan(f"{folder.uri}/{RECENT}", domains.marker) if folder.exists(RECENT) else [])]
+
+
+def _look(config: PipelineConfig, folder: RunDirectory, cluster: Callable, dry_run: bool) -> Outcome:
+    found = _domains(config, folder)
     ledger = Ledger(folder)
     fresh = [domain for domain in found if not ledger.of(domain.key, domain.stamp)]
     if dry_run:
@@ -123,6 +155,18 @@ def _forecast(domains: DomainsConfig, ledger: Ledger, fresh: Sequence[Domain]) -
             what = "is complete; it would be checked, and trained when its turn comes"
         outcome.did.append(f"{domain.key}: {what}")
     return outcome
+
+
+def champion_of(config: PipelineConfig) -> registry.Version | None:
+    """The champion of the schedule's model.
+
+    Raises:
+        Unavailable: the registry cannot be reached.
+    """
+    try:
+        return registry.champion(config.tracking.uri, config.tracking.register_as)
+    except LineageError as error:
+        raise Unavailable(str(error)) from error
 
 
 class _Tick:
@@ -167,16 +211,16 @@ class _Tick:
     def _take(self, domain: Domain) -> None:
         """Copy, check and submit a complete domain, or record why not."""
         label = f"{domain.key}-{domain.stamp[:8]}"
-        data = copy_domain(self.domains.inbox, domain, self.domains.marker, self.ledger.folder, f"data/{label}")
+        data = copy_domain(domain.inbox, domain, self.domains.marker, self.ledger.folder, f"data/{label}")
         if data is None:
             self._say(domain.key, "is still being written")
             return
-        champion = self._champion()
+        champion = champion_of(self.config)
         chain = self._chain(domain, data, champion)
         state, reasons = self._check(domain, chain, champion)
         if reasons:
             self.ledger.folder.remove(f"data/{label}")
-            inbox = f"{self.domains.inbox.rstrip('/')}/{domain.name}"  # where its owner can correct it
+            inbox = f"{domain.inbox.rstrip('/')}/{domain.name}"  # where its owner can correct it
             reasons = [reason.replace(data, inbox) for reason in reasons]
             self._settle(domain.key, domain.stamp, state, reasons=reasons)
             return
@@ -186,12 +230,6 @@ class _Tick:
         self.ledger.record(domain.key, domain.stamp, "accepted", **run, config=chain.model_dump())
         self._say(domain.key, f"accepted; the chain continues from {parent}")
         self._submit(domain.key, domain.stamp, chain)
-
-    def _champion(self):
-        try:
-            return registry.champion(self.config.tracking.uri, self.config.tracking.register_as)
-        except LineageError as error:
-            raise Unavailable(str(error)) from error
 
     def _chain(self, domain: Domain, data: str, champion) -> PipelineConfig:
         """The chain to train: the champion's tasks as they were trained, then the new one.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from pipelines.config.sections import Section
+from pipelines.config.sections import Section, check_name
 from pipelines.config.tasks import TASKS
 from pipelines.errors import did_you_mean
 
@@ -21,6 +21,32 @@ def _seconds(value: Any) -> Any:
 
 
 Duration = Annotated[float, Field(ge=0), BeforeValidator(_seconds)]
+
+
+class DriftConfig(Section):
+    """Whether the champion has become worse on recent text, measured by `curlora tick`."""
+
+    sample: str = Field(
+        min_length=1,
+        description="File or URI of recent prompts (.jsonl, .csv, .txt, …), replaced or appended to as new ones come.",
+    )
+    text: str = Field("text", min_length=1, description="Field with the text.")
+    max_perplexity_ratio: float = Field(
+        1.2,
+        ge=1,
+        le=1.0e6,
+        description="Largest perplexity on the sample, relative to the champion's first one.",
+    )
+    max_rows: int = Field(1000, gt=0, le=10**7, description="Texts that are scored: the last ones of the sample.")
+    retrain: bool = Field(
+        False, description="Above the limit, train the sample as a new domain; needs a template for text."
+    )
+    domain: str = Field("recent", description="Name of the domain that a sample becomes with retrain.")
+
+    @field_validator("domain")
+    @classmethod
+    def _safe(cls, value: str) -> str:
+        return check_name(value)
 
 
 class DomainsConfig(Section):
@@ -46,6 +72,22 @@ class DomainsConfig(Section):
         60.0, gt=0, le=1.0e7, description="Time between two looks while a job is running, e.g. 1m."
     )
     max_attempts: int = Field(3, gt=0, le=10**6, description="Jobs that may fail before a domain is given up.")
+    drift: DriftConfig | None = Field(
+        None, description="Recent text on which each tick scores the champion; null: none."
+    )
+
+    @model_validator(mode="after")
+    def _sample_can_be_trained(self):
+        template = {"kind": None, "text": "text", **self.template}
+        if self.drift and self.drift.retrain:
+            if template["kind"] != "language-modeling":
+                remedy = "set retrain: false and put rows with answers into the inbox"
+                raise ValueError(f"drift.retrain trains text, but the template is for {template['kind']}; {remedy}")
+            if template["text"] != self.drift.text:
+                raise ValueError(
+                    f"drift.text is '{self.drift.text}', but the template trains '{template['text']}'; use one name"
+                )
+        return self
 
     @field_validator("template")
     @classmethod

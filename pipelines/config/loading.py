@@ -39,8 +39,10 @@ def resolve(config: PipelineConfig) -> PipelineConfig:
             ]
         else:
             source["data"] = absolute_path(source["data"])
-    if raw["domains"] and not is_uri(raw["domains"]["inbox"]):
-        raw["domains"]["inbox"] = os.path.abspath(os.path.expanduser(os.path.expandvars(raw["domains"]["inbox"])))
+    for section, field in (("domains", "inbox"), ("drift", "sample")):
+        found = raw["domains"] if section == "domains" else (raw["domains"] or {}).get(section)
+        if found and not is_uri(found[field]):
+            found[field] = os.path.abspath(os.path.expanduser(os.path.expandvars(found[field])))
     if isinstance(raw["deepspeed"], str) and raw["deepspeed"].endswith(".json"):
         raw["deepspeed"] = os.path.abspath(os.path.expanduser(raw["deepspeed"]))
     if raw["tracking"]:
@@ -99,7 +101,7 @@ def _strings(value: Any) -> Iterable[str]:
     """The path fields of a configuration, which may contain environment variables."""
     if isinstance(value, dict):
         for key, nested in value.items():
-            if key in ("path", "data", "storage", "inbox") and isinstance(nested, str):
+            if key in ("path", "data", "storage", "inbox", "sample") and isinstance(nested, str):
                 yield nested
             yield from _strings(nested)
     elif isinstance(value, list):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.config.pipeline import PipelineConfig
-from pipelines.config.tasks import GenerationTask, TaskSource
+from pipelines.config.tasks import GenerationTask, LanguageModelingTask, TaskSource
 from pipelines.data.kinds import kind_of
 from pipelines.data.kinds.base import EvaluationSet
 from pipelines.data.kinds.chats import asked_row
@@ -98,6 +99,18 @@ def load_trained(run: RunDirectory, step: str | None) -> Trained:
     directory = choose_step(run, step)
     with tempfile.TemporaryDirectory() as scratch:
         return load_folder(run.download(directory, Path(scratch)), config, _tasks_until(run, directory))
+
+
+def nll_of_texts(
+    run: RunDirectory, directory: str, task: LanguageModelingTask, texts: Sequence[str]
+) -> tuple[float, int]:
+    """(nats per token, tokens) of texts, each a document of its own, after the step in a directory of a run."""
+    config = run.config().model_copy(update={"tasks": [task]})
+    with tempfile.TemporaryDirectory() as scratch:
+        trained = load_folder(run.download(directory, Path(scratch)), config, ())
+        answers = trained.answer(task.name, [{task.text: text} for text in texts])
+    tokens = sum(answer["tokens"] for answer in answers)
+    return math.fsum(answer["nll"] * answer["tokens"] for answer in answers if answer["tokens"]) / tokens, tokens
 
 
 def load_folder(folder: Path | None, config: PipelineConfig, tasks: Iterable[str]) -> Trained:

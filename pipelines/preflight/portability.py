@@ -29,6 +29,8 @@ def named_paths(config: PipelineConfig) -> Iterator[tuple[str, str]]:
         yield "start_from", config.start_from
     if config.domains:
         yield "domains.inbox", config.domains.inbox
+        if config.domains.drift:
+            yield "domains.drift.sample", config.domains.drift.sample
     if config.tracking and config.tracking.uri.startswith(SQLITE):
         yield "tracking.uri", config.tracking.uri
     sources = [("base_model.path", config.base_model.path)]

@@ -15,7 +15,7 @@ its `metrics.json` exists, which is written last. Layout, below `<storage>/<name
     tensorboard/<k>-<task>-<fp8>/    curves for TensorBoard, if tracking.report_to names it
     events/<time>-<id>.json          immutable, one file per event
     results.json, report.html, figures/*.png
-    notify/<id>.json, <id>.<n>.…     messages to the outside and the attempts to deliver them (pipelines/notify/outbox.py)
+    notify/<id>.json, <id>.<n>.…     messages to the outside, attempts to deliver them (pipelines/notify)
     lease.json, progress.json, stop.json   its driver, its progress, a request to stop
 """
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -416,3 +417,126 @@ def test_decisions_and_what_a_run_could_not_deliver_are_told_once(raw, jobs, reg
     schedule_decisions.again(config, "broken")
     look()
     assert len(told.read_text().splitlines()) == 3
+
+
+# -- drift
+@pytest.fixture
+def drifting(raw, jobs, registry, add, tmp_path):
+    """A schedule with a champion, and a way to write the sample and look; the real model scores the texts."""
+    add("news")
+    sample = tmp_path / "recent.jsonl"
+    told = tmp_path / "told.jsonl"
+    code = "import sys; open(sys.argv[1], 'a').write(sys.stdin.read() + chr(10))"
+    notify = {"command": [sys.executable, "-c", code, str(told)], "events": ["drift"]}
+    drift = {"sample": str(sample), "max_perplexity_ratio": 1.0}
+
+    def make(**changes):
+        config = parse_config(raw | {"notify": notify, "domains": raw["domains"] | {"drift": drift | changes}})
+
+        def look(texts: list[str] | None = None, **options) -> list[str]:
+            if texts:
+                write_jsonl(sample, [{"text": text} for text in texts])
+            return tick.tick(config, lambda: jobs, **options).did
+
+        return config, look
+
+    make.told = lambda: [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
+    return make
+
+
+def texts_by_perplexity(run: RunDirectory, step: str) -> list[list[str]]:
+    """Samples of 20 texts that the champion finds ever harder."""
+    from pipelines.config.tasks import LanguageModelingTask
+    from pipelines.inference.predict import nll_of_texts
+
+    task = LanguageModelingTask(name="drift", kind="language-modeling", data="x")
+    samples = [
+        [f"{text} {number}" for number in range(20)] for text in ("the film is good", "dull joke", "warm slow plot")
+    ]
+    return sorted(samples, key=lambda texts: nll_of_texts(run, step, task, texts)[0])
+
+
+def test_drift_is_measured_once_a_sample_told_once_and_relative_to_the_champions_first(drifting, jobs, registry):
+    config, look = drifting()
+    assert look(["a text"] * 3)[0] == "drift: there is no champion yet"
+    run = finish_job(jobs, registry)
+    easy, middle, hard = texts_by_perplexity(run, registry.champion.step_directory)
+    assert "its reference from now on" in look(middle)[0]
+    assert look() == ["nothing new among 1 domains"]  # the same text is not scored again
+    assert "within the limit 1" in look(easy)[0]
+    assert "above the limit 1" in look(hard)[0]
+    assert look() == ["nothing new among 1 domains"]
+    (message,) = drifting.told()
+    assert (message["event"], message["version"]) == ("drift", 1)
+    assert message["ratio"] == pytest.approx(message["perplexity"] / message["reference"]) and message["ratio"] > 1
+    registry.champion.version = 2  # another champion has a reference of its own
+    assert "its reference from now on" in look()[0]
+    assert len(jobs.sent) == 1
+    measured = RunDirectory(f"{config.run_uri}.domains").list("drift")
+    assert [name.split(".")[1] for name in measured] == ["1", "1", "1", "2"]
+
+
+def test_above_the_limit_the_sample_is_trained_as_a_domain_if_asked(drifting, jobs, registry):
+    _, look = drifting(retrain=True)
+    look(["a text"] * 3)
+    run = finish_job(jobs, registry)
+    easy, _, hard = texts_by_perplexity(run, registry.champion.step_directory)
+    look(easy)
+    told = look(hard)
+    assert "it is trained as domain 'recent'" in told[0]
+    chain = jobs.sent[-1]
+    assert chain.start_from.startswith(run.uri) and [task.name for task in chain.tasks] == ["news", "recent"]
+    rows = {
+        split: (Path(chain.tasks[-1].data) / f"{split}.jsonl").read_text().splitlines() for split in ("train", "test")
+    }
+    assert sorted(json.loads(line)["text"] for lines in rows.values() for line in lines) == sorted(hard)
+    assert len(rows["test"]) == 2
+    assert any("is at work" in line for line in look())
+    assert len(jobs.sent) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (None, "cannot be read"),
+        ([{"words": "x"}], "has no field 'text'; set domains.drift.text to one of: words"),
+        ([{"text": 7}], "holds other things than text"),
+        ([{"text": " "}], "is empty in all rows"),
+    ],
+)
+def test_a_sample_that_cannot_be_scored_is_said_and_hinders_no_domain(
+    drifting, jobs, registry, add, rows, said, tmp_path
+):
+    _, look = drifting()
+    look(["a text"])
+    finish_job(jobs, registry)
+    add("law")
+    (tmp_path / "recent.jsonl").unlink()
+    if rows:
+        write_jsonl(tmp_path / "recent.jsonl", rows)
+    found = look()
+    assert said in found[0] and "domains.drift.sample" in found[0]
+    assert [task.name for task in jobs.sent[-1].tasks] == ["news", "law"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sample": ""}, "domains.drift.sample: found ''"),
+        ({"sample": "x", "max_perplexity_ratio": 0.9}, "domains.drift.max_perplexity_ratio: found 0.9"),
+        ({"sample": "x", "domain": "../up"}, "domains.drift.domain: '../up' is not a safe name"),
+        ({"sample": "x", "retrain": True, "text": "prompt"}, "drift.text is 'prompt', but the template trains 'text'"),
+        ({"sample": "x", "ratio": 2}, "unknown key 'ratio'"),
+    ],
+)
+def test_impossible_drift_sections_name_field_and_remedy(raw, changes, said):
+    with pytest.raises(ConfigError) as error:
+        parse_config(raw | {"domains": raw["domains"] | {"drift": changes}})
+    assert said in str(error.value)
+
+
+def test_a_template_with_answers_cannot_be_trained_on_prompts(raw):
+    template = {"kind": "generation", "prompt": "{text}", "completion": "{answer}"}
+    with pytest.raises(ConfigError, match="the template is for generation; set retrain: false"):
+        drift = {"sample": "x", "retrain": True}
+        parse_config(raw | {"domains": raw["domains"] | {"template": template, "drift": drift}})
