@@ -26,7 +26,7 @@ def export_step(run: RunDirectory, step: str | None, form: str, target: Path, na
         name: hub id by which the card loads it; None: the folder.
 
     Raises:
-        ConfigError: no such step, nothing to export, or `target` is not empty.
+        ConfigError: no such step, nothing to export, several adapters without a step, or `target` is not empty.
     """
     directory = choose_step(run, step)
     config = run.config()
@@ -34,6 +34,10 @@ def export_step(run: RunDirectory, step: str | None, form: str, target: Path, na
         raise ConfigError(
             [Problem("adapter.type", "is none: this run trained heads only, there is no adapter to export")]
         )
+    if config.adapter.carry == "bank" and step is None:
+        tasks = ", ".join(task.name for task in config.tasks)
+        remedy = f"name the task whose adapter leaves, --step with one of: {tasks}"
+        raise ConfigError([Problem("adapter.carry", f"is bank: every task has an adapter of its own; {remedy}")])
     if target.exists() and any(target.iterdir()):
         raise ConfigError([Problem("--to", f"{target} is not empty; name a new folder")])
     from pipelines.models.base import load_tokenizer  # slow

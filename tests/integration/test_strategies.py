@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import curlora  # noqa: F401  (registers its adapter type)
 from pipelines.data.sources import load_split
+from pipelines.errors import ConfigError
 from pipelines.inference.export import export_step
 from pipelines.inference.predict import predict
 from pipelines.runs.directory import RunDirectory
@@ -100,6 +101,18 @@ def test_a_bank_predicts_with_the_adapter_of_the_task_that_is_named(bench, two_w
     rows = load_split(first, "test").to_list()[:12]
     own, last = (predict(run_directory, first.name, rows, step) for step in (first.name, None))
     assert own == last
+
+
+def test_of_a_bank_one_named_task_leaves_at_a_time(bench, two_workers, tmp_path):
+    results = two_workers["bank"]
+    run_directory = RunDirectory(str(bench.root / "runs" / results["run"]))
+    with pytest.raises(ConfigError, match=f"--step with one of: {results['tasks'][0]}"):
+        export_step(run_directory, None, "lora", tmp_path / "none")
+    target = export_step(run_directory, results["tasks"][0], "lora", tmp_path / "first")
+    base = transformers.AutoModelForCausalLM.from_pretrained(bench.raw["base_model"]["path"], dtype=torch.float32)
+    test = bench.metrics(results, 0)["self_test"]
+    model = peft.PeftModel.from_pretrained(base, str(target))
+    assert last_logits(model, test) == pytest.approx(test["last_logits"], abs=1e-4)
 
 
 @pytest.mark.parametrize(("name", "field", "sizes"), [("olora", "r", [2, 4, 6]), ("replay", "blocks", [1, 2, 3])])
