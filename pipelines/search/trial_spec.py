@@ -15,7 +15,7 @@ from pipelines.runs.step_record import StepRecord, step_label
 from pipelines.search.objective import Assessment, assess
 from pipelines.workers.assignment import Assignment, RungScores
 
-COPIED = ("adapter/", "heads.safetensors", "strategy/")  # the files of a step that the next step starts from
+COPIED = ("adapter/", "bank/", "heads.safetensors", "strategy/")  # the files of a step that the next step starts from
 
 
 @dataclass(frozen=True)
