@@ -4,7 +4,8 @@ Works on any fsspec URI and needs neither append nor rename, which object stores
 its `metrics.json` exists, which is written last. Layout, below `<storage>/<name>/`:
 
     config.yaml                      resolved configuration
-    steps/<k>-<task>-<fp8>/          adapter/, bank/, heads.safetensors, strategy/, predictions/<name>.jsonl, metrics.json
+    steps/<k>-<task>-<fp8>/          adapter/, bank/, heads.safetensors, strategy/, predictions/<name>.jsonl,
+                                     metrics.json
     steps/0-base-<fp8>/              row 0, the untouched base: only predictions/ and metrics.json; with
                                      start_from: 0-start-<fp8>, the step that the chain continues from
     start.json                       the step that start_from resolved to
