@@ -6,6 +6,15 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+LONGEST = 2000  # characters of a message
+
+
+def printable(text: str) -> str:
+    """A text as a terminal and UTF-8 can show it, without the middle if it is overlong: its end is the remedy."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 4 :]}"
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -15,8 +24,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        text = f"{self.field}: {self.message}" if self.field else self.message
-        return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+        return printable(f"{self.field}: {self.message}" if self.field else self.message)
 
 
 class ConfigError(ValueError):

@@ -151,7 +151,7 @@ def _override(raw: dict, item: str) -> Problem | None:
     node: Any = raw
     for part in parents:
         node = _descend(node, part)
-        if node is None:
+        if not isinstance(node, dict | list):
             return Problem("--set", f"'{key}': '{part}' is not a section")
     try:
         value = read_text(text)

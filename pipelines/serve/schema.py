@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from pipelines.errors import did_you_mean
+from pipelines.errors import did_you_mean, printable
 from pipelines.serve.contract import Sampling
 
 MOST_BYTES = 16 << 20
@@ -43,7 +43,7 @@ class BadRequest(ValueError):
     """
 
     def __init__(self, message: str, field: str | None = None, status: int = 400):
-        super().__init__(message)
+        super().__init__(printable(message))
         self.field, self.status = field, status
 
 
@@ -75,7 +75,8 @@ class Request(BaseModel):
         kept = {name: value for name, value in raw.items() if name not in dropped}
         for name in kept:
             if name not in cls.model_fields:
-                raise ValueError(f"there is no parameter '{name[:60]}', {did_you_mean(name, cls.model_fields)}")
+                known = did_you_mean(name, cls.model_fields)
+                raise ValueError(f"there is no parameter '{printable(name[:60])}', {known}")
         return kept
 
 
