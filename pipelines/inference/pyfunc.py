@@ -1,7 +1,7 @@
 """An adapter as an MLflow model: returns the same predictions as `curlora predict`, by the same code.
 
 `mlflow.pyfunc.load_model("models:/NAME@champion")` runs `pyfunc_entry.py` (stored in the model as code; nothing is
-pickled), so the packages curlora and pipelines must be installed; the model's requirements list them.
+pickled). The model brings the packages curlora and pipelines as a wheel; its requirements list what these import.
 """
 
 from __future__ import annotations

@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.config.paths import is_gguf
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.tasks import ClassificationTask, GenerationTask, MultipleChoiceTask, TaskSource
 from pipelines.data.kinds import kind_of
 from pipelines.data.kinds.chats import asked_row
 from pipelines.lineage.mlflow_records import PARAMS_PER_BATCH, PREFIX, TAG_LENGTH, flatten, tag_filter
+from pipelines.lineage.own_wheel import write_wheel
 from pipelines.runs.directory import RunDirectory
 from pipelines.runs.environment import versions
 from pipelines.runs.records import Steps
@@ -31,7 +33,10 @@ MODEL_TYPE = "curlora-adapter"
 READY, FAILED = "READY", "FAILED"
 CODE = Path(__file__).parents[1] / "inference" / "pyfunc_entry.py"
 NEEDED = {"name", "base_model", "adapter", "training", "evaluation", "resources", "tasks"}  # fields for inference
-REQUIREMENTS = ("curlora", "torch", "transformers", "peft", "safetensors", "datasets", "mlflow")
+# What loading and predicting imports, beside the project itself, which is in the model. A test reads the imports.
+REQUIREMENTS = ("mlflow", "torch", "transformers", "peft", "safetensors", "datasets", "pydantic", "pyyaml", "fsspec")
+REQUIREMENTS += ("numpy", "pandas", "pyarrow", "jinja2", "filelock", "tokenizers", "accelerate")
+QUANTISED, GGUF = ("bitsandbytes",), ("gguf",)  # for bases that need them
 
 
 class ModelNotWritten(Exception):
@@ -82,10 +87,18 @@ def write_model(adapter: Adapter, target: Path, model_id: str | None = None) -> 
             artifacts={"step": str(step)},
             signature=signature(adapter.config, adapter.task),
             input_example=example(adapter.config.task(adapter.task)),
-            pip_requirements=[f"{name}=={number.split('+')[0]}" for name, number in versions(REQUIREMENTS).items()],
+            pip_requirements=requirements(adapter.config),
+            code_paths=[str(write_wheel(Path(scratch)))],
             model_config={"base_model": None},
             metadata={"curlora": facts(adapter)},
         )
+
+
+def requirements(config: PipelineConfig) -> list[str]:
+    """The installed versions of what loading and predicting needs, without build tags, which no index knows."""
+    base = config.base_model
+    names = [*REQUIREMENTS, *(QUANTISED if base.quantization else ()), *(GGUF if is_gguf(base.path) else ())]
+    return [f"{name}=={number.split('+')[0]}" for name, number in versions(names).items()]
 
 
 def facts(adapter: Adapter) -> dict:

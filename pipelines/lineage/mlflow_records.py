@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.config.paths import looks_local
 from pipelines.config.pipeline import PipelineConfig
 from pipelines.lineage.limits import as_many_as_fit
 from pipelines.runs.directory import RunDirectory
@@ -214,14 +215,31 @@ def _log_inputs(to: Target, run_id: str, batch: list) -> None:
     to.client.log_inputs(run_id, datasets=batch)
 
 
+def dataset_source(data: str | None) -> tuple[str, dict]:
+    """Type and fields of a `data:`, from which `mlflow.data.get_source` makes a source that can be loaded.
+
+    MLflow names a source by the scheme of its URI. It has none for a benchmark (`suite:task`) or an unknown scheme;
+    such a dataset is a record alone.
+    """
+    if data is None:  # of a step whose configuration no longer names the task
+        return "unknown", {}
+    if looks_local(data) or data.startswith("file://"):
+        return "local", {"uri": data}
+    if data.startswith(("http://", "https://")):
+        return "http", {"url": data}
+    scheme, separator, _ = data.partition(":")
+    return (scheme, {"uri": data}) if separator else ("hugging_face", {"path": data})
+
+
 def _dataset(name: str, digest: str, rows: int, source: str | None, context: str):
     from mlflow.entities import Dataset, DatasetInput, InputTag  # slow
 
+    source_type, fields = dataset_source(source)
     dataset = Dataset(
         name=name,
         digest=digest[:DIGEST_LENGTH],
-        source_type="local" if source and source.startswith("/") else "external",
-        source=json.dumps({"uri": source or name}),
+        source_type=source_type,
+        source=json.dumps(fields),
         profile=json.dumps({"num_rows": rows}),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])

@@ -15,7 +15,7 @@ from sample_run import START, make_run
 
 from pipelines.errors import LineageError
 from pipelines.lineage import store as mlflow_store
-from pipelines.lineage.mlflow_records import finite, flatten
+from pipelines.lineage.mlflow_records import dataset_source, finite, flatten
 from pipelines.lineage.pages import own_address, pages
 from pipelines.lineage.projection import Projection, project
 
@@ -395,3 +395,21 @@ def test_kept_projection_begins_anew_where_its_run_was_deleted_or_the_past_chang
     run.remove("steps")
     make_run(tmp_path, tasks=("mrpc", "sst2"), training={"learning_rate": 1e-4}, status="running")
     assert not set(second.values()) & set(projection.send().values())
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("/data/mrpc", ("local", "uri", "/data/mrpc")),
+        ("s3://bucket/mrpc/train.jsonl", ("s3", "uri", "s3://bucket/mrpc/train.jsonl")),
+        ("https://example.org/train.jsonl", ("http", "url", "https://example.org/train.jsonl")),
+        ("nyu-mll/glue", ("hugging_face", "path", "nyu-mll/glue")),
+    ],
+)
+def test_mlflow_itself_makes_a_source_of_every_dataset(data, expected):
+    from mlflow.data.dataset_source_registry import get_dataset_source_from_json
+
+    kind, field, value = expected
+    found, fields = dataset_source(data)
+    source = get_dataset_source_from_json(json.dumps(fields), found)
+    assert (source._get_source_type(), source.to_dict()[field]) == (kind, value)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -203,7 +204,10 @@ def test_the_mlflow_model_is_code_without_pickles_and_asks_for_its_packages(serv
     assert not [name for name in files if name.endswith((".pkl", ".pickle", ".bin", ".pt"))]
     assert {"pyfunc_entry.py", "input_example.json"} <= set(files)
     requirements = (folder / "requirements.txt").read_text()
-    assert "curlora==" in requirements and "+" not in requirements
+    assert "torch==" in requirements and "+" not in requirements
+    assert "curlora" not in requirements  # no index has it; the model brings it
+    (wheel,) = (folder / "code").iterdir()
+    assert {"pipelines/inference/pyfunc.py", "curlora/layer.py"} <= set(zipfile.ZipFile(wheel).namelist())
     assert [column.name for column in served.metadata.get_input_schema().inputs] == ["text", "second", "choices"]
     facts = served.metadata.metadata["curlora"]
     assert facts["tasks"] == ["head", "words", "write", "choose", "read"]
