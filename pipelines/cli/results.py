@@ -152,8 +152,9 @@ def connectivity(run: str, points: int, max_examples: int | None, storage: str, 
 )
 @click.option("--to", "target", type=click.Path(path_type=Path), required=True, help="Folder to create.")
 @click.option("--step", help="Task name, position or fingerprint; default: the last finished step.")
+@click.option("--max-rank", type=click.IntRange(1), help="Refuse an adapter of a higher rank, as its server would.")
 @click.option("--storage", default="./runs", show_default=True, help="Folder of the runs.")
-def export(run: str, form: str, target: Path, step: str | None, storage: str) -> None:
+def export(run: str, form: str, target: Path, step: str | None, max_rank: int | None, storage: str) -> None:
     """Write an adapter of RUN, as LoRA adapter or merged model.
 
     `adapter` is what the step has published. The LoRA adapter is exact, and any server of LoRA adapters can load it.
@@ -163,7 +164,7 @@ def export(run: str, form: str, target: Path, step: str | None, storage: str) ->
     """
     from pipelines.inference.export import export_step
 
-    click.echo(export_step(open_run(run, storage), step, form, target))
+    click.echo(export_step(open_run(run, storage), step, form, target, max_rank=max_rank))
 
 
 @click.command()

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from pipelines.config.paths import public_name
+from pipelines.config.pipeline import PipelineConfig
 from pipelines.config.sections import BaseModelConfig
 from pipelines.errors import ConfigError, Problem
 from pipelines.lineage.model_card import CARD, ancestry_of, model_card
@@ -16,7 +17,14 @@ from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import choose_step
 
 
-def export_step(run: RunDirectory, step: str | None, form: str, target: Path, name: str | None = None) -> Path:
+def export_step(
+    run: RunDirectory,
+    step: str | None,
+    form: str,
+    target: Path,
+    name: str | None = None,
+    max_rank: int | None = None,
+) -> Path:
     """Write a step's adapter to `target` and return `target`; classifier heads are written as `heads.safetensors`.
 
     Tokenizer, chat template and a model card go with it, and nothing names a path of this machine.
@@ -24,27 +32,22 @@ def export_step(run: RunDirectory, step: str | None, form: str, target: Path, na
     Args:
         form: `adapter` (as it was trained), `lora` (a PEFT LoRA directory, exact) or `merged` (the full model).
         name: hub id by which the card loads it; None: the folder.
+        max_rank: highest rank that the server takes; None: any.
 
     Raises:
-        ConfigError: no such step, nothing to export, several adapters without a step, or `target` is not empty.
+        ConfigError: no such step, nothing to export, several adapters without a step, a rank above `max_rank`, or
+            `target` is not empty.
     """
     directory = choose_step(run, step)
     config = run.config()
-    if config.adapter.type == "none":
-        raise ConfigError(
-            [Problem("adapter.type", "is none: this run trained heads only, there is no adapter to export")]
-        )
-    if config.adapter.carry == "bank" and step is None:
-        tasks = ", ".join(task.name for task in config.tasks)
-        remedy = f"name the task whose adapter leaves, --step with one of: {tasks}"
-        raise ConfigError([Problem("adapter.carry", f"is bank: every task has an adapter of its own; {remedy}")])
-    if target.exists() and any(target.iterdir()):
-        raise ConfigError([Problem("--to", f"{target} is not empty; name a new folder")])
+    _check_exportable(config, step, target)
     from pipelines.models.base import load_tokenizer  # slow
 
     with tempfile.TemporaryDirectory() as scratch:
         local = run.download(directory, Path(scratch) / "step")
         adapter = Path(shutil.copytree(local / "adapter", Path(scratch) / "adapter"))
+        if form != "merged" and max_rank is not None:
+            _check_rank(adapter, max_rank)
         if form == "adapter":
             shutil.copytree(adapter, target, dirs_exist_ok=True)
         else:
@@ -58,6 +61,33 @@ def export_step(run: RunDirectory, step: str | None, form: str, target: Path, na
     card = model_card(form, run.name, config, ancestry_of(run, directory), name)
     (target / CARD).write_text(card, encoding="utf-8")
     return target
+
+
+def _check_exportable(config: PipelineConfig, step: str | None, target: Path) -> None:
+    """Raises ConfigError if a run has no one adapter to export, or `target` is not empty."""
+    if config.adapter.type == "none":
+        raise ConfigError(
+            [Problem("adapter.type", "is none: this run trained heads only, there is no adapter to export")]
+        )
+    if config.adapter.carry == "bank" and step is None:
+        tasks = ", ".join(task.name for task in config.tasks)
+        remedy = f"name the task whose adapter leaves, --step with one of: {tasks}"
+        raise ConfigError([Problem("adapter.carry", f"is bank: every task has an adapter of its own; {remedy}")])
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError([Problem("--to", f"{target} is not empty; name a new folder")])
+
+
+def _check_rank(adapter: Path, limit: int) -> None:
+    """Raises ConfigError for an adapter of a higher rank; a stack has that of all its tasks together."""
+    raw = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    blocks = raw.get("blocks") or 1
+    rank = max([raw.get("r") or 0, *(raw.get("rank_pattern") or {}).values()]) * blocks
+    if rank > limit:
+        found = f"{rank} ({blocks} stacked blocks of {rank // blocks})" if blocks > 1 else str(rank)
+        remedy = "raise the server's limit (vLLM: --max-lora-rank), export it merged (--as merged), or train with " + (
+            "carry: continue" if blocks > 1 else "a smaller adapter.r"
+        )
+        raise ConfigError([Problem("--max-rank", f"the adapter's rank is {found}, above {limit}; {remedy}")])
 
 
 def _base(model: BaseModelConfig, form: str):
