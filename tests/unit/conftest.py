@@ -1,8 +1,19 @@
-"""Fixtures that several unit tests share: a store of MLflow, and a run with a real adapter."""
+"""Fixtures that several unit tests share: the environment, a store of MLflow, and a run with a real adapter."""
+
+import os
 
 import pytest
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """The environment as it was, for the next file: a step that trains here tells Accelerate of DeepSpeed."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
