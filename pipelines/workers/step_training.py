@@ -102,7 +102,8 @@ class StepTraining:
         bank = self.resident.bank(parent) if parent else None
         if bank is None:
             bank = Bank()
-            written = self._sample_text(model, BASE_ROWS, BASE_LENGTH)
+            length = min(BASE_LENGTH, self.work.config.training.max_length)
+            written = self._sample_text(model, BASE_ROWS, length)
             with self._ready(model):
                 bank.begin(model, written)
         return bank
