@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from pipelines.distributed.world import World
+from pipelines.distributed.world import World, gather_everywhere
 from pipelines.models.losses import cache_argument, keep_last
 
 BATCH = 32  # sequences per forward pass
@@ -49,11 +49,7 @@ def sample_text(
                 _sample(model, 1, length, start, [seed, 0], world.device, forbidden)
             progress(sum(sizes[: number + world.size]))
     model.train(was_training)
-    parts: list = [mine]
-    if world.size > 1:
-        parts = [None] * world.size
-        torch.distributed.all_gather_object(parts, mine, group=world.group)
-    sampled = {batch: sequences for part in parts for batch, sequences in part.items()}
+    sampled = dict(gather_everywhere(list(mine.items()), world))
     return [sequence for batch in sorted(sampled) for sequence in sampled[batch]]
 
 

@@ -14,14 +14,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from curlora.continual import Example
 from curlora.continual.parameters import adapter_parameters, read, swapped
 from curlora.continual.routing import Router
-from pipelines.distributed.world import World
+from pipelines.distributed.world import World, gather_everywhere
 
 FOLDER = "bank"
 FIT_ROWS = 256
@@ -92,11 +91,7 @@ class Bank:
                     mine[own] = self.router.route(self.router.observe(model, parts[own])).tolist()
                 elif world.lockstep:  # every rank runs the same number of forward passes
                     self.router.observe(model, parts[number])
-        gathered: list = [mine]
-        if world.size > 1:
-            gathered = [None] * world.size
-            torch.distributed.all_gather_object(gathered, mine, group=world.group)
-        found = {number: places for part in gathered for number, places in part.items()}
+        found = dict(gather_everywhere(list(mine.items()), world))
         return [place for number in sorted(found) for place in found[number]]
 
     def named(self, adapter: str) -> Bank:

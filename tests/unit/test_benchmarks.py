@@ -2,7 +2,6 @@
 
 import json
 import random
-import socket
 from pathlib import Path
 
 import pytest
@@ -10,16 +9,16 @@ import torch
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'curlora[lm-eval]'")
 
+from one_worker import opened, prepare, work_off
+
 from curlora.continual import Example
 from curlora.continual.parameters import adapter_parameters, read
-from pipelines.chain.plan import planned
 from pipelines.chain.results import build_results
 from pipelines.config.benchmarks import Benchmark
 from pipelines.config.loading import parse_config
 from pipelines.config.sections import AdapterConfig
 from pipelines.data.benchmarks import benchmark_identity, load_benchmark
 from pipelines.data.held_out import training_view, trial_view
-from pipelines.distributed import engine
 from pipelines.distributed.world import World
 from pipelines.errors import DataError
 from pipelines.evaluation.benchmarks import evaluate_benchmark
@@ -30,11 +29,8 @@ from pipelines.models.bank import Bank
 from pipelines.preflight.data import check_data
 from pipelines.reporting.page import write_report
 from pipelines.reporting.summary import headlines
-from pipelines.runs.directory import RunDirectory
 from pipelines.runs.records import score_points
 from pipelines.runs.results import Results
-from pipelines.workers.assignment import Assignment
-from pipelines.workers.worker import Worker
 from tests.conftest import WORDS, minimal, write_jsonl
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -240,22 +236,10 @@ def test_scores_do_not_depend_on_the_batches_and_disturb_no_generator(adapted, t
     assert found == [ours(adapted, tokenizer, benchmark(suite, name), 2000)[1] for name in ("quiz", "written")]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
 def run(tmp_path, model, tokenizer, reviews, suite, monkeypatch):
     """A run of one task with two benchmarks, worked off by a worker in this process; and its plan."""
-    from pipelines.workers import control
-
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    for name, value in ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | address).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(control, "node_is_leaving", lambda world: False)  # what only Ray knows
-    engine.prepare_environment()
+    prepare(monkeypatch)
     torch.manual_seed(1)
     model.model.embed_tokens.weight.data.normal_(0, 1)  # so that answers differ
     model.save_pretrained(tmp_path / "base")
@@ -268,20 +252,8 @@ def run(tmp_path, model, tokenizer, reviews, suite, monkeypatch):
         "resources": {"workers": 1, "gpus_per_worker": 0},
         "retention": [entry | {"name": "quiz"}, entry | {"name": "texts", "tasks": [str(suite / "text.yaml")]}],
     }
-    config = parse_config(raw)
-    directory = RunDirectory(config.run_uri)
-    config, plan = planned(config, directory)
-    directory.open_for_writing(config)
-    assignment = Assignment(
-        run_uri=directory.uri,
-        config=config.model_dump(),
-        steps=plan.steps,
-        base_directory=plan.base_directory,
-        base_fingerprint=plan.base_fingerprint,
-        missing=plan.missing_cells(directory),
-        cell_keys=plan.cell_keys,
-    )
-    Worker(ALONE).work(assignment)
+    config, directory, plan = opened(raw)
+    work_off(config, directory, plan)
     return config, directory, plan
 
 

@@ -1,28 +1,14 @@
 """A worker in this process trains a step that stops early: killed in between, it ends with the same bits."""
 
-import socket
-
 import pytest
+from one_worker import opened, prepare, work_off
 
-from pipelines.chain.plan import planned
-from pipelines.config.loading import parse_config
-from pipelines.distributed import engine
-from pipelines.distributed.world import World
 from pipelines.runs.directory import RunDirectory
-from pipelines.workers import control
-from pipelines.workers.assignment import Assignment
 from pipelines.workers.training_log import TrainingLog
-from pipelines.workers.worker import Worker
 from tests.conftest import WORDS, write_jsonl
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 STEPS, EVERY, PATIENCE = 40, 2, 3
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Killed(Exception):
@@ -32,14 +18,7 @@ class Killed(Exception):
 @pytest.fixture
 def work(tmp_path, model, tokenizer, monkeypatch):
     """Trains a run and returns its directory; `kill_at`: the optimizer step after which the worker dies."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    monkeypatch.setattr(control, "node_is_leaving", lambda world: False)  # what only Ray knows
-    engine.prepare_environment()
-    import torch
-
+    prepare(monkeypatch)
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     text = tmp_path / "text"
@@ -62,21 +41,9 @@ def work(tmp_path, model, tokenizer, monkeypatch):
             "tasks": [{"name": "text", "kind": "language-modeling", "data": str(text)}],
             "tracking": {"report_to": ["tensorboard"]},
         }
-        config = parse_config(raw)
-        run = RunDirectory(config.run_uri)
-        config, plan = planned(config, run)
-        run.open_for_writing(config)
+        config, run, plan = opened(raw)
         _kill(monkeypatch, kill_at)
-        assignment = Assignment(
-            run_uri=run.uri,
-            config=config.model_dump(),
-            steps=plan.steps,
-            base_directory=plan.base_directory,
-            base_fingerprint=plan.base_fingerprint,
-            missing=plan.missing_cells(run),
-            cell_keys=plan.cell_keys,
-        )
-        Worker(World(0, 1, torch.device("cpu"))).work(assignment)
+        work_off(config, run, plan)
         return run
 
     return train

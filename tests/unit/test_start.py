@@ -146,6 +146,7 @@ def test_a_run_that_goes_on_keeps_the_parent_it_began_with(tmp_path):
     [
         ({"adapter": {"r": 4}}, "adapter.r: is 4, but the adapter of"),
         ({"adapter": {"type": "lora"}}, "set adapter.type: curlora"),
+        ({"adapter": {"carry": "bank"}}, "set adapter.carry: continue"),
         ({"start_from": "models:/m"}, "has no alias; write models:/<name>@champion"),
         ({"start_from": "models:/m@champion"}, "needs a model registry; set tracking.uri"),
         ({"start_from": "/nowhere/first"}, "/nowhere is not a run with results"),

@@ -1,6 +1,8 @@
 """Joint (multi-task) training in one step on the union of all tasks: the upper bound. The chain merges the tasks."""
 
-from curlora.continual.strategy import Strategy
+from typing import ClassVar
+
+from curlora.continual.strategy import Requires, Strategy
 from curlora.names import JOINT
 
 
@@ -8,3 +10,6 @@ class Joint(Strategy):
     """No hook overridden: to the trainer, the union is one task."""
 
     name = JOINT
+    requirements: ClassVar = {
+        "adapter.carry": Requires(("continue", "stack", "fresh"), "it trains one adapter for all tasks at once")
+    }
